@@ -1,0 +1,1 @@
+"""AlexNet in JAX and Flax: the network, its data, its training."""

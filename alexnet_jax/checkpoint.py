@@ -1,0 +1,163 @@
+"""Orbax checkpoints: everything a run needs to go on, saved while it runs."""
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from alexnet_jax import config as configs
+from alexnet_jax.errors import UserError
+from alexnet_jax.step import TrainState
+
+
+class Restored(NamedTuple):
+    """A checkpoint's content.
+
+    Attributes:
+      state: on the host or the default device, not yet placed.
+      position: the Grain iterator's state.
+    """
+
+    state: TrainState
+    position: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest `config.checkpoint.keep`, and the best by top-1.
+
+    Writing goes on beside the training; `wait` and `close` return when all is on disk. Each
+    checkpoint is a folder that gets its final name only when it is whole.
+
+    Raises UserError if the workdir cannot be written or holds a run of another config.
+    """
+
+    def __init__(self, workdir: Path, config: ConfigDict):
+        self._folder = workdir.absolute() / "checkpoints"
+        self._config = config
+        policy = ocp.checkpoint_managers
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy.AnyPreservationPolicy(
+                    [
+                        policy.LatestN(config.checkpoint.keep),
+                        policy.BestN(
+                            n=1, get_metric_fn=_top1, keep_checkpoints_without_metrics=False
+                        ),
+                    ]
+                ),
+                best_fn=_top1,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Number of updates made in the newest checkpoint."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """Number of updates made in the checkpoint of the highest evaluated top-1."""
+        return self._manager.best_step()
+
+    def was_evaluated(self, step: int) -> bool:
+        """Whether the checkpoint of this step was saved with an evaluation of its state."""
+        return step in self._manager.all_steps() and self._manager.metrics(step) is not None
+
+    def save(
+        self, state: TrainState, position: dict[str, Any], top1: float | None = None
+    ) -> None:
+        """Starts saving; the arrays are copied before this returns.
+
+        Args:
+          state: of one copy, as `Compiled.fetch` gives it.
+          position: the Grain iterator's state after the batch of the state's last step.
+          top1: of an evaluation of this very state, 0 to 1.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                progress=ocp.args.JsonSave({"position": position, "crc32": _crc32(state)}),
+                config=ocp.args.JsonSave(json.loads(configs.to_json(self._config))),
+            ),
+            metrics=None if top1 is None else {"top1": top1},
+        )
+
+    def restore_latest(
+        self, like: TrainState, warn: Callable[[str], None] = print
+    ) -> Restored | None:
+        """Returns the newest checkpoint that can be read, None if the run has none.
+
+        One that cannot be read is said so, and moved to `damaged/` in the workdir; then the one
+        before it is tried. Raises UserError if there are checkpoints and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self.restore(step, like)
+            except Exception as error:  # whatever Orbax or TensorStore make of the damage
+                where = self._set_aside(step)
+                reason = " ".join(str(error).split())[:200]
+                warn(f"checkpoint of step {step} is damaged, moved to {where}: {reason}")
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self._folder} can be read; to begin again, choose another "
+                "--workdir"
+            )
+        return None
+
+    def restore(self, step: int, like: TrainState) -> Restored:
+        """Returns the checkpoint of one step; `like` gives the shapes and dtypes.
+
+        Raises what Orbax raises, and ValueError if the arrays are not those that were saved.
+        """
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
+                progress=ocp.args.JsonRestore(),
+            ),
+        )
+        if _crc32(restored["state"]) != restored["progress"]["crc32"]:
+            raise ValueError("its checksum is not that of what was saved")
+        return Restored(restored["state"], restored["progress"]["position"])
+
+    def wait(self) -> None:
+        """Returns when everything that `save` was given is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then frees the threads."""
+        self._manager.close()
+
+    def _set_aside(self, step: int) -> Path:
+        place = self._folder.parent / "damaged" / str(step)
+        place.parent.mkdir(exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        (self._folder / str(step)).rename(place)
+        self._manager.reload()
+        return place
+
+
+def _top1(metrics: dict[str, float]) -> float:
+    return metrics["top1"]
+
+
+def _crc32(state: TrainState) -> int:
+    """TensorStore reads a flipped bit of a parameter back without a word, so we look ourselves."""
+    crc = 0
+    for leaf in jax.tree.leaves(state):
+        crc = zlib.crc32(np.ascontiguousarray(leaf).data, crc)
+    return crc

@@ -1,0 +1,220 @@
+"""Configs: the fields every run has, and how a command line names and changes them.
+
+A config is a Python file with `get_config()`, which takes `default_config()` and changes what
+differs. Fork one freely; a field that does not exist is an error, never silently ignored.
+"""
+
+import argparse
+import ast
+import difflib
+import json
+import runpy
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from alexnet_jax.errors import UserError
+
+# A run may go on with other values of these, since they change no parameter of the network.
+FIELDS_FREE_TO_CHANGE = ("data_dir", "log_every_steps", "checkpoint.keep", "checkpoint.every_steps")
+
+
+def default_config() -> ConfigDict:
+    """Returns every field there is, with the values of the 2012 paper where it gives one."""
+    c = ConfigDict()
+    c.name = ""  # set by `load` to the config file's name
+    c.seed = 0
+    c.parallel = "auto"  # "jit", "pmap", or "auto": pmap where there are several devices
+
+    c.dataset = "imagenet2012"  # a tfds name, or "folder:PATH" of class folders
+    c.data_dir = "~/tensorflow_datasets"  # where tfds and the prepared stores lie
+    c.train_split = "train"
+    c.eval_split = "validation"
+    c.image_size = 256  # stored images: shorter side scaled to this, centre square kept
+    c.max_corrupt = 0.001  # share of unreadable images that preparation may skip
+
+    c.batch_size = 128  # global: over all devices and hosts
+    c.num_epochs = 90
+    c.learning_rate = 0.01
+
+    c.model = ConfigDict()
+    c.model.variant = "paper"  # a key of model.VARIANTS
+    c.model.num_classes = 1000
+    c.model.dtype = "float32"  # of the arithmetic; "bfloat16" on accelerators. params: float32
+    c.model.dropout = 0.5
+    c.model.init = "paper"  # "paper": N(0, 0.01^2); "he": scaled to each layer's fan-in
+    c.model.hidden_bias = 1.0  # initial bias of conv2, conv4, conv5, fc6 and fc7
+    c.model.width = 1.0  # multiplies the number of filters and hidden units
+
+    c.augment = ConfigDict()
+    c.augment.crop_size = 224
+    c.augment.flip = True
+    c.augment.mean = "image"  # subtracted: "image", "image_center" (run #145) or "channel"
+    c.augment.color_noise = 0.1  # standard deviation of the paper's alpha; 0: none
+    c.augment.color_noise_scale = "eigenvalue"  # or "std": its square root (run #145)
+    c.augment.color_noise_shrink = False  # divide the image by 1 + color_noise (run #145)
+    c.augment.pixel_scale = 1.0  # multiplies the mean-subtracted pixels (0 to 255 in the paper)
+
+    c.optimizer = ConfigDict()
+    c.optimizer.momentum = 0.9
+    c.optimizer.weight_decay = 0.0005  # of the weights
+    c.optimizer.bias_weight_decay = 0.0
+    c.optimizer.bias_learning_rate = 1.0  # biases' rate as a multiple of learning_rate
+    c.optimizer.clip_norm = 0.0  # largest global norm of the gradients; 0: no clipping
+    c.optimizer.accumulate_steps = 1  # a batch's gradients in so many parts, to save memory
+
+    c.schedule = ConfigDict()
+    c.schedule.kind = "constant"  # "constant", "steps", "plateau", "cosine", "polynomial"
+    c.schedule.warmup_epochs = 0.0  # linear from 0, under any kind
+    c.schedule.step_epochs = (30.0, 60.0)  # steps: epochs at which the rate is multiplied ...
+    c.schedule.factor = 0.1  # steps and plateau: ... by this
+    c.schedule.patience = 5  # plateau: evaluations without a better top-1 before a drop
+    c.schedule.max_drops = 3  # plateau
+    c.schedule.power = 2.0  # polynomial
+    # Absolute values from an epoch on, as a log: (epoch, layer or "all" or "data", field, value).
+    c.schedule.changes = ()
+
+    c.eval = ConfigDict()
+    c.eval.every_epochs = 1.0
+    c.eval.views = "center"  # or "ten": corners and centre with their flips, averaged
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 1000  # besides one after every evaluation
+    c.checkpoint.keep = 3  # latest ones; the best by top-1 is always kept too
+
+    c.log_every_steps = 20
+    return c.lock()
+
+
+def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
+    """Runs a config file's `get_config()` and applies overrides.
+
+    Args:
+      path: a Python file that defines `get_config() -> ConfigDict`.
+      overrides: pairs of a dotted field name and the text of its value.
+
+    Raises:
+      UserError: the file is missing, fails, has no get_config, or names an unknown field; a
+        value is not of its field's kind.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = sorted(str(p) for p in file.parent.glob("*.py"))
+        near = difflib.get_close_matches(str(file), known, n=3, cutoff=0.4) or known
+        hint = f"; there are: {', '.join(near)}" if near else ""
+        raise UserError(f"no config file {path}{hint}")
+    config = default_config()
+    config.name = file.stem
+    for name, value in _fields(_get_config(file)):
+        if name != "name":
+            _set(config, name, value, origin=str(file))
+    for name, text in overrides:
+        _set(config, name, text, origin="the command line", parse=True)
+    return config
+
+
+def parse(
+    argv: Sequence[str] | None, parser: argparse.ArgumentParser
+) -> tuple[ConfigDict, argparse.Namespace]:
+    """Parses `--config FILE`, `--config.FIELD=VALUE` and the parser's own arguments.
+
+    Returns the config and the other arguments. Raises as `load` does, and UserError for an
+    argument that is not known.
+    """
+    parser.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/imagenet.py")
+    parser.epilog = "Any field of the config: --config.FIELD=VALUE, e.g. --config.batch_size=64"
+    args, rest = parser.parse_known_args(argv)
+    overrides = []
+    while rest:
+        flag, has_value, value = rest.pop(0).partition("=")
+        if not flag.startswith("--config."):
+            raise UserError(f"unknown argument {flag}; --help shows those there are")
+        if not has_value:
+            if not rest:
+                raise UserError(f"{flag} needs a value: {flag}=VALUE")
+            value = rest.pop(0)
+        overrides.append((flag.removeprefix("--config."), value))
+    config = load(args.config, overrides)
+    del args.config
+    return config, args
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the config as indented JSON; tuples become lists."""
+    return json.dumps(config.to_dict(), indent=2, default=str)
+
+
+def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
+    """Names the fields, with both values, in which a saved config and this one train otherwise.
+
+    Fields in FIELDS_FREE_TO_CHANGE, and the name, do not count.
+    """
+    now = dict(_fields(ConfigDict(json.loads(to_json(config)))))
+    before = dict(_fields(ConfigDict(saved)))
+    return [
+        f"{name} ({before.get(name, 'absent')} there, {now.get(name, 'absent')} here)"
+        for name in sorted(now.keys() | before.keys())
+        if before.get(name) != now.get(name) and name not in ("name", *FIELDS_FREE_TO_CHANGE)
+    ]
+
+
+def _get_config(file: Path) -> ConfigDict:
+    try:
+        get_config = runpy.run_path(str(file)).get("get_config")
+        if get_config is None:
+            raise UserError(f"{file} defines no get_config(); see configs/quickstart.py for one")
+        config = get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
+        text = " ".join(str(error).split())
+        raise UserError(f"{file}, line {line}: {type(error).__name__}: {text}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config() must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _set(config: ConfigDict, name: str, value: Any, origin: str, parse: bool = False) -> None:
+    known = dict(_fields(config))
+    if name not in known:
+        tails = {n.split(".")[-1]: n for n in known}
+        near = difflib.get_close_matches(name, known, n=3)
+        near += [tails[t] for t in difflib.get_close_matches(name.split(".")[-1], tails, n=3)]
+        near = list(dict.fromkeys(near)) or list(known)
+        raise UserError(f"{origin}: unknown field {name}; the nearest are {', '.join(near[:4])}")
+    kind = type(known[name])
+    if parse:
+        value = _parse_value(value, kind)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not kind:
+        example = {bool: "true or false", tuple: "(30, 60)", str: "a name"}.get(kind, known[name])
+        raise UserError(f"{origin}: {name}={value!r} must be of type {kind.__name__}, like {example}")
+    parent, _, leaf = name.rpartition(".")
+    (config[parent] if parent else config)[leaf] = value
+
+
+def _parse_value(text: str, kind: type) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,185 @@
+"""The paper's SGD as an Optax chain, and every field that changes while training runs.
+
+A config's schedule is data: a kind ("steps", "plateau", …) that drives `learning_rate`, and a log
+of changes, each (epoch, layer, field, value), that overrides it from that epoch on.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from alexnet_jax.errors import UserError
+from alexnet_jax.model import LAYERS
+
+Params = dict[str, Any]
+ReduceOnPlateauState = Any
+
+CHANGEABLE = {
+    "learning_rate": ("all", *LAYERS),
+    "bias_learning_rate": ("all", *LAYERS),
+    "color_noise": ("data",),
+}
+
+
+class Scheduled(NamedTuple):
+    """The values that hold at one step.
+
+    Attributes:
+      rates: for each layer, {"learning_rate": float32[], "bias_learning_rate": float32[]}.
+      learning_rate: float32[], the one that is shown: what the schedule's kind and the changes
+        to "all" layers give.
+      color_noise: float32[].
+    """
+
+    rates: dict[str, dict[str, jax.Array]]
+    learning_rate: jax.Array
+    color_noise: jax.Array
+
+
+Schedule = Callable[[jax.Array, jax.Array], Scheduled]
+
+
+def make_schedule(config: ConfigDict, steps_per_epoch: float) -> Schedule:
+    """Returns `schedule(step, plateau_scale) -> Scheduled`, a pure function.
+
+    `step` is int32[], `plateau_scale` the float32[] of the plateau state. Raises UserError for an
+    unknown kind, and for a change that names what does not exist.
+    """
+    base = _base_rate(config, steps_per_epoch)
+    for change in config.schedule.changes:
+        _check_change(change)
+
+    def changed(step: jax.Array, layers: tuple[str, ...], field: str, value: jax.Array):
+        for epoch, layer, changed_field, new in config.schedule.changes:
+            if changed_field == field and layer in layers:
+                value = jnp.where(step >= math.ceil(epoch * steps_per_epoch), new, value)
+        return jnp.asarray(value, jnp.float32)
+
+    def schedule(step: jax.Array, plateau_scale: jax.Array) -> Scheduled:
+        rate = base(step) * plateau_scale
+        bias_rate = rate * config.optimizer.bias_learning_rate
+        rates = {
+            layer: {
+                "learning_rate": changed(step, ("all", layer), "learning_rate", rate),
+                "bias_learning_rate": changed(
+                    step, ("all", layer), "bias_learning_rate", bias_rate
+                ),
+            }
+            for layer in LAYERS
+        }
+        noise = changed(step, ("data",), "color_noise", config.augment.color_noise)
+        return Scheduled(rates, changed(step, ("all",), "learning_rate", rate), noise)
+
+    return schedule
+
+
+def _base_rate(config: ConfigDict, steps_per_epoch: float) -> Callable[[jax.Array], jax.Array]:
+    fields, rate = config.schedule, config.learning_rate
+    warmup_steps = round(fields.warmup_epochs * steps_per_epoch)
+    decay_steps = max(1, math.ceil(config.num_epochs * steps_per_epoch) - warmup_steps)
+    kinds = {
+        "constant": lambda: optax.constant_schedule(rate),
+        "plateau": lambda: optax.constant_schedule(rate),
+        "steps": lambda: optax.piecewise_constant_schedule(
+            rate,
+            {
+                math.ceil(epoch * steps_per_epoch) - warmup_steps: fields.factor
+                for epoch in fields.step_epochs
+            },
+        ),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, decay_steps),
+        "polynomial": lambda: optax.polynomial_schedule(rate, 0.0, fields.power, decay_steps),
+    }
+    if fields.kind not in kinds:
+        raise UserError(f"schedule.kind={fields.kind!r}; it can be {', '.join(kinds)}")
+    if not warmup_steps:
+        return kinds[fields.kind]()
+    warmup = optax.linear_schedule(0.0, rate, warmup_steps)
+    return optax.join_schedules([warmup, kinds[fields.kind]()], [warmup_steps])
+
+
+def _check_change(change: Any) -> None:
+    if not isinstance(change, tuple | list) or len(change) != 4:
+        raise UserError(f"schedule.changes: {change!r} must be (epoch, layer, field, value)")
+    epoch, layer, field, value = change
+    if field not in CHANGEABLE:
+        near = difflib.get_close_matches(str(field), CHANGEABLE) or list(CHANGEABLE)
+        raise UserError(f"schedule.changes: no field {field!r}; the nearest are {', '.join(near)}")
+    if layer not in CHANGEABLE[field]:
+        raise UserError(
+            f"schedule.changes: {field} cannot change for {layer!r}, only for "
+            f"{', '.join(CHANGEABLE[field])}"
+        )
+    if not all(isinstance(number, int | float) for number in (epoch, value)):
+        raise UserError(f"schedule.changes: epoch and value of {change!r} must be numbers")
+
+
+def plateau(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """Divides its state's `scale` when validation error stops improving (paper, section 5).
+
+    Call `update({}, state, value=error)` once after each evaluation. With another kind of
+    schedule nobody does, and the scale stays 1.
+    """
+    fields = config.schedule
+    return optax.contrib.reduce_on_plateau(
+        factor=fields.factor,
+        patience=fields.patience,
+        min_scale=fields.factor**fields.max_drops,
+    )
+
+
+def sgd(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """The paper's update, section 5: v ← 0.9 v − 0.0005 ε w − ε ∇;  w ← w + v.
+
+    The learning rate ε is inside the velocity, and scales the weight decay with it. `update` takes
+    `rates`, the ε of every layer's weights and biases (`Scheduled.rates`).
+    """
+    fields = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(fields.clip_norm) if fields.clip_norm else optax.identity(),
+        optax.add_decayed_weights(fields.weight_decay, mask=_is_weight),
+        optax.add_decayed_weights(
+            fields.bias_weight_decay, mask=lambda p: jax.tree.map(lambda w: not w, _is_weight(p))
+        ),
+        _momentum(fields.momentum),
+    )
+
+
+def _momentum(momentum: float) -> optax.GradientTransformationExtraArgs:
+    """v ← momentum · v − ε · u, with one ε for each array; ε = 0 leaves v as it is and w fixed.
+
+    optax.trace would let a frozen layer coast on: the released program skips its update whole.
+    """
+
+    def init(params: Params) -> optax.TraceState:
+        return optax.TraceState(trace=jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates, state, params=None, *, rates, **_):
+        del params
+        rates = jax.tree_util.tree_map_with_path(lambda path, _: _rate_of(path, rates), updates)
+        velocity = jax.tree.map(
+            lambda v, u, rate: jnp.where(rate > 0, momentum * v - rate * u, v),
+            state.trace,
+            updates,
+            rates,
+        )
+        steps = jax.tree.map(lambda v, rate: jnp.where(rate > 0, v, 0.0), velocity, rates)
+        return steps, optax.TraceState(trace=velocity)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_weight(params: Params) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _rate_of(path: tuple[Any, ...], rates: dict[str, dict[str, jax.Array]]) -> jax.Array:
+    """A layer's batch norm, bn1 to bn5, goes with its biases."""
+    layer = path[0].key.replace("bn", "conv")
+    return rates[layer]["learning_rate" if path[-1].key == "kernel" else "bias_learning_rate"]

@@ -1,0 +1,80 @@
+"""Pictures of a run: sample images, training curves, conv1's filters."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+LEAST_TILE = 112  # pixels: room enough for a class name
+CAPTION_HEIGHT = 16
+FILTER_ZOOM = 4
+
+
+def save_sample_grid(images: np.ndarray, captions: Sequence[str], path: Path) -> None:
+    """Writes images, uint8[N, S, S, 3], as a grid with a caption under each."""
+    zoom = math.ceil(LEAST_TILE / images.shape[1])
+    side = images.shape[1] * zoom
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    cell = (side + 4, side + CAPTION_HEIGHT + 4)
+    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        x, y = place % columns * cell[0] + 2, place // columns * cell[1] + 2
+        tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+        sheet.paste(tile, (x, y))
+        draw.text((x + 2, y + side), _shorten(caption, side, font), "black", font)
+    sheet.save(path)
+
+
+def save_filters(kernel: np.ndarray, path: Path) -> None:
+    """Writes a first layer's float32[H, W, 3, N] kernel as a grid of N pictures (paper, Fig. 3).
+
+    All filters share one scale, so that strong and weak ones can be told apart.
+    """
+    height, width, _, count = kernel.shape
+    scaled = np.uint8(np.clip(127.5 + 127.5 * kernel / (np.abs(kernel).max() + 1e-12), 0, 255))
+    columns = math.ceil(math.sqrt(count * 2))
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, np.uint8)
+    for place in range(count):
+        y, x = place // columns * (height + 1) + 1, place % columns * (width + 1) + 1
+        sheet[y : y + height, x : x + width] = scaled[..., place]
+    size = (sheet.shape[1] * FILTER_ZOOM, sheet.shape[0] * FILTER_ZOOM)
+    Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)
+
+
+def save_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Writes loss, error and learning rate over epochs from the rows of a metrics.jsonl."""
+    import matplotlib  # takes a while, and most of a run does without
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = list(rows)
+    figure, (loss, error, rate) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    for split, color in (("train", "black"), ("eval", "tab:red")):
+        of_split = [row for row in rows if row["split"] == split]
+        epochs = [row["epoch"] for row in of_split]
+        style = {"color": color, "label": split, "marker": "o" if split == "eval" else None}
+        loss.plot(epochs, [row["loss"] for row in of_split], markersize=3, **style)
+        error.plot(epochs, [100 * (1 - row["top1"]) for row in of_split], markersize=3, **style)
+        if split == "train":
+            rate.plot(epochs, [row["learning_rate"] for row in of_split], color=color)
+    loss.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
+    error.set(xlabel="epoch", ylabel="top-1 error (%)")
+    rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    loss.legend(frameon=False)
+    for axes in (loss, error, rate):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    while text and font.getlength(text) > width - 4:
+        text = text[:-2] + "…" if len(text) > 2 else ""
+    return text

@@ -1,0 +1,93 @@
+"""What a run tells of itself: progress bar, metrics.jsonl, TensorBoard, curves.png."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from alexnet_jax import plots
+
+Row = dict[str, Any]
+
+
+class Report:
+    """The progress bar and the files of one run, from one step on.
+
+    What an earlier part of the run wrote for later steps, which will now be made again, is
+    dropped, so that every step stands in `metrics.jsonl` at most once.
+    """
+
+    def __init__(self, workdir: Path, step: int, total_steps: int):
+        self._workdir = workdir
+        self._rows = [row for row in read_metrics(workdir) if row["step"] <= step]
+        kept = workdir / "metrics.jsonl.new"
+        kept.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._metrics = kept.replace(workdir / "metrics.jsonl").open("a")
+        self._tensorboard = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10
+        )
+        # On a terminal a bar; in a file or a cluster's log a line for each row instead.
+        self._bar = tqdm(initial=step, total=total_steps, unit="step", disable=None)
+
+    def advance(self) -> None:
+        """Moves the bar by one step."""
+        self._bar.update()
+
+    def train(self, row: Row) -> None:
+        """Records a row of training metrics (see `read_metrics` for its keys)."""
+        self._record({**row, "split": "train"})
+        text = (
+            f"loss {row['loss']:.3f}, top1 {row['top1']:.1%}, lr {row['learning_rate']:.2g}, "
+            f"{row['images_per_s']:.0f} images/s, data wait {row['data_wait']:.1%}"
+        )
+        self._bar.set_postfix_str(text)
+        if self._bar.disable:
+            self.say(f"{_place(row)}  {text}")
+
+    def evaluation(self, row: Row) -> None:
+        """Records a row of evaluation metrics, prints it, and draws curves.png anew."""
+        self._record({**row, "split": "eval"})
+        self.say(
+            f"{_place(row)}  evaluation: loss {row['loss']:.3f}, top1 {row['top1']:.2%}, top5 {row['top5']:.2%}"
+        )
+        plots.save_curves(self._rows, self._workdir / "curves.png")
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        tqdm.write(text)
+
+    def close(self) -> None:
+        """Closes the files and leaves the bar as it is."""
+        self._bar.close()
+        self._metrics.close()
+        self._tensorboard.close()
+
+    def _record(self, row: Row) -> None:
+        self._rows.append(row)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for name, value in row.items():
+            if name not in ("step", "epoch", "split"):
+                self._tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+
+def _place(row: Row) -> str:
+    return f"step {row['step']:6d}  epoch {row['epoch']:6.2f}"
+
+def read_metrics(workdir: Path) -> list[Row]:
+    """Returns the rows of `workdir/metrics.jsonl`, [] if there is none.
+
+    Each has step, epoch, split ("train" or "eval"), loss (nats), top1 and top5 (0 to 1); those of
+    training also learning_rate, images_per_s, and data_wait, the share of the time that the
+    step waited for a batch. A line cut short by a crash ends the rows.
+    """
+    rows = []
+    path = workdir / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,215 @@
+"""One step of training and one of evaluation: pure functions of (state, batch)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from alexnet_jax import augment
+from alexnet_jax.optim import Schedule, plateau, sgd
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+# What draws are for, folded into their keys.
+INIT, TRAIN = 0, 1
+AUGMENT, DROPOUT = 0, 1
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that training needs to go on, as one pytree.
+
+    Attributes:
+      step: int32[], number of updates made.
+      params: float32 arrays by layer: params["conv1"]["kernel"], …
+      batch_stats: running statistics of the `bn` variant, {} for the others.
+      opt_state: Optax's, with the velocity.
+      plateau: state of the plateau schedule; its `scale` multiplies the learning rate.
+      key: the base random key; a step's draws come from it and the step's number alone.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt_state: optax.OptState
+    plateau: Any
+    key: jax.Array
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch], Metrics]
+
+
+def train_key(seed: int) -> jax.Array:
+    """Returns the base key of a run's random draws: a step folds its number into it."""
+    return jax.random.fold_in(jax.random.PRNGKey(seed), TRAIN)
+
+
+def init_state(model: nn.Module, config: ConfigDict) -> TrainState:
+    """Returns the state before the first step, a function of config.seed alone."""
+    init_key = jax.random.fold_in(jax.random.PRNGKey(config.seed), INIT)
+    size = config.augment.crop_size
+    variables = model.init(init_key, jnp.zeros((1, size, size, 3)), train=False)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=sgd(config).init(params),
+        plateau=plateau(config).init(params),
+        key=train_key(config.seed),
+    )
+
+
+def make_train_step(
+    model: nn.Module,
+    config: ConfigDict,
+    stats: augment.Statistics,
+    schedule: Schedule,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """Returns `train_step(state, batch) -> (state, metrics)`.
+
+    The batch is {"image": uint8[B, S, S, 3], "label": int32[B]}; augmentation happens inside.
+    Metrics are float32[] means over the global batch: loss (nats), top1 and top5 (accuracies, 0
+    to 1); and learning_rate.
+
+    Args:
+      axis_name: of the mapped device axis under pmap, where the batch is one device's share.
+    """
+    optimizer = sgd(config)
+
+    def loss_fn(params, batch_stats, images, labels, key):
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
+        )
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        metrics = {"loss": loss, **_in_first(logits, labels, jnp.mean)}
+        return loss, (metrics, updated.get("batch_stats", {}))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        now = schedule(state.step, state.plateau.scale)
+        images = augmented(
+            state.key, state.step, batch["image"], now.color_noise, stats, config, axis_name
+        )
+        dropout_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), DROPOUT)
+        if axis_name:
+            dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
+
+        grads, metrics, batch_stats = _accumulate(
+            jax.grad(loss_fn, has_aux=True),
+            state,
+            (images, batch["label"]),
+            dropout_key,
+            config.optimizer.accumulate_steps,
+        )
+        if axis_name:
+            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, rates=now.rates
+        )
+        state = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+        )
+        return state, {**metrics, "learning_rate": now.learning_rate}
+
+    return train_step
+
+
+def augmented(
+    key: jax.Array,
+    step: jax.Array,
+    images: jax.Array,
+    color_noise: jax.Array,
+    stats: augment.Statistics,
+    config: ConfigDict,
+    axis_name: str | None = None,
+) -> jax.Array:
+    """Returns the batch that the network sees at one step, float32[B, crop_size, crop_size, 3].
+
+    Every image has a key of its own by its place in the global batch, so that what happens to it
+    does not depend on how many devices share the batch.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(key, step), AUGMENT)
+    first = jax.lax.axis_index(axis_name) * len(images) if axis_name else 0
+    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(len(images)))
+    return augment.augment(images, keys, color_noise, stats, config)
+
+
+def _accumulate(grad_fn, state: TrainState, examples: tuple, key: jax.Array, parts: int):
+    """Gradients and metrics of the batch, computed in so many parts one after the other."""
+    if parts == 1:
+        grads, (metrics, batch_stats) = grad_fn(state.params, state.batch_stats, *examples, key)
+        return grads, metrics, batch_stats
+
+    def add_part(carry, part):
+        grads, batch_stats = carry
+        part_grads, (metrics, batch_stats) = grad_fn(state.params, batch_stats, *part)
+        return (jax.tree.map(lambda total, g: total + g / parts, grads, part_grads), batch_stats), (
+            metrics
+        )
+
+    split = [x.reshape(parts, -1, *x.shape[1:]) for x in examples]
+    (grads, batch_stats), metrics = jax.lax.scan(
+        add_part,
+        (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats),
+        (*split, jax.random.split(key, parts)),
+    )
+    return grads, jax.tree.map(jnp.mean, metrics), batch_stats
+
+
+def make_eval_step(
+    model: nn.Module,
+    config: ConfigDict,
+    stats: augment.Statistics,
+    axis_name: str | None = None,
+) -> EvalStep:
+    """Returns `eval_step(state, batch) -> sums` over the examples whose label is not -1.
+
+    Sums, each float32[] over the global batch: loss (nats), top1, top5, count. With ten views
+    the softmax is averaged over them first (paper, section 4.1), and the loss is of the average.
+    """
+
+    def log_probabilities(state: TrainState, images: jax.Array) -> jax.Array:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+
+        def of_view(view: jax.Array) -> jax.Array:
+            return nn.log_softmax(model.apply(variables, view, train=False))
+
+        if config.eval.views == "center":
+            return of_view(augment.center_crop(images, stats, config))
+        views = jax.lax.map(of_view, augment.ten_views(images, stats, config))
+        return nn.logsumexp(views, axis=0) - jnp.log(augment.TEN_VIEWS)
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        counted = batch["label"] >= 0
+        labels = jnp.maximum(batch["label"], 0)
+        log_probs = log_probabilities(state, batch["image"])
+        losses = -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
+
+        def total(values: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(counted, values, 0.0))
+
+        sums = {"loss": total(losses), **_in_first(log_probs, labels, total), "count": total(1.0)}
+        return jax.lax.psum(sums, axis_name) if axis_name else sums
+
+    return eval_step
+
+
+def _in_first(logits: jax.Array, labels: jax.Array, reduce: Callable) -> Metrics:
+    """Whether each label is the first, or among the first five; of fewer classes, among all."""
+    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    hits = (best == labels[:, None]).astype(jnp.float32)
+    return {"top1": reduce(hits[:, 0]), "top5": reduce(hits.sum(1))}

@@ -1,0 +1,325 @@
+"""Training from a config to a workdir: the loop that joins data, step, checkpoints and report."""
+
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from alexnet_jax import augment, optim, parallel, pipeline, plots, step
+from alexnet_jax import config as configs
+from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.errors import UserError, disk_full_is_users, is_disk_full
+from alexnet_jax.interrupt import StopRequest
+from alexnet_jax.model import AlexNet, format_layer_table, layer_table
+from alexnet_jax.report import Report
+from alexnet_jax.store import Store, open_or_prepare
+from alexnet_jax.visualize import save_samples
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it is saved, and the same command goes on with it."""
+
+
+def build_model(config: ConfigDict) -> AlexNet:
+    """Returns the network of `config.model`. Raises UserError for a variant that does not exist."""
+    fields = config.model
+    return AlexNet(
+        variant=fields.variant,
+        num_classes=fields.num_classes,
+        dtype=fields.dtype,
+        dropout=fields.dropout,
+        initializer=fields.init,
+        hidden_bias=fields.hidden_bias,
+        width=fields.width,
+        batch_norm_axis=parallel.axis_name(config),
+    )
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in ~/.cache/alexnet_jax, or $JAX_COMPILATION_CACHE_DIR if set."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = Path("~/.cache/alexnet_jax").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> step.TrainState:
+    """Trains as `config` says, going on from the workdir's newest checkpoint if it has one.
+
+    Writes config.json, summary.txt, samples.png, checkpoints/, metrics.jsonl, tensorboard/,
+    curves.png and filters.png into the workdir. Returns the state after the last step.
+
+    Raises:
+      UserError: a field, the data or the workdir is not usable, the loss is no longer finite,
+        or the disk is full. What was saved before stays as it was.
+      Stopped: SIGINT or SIGTERM came; the state is saved.
+    """
+    started = time.perf_counter()
+    model = build_model(config)
+    check(config)
+    workdir = Path(workdir).expanduser()
+    with disk_full_is_users(workdir):
+        claim_workdir(workdir, config)
+        size = config.augment.crop_size
+        table = format_layer_table(layer_table(model, (size, size, 3)))
+        (workdir / "summary.txt").write_text(table + "\n")
+        print(f"AlexNet, variant {config.model.variant}:\n{table}\n")
+        stores = open_or_prepare(config)
+        check_classes(config, stores["train"])
+        with (
+            StopRequest() as stop,
+            closing(Checkpoints(workdir, config)) as checkpoints,
+        ):
+            return _Run(config, workdir, model, stores, checkpoints, stop, started).train()
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError for what can be seen to be wrong before any data is touched."""
+    augment.check(config)
+    parallel.check(config)
+    optim.make_schedule(config, steps_per_epoch=1.0)
+    for field in ("num_epochs", "log_every_steps"):
+        if config[field] < 1:
+            raise UserError(f"{field}={config[field]} must be at least 1")
+    for field in ("every_steps", "keep"):
+        if config.checkpoint[field] < 1:
+            raise UserError(f"checkpoint.{field}={config.checkpoint[field]} must be at least 1")
+    if config.eval.every_epochs <= 0:
+        raise UserError(f"eval.every_epochs={config.eval.every_epochs} must be above 0")
+
+
+def check_classes(config: ConfigDict, store: Store) -> None:
+    """Raises UserError if the network has fewer outputs than the data has classes."""
+    if len(store.class_names) > config.model.num_classes:
+        raise UserError(
+            f"{config.dataset} has {len(store.class_names)} classes, the network "
+            f"{config.model.num_classes}; set --config.model.num_classes={len(store.class_names)}"
+        )
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Makes the workdir with its config.json, or sees that it holds a run of this config.
+
+    Raises UserError if it cannot be written or holds a run of another config.
+    """
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        saved = json.loads(path.read_text()) if path.exists() else None
+        if saved is None or not configs.differing_fields(config, saved):
+            new = workdir / "config.json.new"
+            new.write_text(configs.to_json(config) + "\n")
+            new.replace(path)
+            return
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged; choose another --workdir, or remove it") from error
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(
+            f"cannot write to workdir {workdir} ({error.strerror}); choose another --workdir"
+        ) from error
+    raise UserError(
+        f"{workdir} holds the run of another config, which differs in "
+        f"{', '.join(configs.differing_fields(config, saved))}; choose another --workdir"
+    )
+
+
+def evaluate(
+    compiled: parallel.Compiled,
+    state: step.TrainState,
+    batches: Iterator[pipeline.Batch],
+    stop: StopRequest | None = None,
+) -> dict[str, float] | None:
+    """Returns loss, top1 and top5 as means over all examples; None if asked to stop meanwhile.
+
+    `state` is placed on the devices.
+    """
+    sums = []
+    for batch in batches:
+        if stop and stop.requested:
+            return None
+        sums.append(compiled.eval_step(state, compiled.place_batch(batch)))
+    total = {key: sum(float(compiled.fetch(s)[key]) for s in sums) for key in sums[0]}
+    return {key: total[key] / total["count"] for key in ("loss", "top1", "top5")}
+
+
+class _Run:
+    """One process's part of a run: from the restored state to the last step."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        model: AlexNet,
+        stores: dict[str, Store],
+        checkpoints: Checkpoints,
+        stop: StopRequest,
+        started: float,
+    ):
+        self.config, self.workdir, self.stores = config, workdir, stores
+        self.checkpoints, self.stop, self.started = checkpoints, stop, started
+        self.steps_per_epoch = stores["train"].num_examples / config.batch_size
+        self.total_steps = self._step_at(config.num_epochs)
+        every = config.eval.every_epochs
+        count = math.ceil(config.num_epochs / every)
+        self.eval_steps = {self._step_at(every * i) for i in range(1, count)} | {self.total_steps}
+
+        self.stats = augment.statistics(stores["train"], config)
+        self.schedule = optim.make_schedule(config, self.steps_per_epoch)
+        self.compiled = parallel.compile_steps(
+            config,
+            functools.partial(step.make_train_step, model, config, self.stats, self.schedule),
+            functools.partial(step.make_eval_step, model, config, self.stats),
+        )
+        self.batches = pipeline.train_batches(stores["train"], config.batch_size, config.seed)
+        self.plateau = optim.plateau(config)
+
+        state = jax.jit(lambda: step.init_state(model, config))()
+        restored = checkpoints.restore_latest(state)
+        if restored:
+            state = restored.state
+            self.batches.set_state(restored.position)
+            print(f"going on from step {int(state.step)} of {self.total_steps}")
+        self.step = int(state.step)
+        self.state = self.compiled.place(state)
+        self.report = Report(workdir, self.step, self.total_steps)
+        self.meter = _Meter(config.batch_size)
+
+    def train(self) -> step.TrainState:
+        """Steps, evaluates and saves until the last step or a request to stop."""
+        with closing(self.report):
+            # A run that was stopped before an evaluation makes it up first.
+            evaluated = self.checkpoints.was_evaluated(self.step)
+            while True:
+                if self.step in self.eval_steps and not evaluated and not self.stop.requested:
+                    self._evaluate_and_save()
+                if self.stop.requested:
+                    self._save()
+                    raise Stopped(f"stopped and saved at step {self.step} of {self.total_steps}")
+                if self.step == self.total_steps:
+                    break
+                self._step()
+                evaluated = False
+            self.checkpoints.wait()
+            best = self.checkpoints.best_step
+            self.report.say(f"finished at step {self.step}; best top-1 at step {best}")
+        return self.compiled.fetch(self.state)
+
+    def _step(self) -> None:
+        first = self.meter.first_step
+        asked = time.perf_counter()
+        batch = next(self.batches)
+        waited = time.perf_counter() - asked
+        if first:
+            self._draw_samples(batch)
+        self.state, metrics = self.compiled.train_step(self.state, self.compiled.place_batch(batch))
+        self.step += 1
+        self.meter.add(self.step, metrics, waited)
+        if first:
+            jax.block_until_ready(metrics)
+            self.meter.restart_clock()
+            self.report.say(f"first step after {time.perf_counter() - self.started:.1f} s")
+        self.report.advance()
+        if self.step % self.config.log_every_steps == 0:
+            self._record_train()
+        if self.step % self.config.checkpoint.every_steps == 0 and self.step not in self.eval_steps:
+            self._save()
+
+    def _record_train(self) -> None:
+        """Brings the metrics of the steps since the last time to the host, and checks them."""
+        steps, timing = self.meter.drain(self.compiled.fetch)
+        for number, metrics in steps:
+            if not math.isfinite(metrics["loss"]):
+                self._give_up(number, metrics["learning_rate"], f"loss is {metrics['loss']}")
+        if steps:
+            means = {k: float(np.mean([m[k] for _, m in steps])) for k in ("loss", "top1", "top5")}
+            rate = steps[-1][1]["learning_rate"]
+            self.report.train({**self._place(), **means, "learning_rate": rate, **timing})
+        self.last_rate = steps[-1][1]["learning_rate"] if steps else 0.0
+
+    def _evaluate_and_save(self) -> None:
+        self._record_train()
+        batches = pipeline.eval_batches(self.stores["eval"], self.config.batch_size)
+        metrics = evaluate(self.compiled, self.state, batches, self.stop)
+        if metrics is None:
+            return
+        if self.config.schedule.kind == "plateau":
+            error = 1.0 - metrics["top1"]
+            before = self.compiled.fetch(self.state.plateau)
+            _, after = self.plateau.update({}, before, value=error)
+            self.state = self.state.replace(plateau=self.compiled.place(after))
+        self.report.evaluation({**self._place(), **metrics})
+        self._save(metrics["top1"])
+        kernel = self.compiled.fetch(self.state.params["conv1"]["kernel"])
+        plots.save_filters(np.asarray(kernel), self.workdir / "filters.png")
+        self.meter.restart_clock()
+
+    def _save(self, top1: float | None = None) -> None:
+        self._record_train()
+        state = self.compiled.fetch(self.state)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+            self._give_up(self.step, float(self._now().learning_rate), "a parameter is not finite")
+        self.checkpoints.save(state, self.batches.get_state(), top1)
+
+    def _give_up(self, number: int, rate: float, what: str) -> None:
+        self.checkpoints.wait()
+        good = self.checkpoints.latest_step
+        saved = f"the last good checkpoint is of step {good}" if good else "nothing was saved yet"
+        raise UserError(
+            f"{what} at step {number} (learning rate {rate:.3g}); {saved}; a lower learning_rate "
+            "or optimizer.clip_norm may help"
+        )
+
+    def _now(self) -> optim.Scheduled:
+        return self.schedule(self.step, self.compiled.fetch(self.state.plateau).scale)
+
+    def _place(self) -> dict[str, Any]:
+        return {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
+
+    def _step_at(self, epoch: float) -> int:
+        return math.ceil(epoch * self.steps_per_epoch - 1e-9)
+
+    def _draw_samples(self, batch: pipeline.Batch) -> None:
+        key = self.compiled.fetch(self.state.key)
+        path = self.workdir / "samples.png"
+        save_samples(self.config, self.stores["train"], batch, key, self.step, path)
+
+
+class _Meter:
+    """Metrics and waiting times since the last drain; metrics stay on the devices until then."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.first_step = True
+        self.steps: list[tuple[int, step.Metrics]] = []
+        self.restart_clock()
+
+    def add(self, number: int, metrics: step.Metrics, waited: float) -> None:
+        self.steps.append((number, metrics))
+        self.timed += 1
+        self.waited += waited
+        self.first_step = False
+
+    def restart_clock(self) -> None:
+        self.clock, self.timed, self.waited = time.perf_counter(), 0, 0.0
+
+    def drain(self, fetch) -> tuple[list[tuple[int, dict[str, float]]], dict[str, float]]:
+        steps = [(n, {k: float(v) for k, v in fetch(m).items()}) for n, m in self.steps]
+        seconds = time.perf_counter() - self.clock
+        timing = {
+            "images_per_s": self.timed * self.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        self.steps = []
+        self.restart_clock()
+        return steps, timing

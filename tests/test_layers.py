@@ -1,0 +1,129 @@
+"""Layers against float64 loops written from the formulas, and against known values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.layers import (
+    ceil_padding,
+    local_response_norm,
+    max_pool,
+    paper_dropout,
+    within_map_norm,
+)
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def activations(shape: tuple[int, ...], scale: float = 100.0) -> np.ndarray:
+    """Signed, and large enough for alpha * sum of squares to matter beside k."""
+    return np.random.default_rng(0).normal(0, scale, shape)
+
+
+def lrn_by_loops(a: np.ndarray, k: float, alpha: float, groups: int) -> np.ndarray:
+    """Paper §3.3: the sum runs over max(0, i - n/2) .. min(N - 1, i + n/2), N channels a tower."""
+    out = np.zeros_like(a)
+    tower = a.shape[-1] // groups
+    for index in np.ndindex(a.shape):
+        first, i = index[-1] // tower * tower, index[-1] % tower
+        near = range(max(0, i - 2), min(tower - 1, i + 2) + 1)
+        total = sum(a[index[:-1] + (first + j,)] ** 2 for j in near)
+        out[index] = a[index] / (k + alpha * total) ** 0.75
+    return out
+
+
+@pytest.mark.parametrize(
+    ("k", "alpha", "groups"),
+    [(2.0, 1e-4, 1), (2.0, 2e-5, 2), (1.0, 2e-5, 1)],
+    ids=["paper", "original", "caffenet"],
+)
+def test_lrn_is_the_formula(float64, k, alpha, groups):
+    a = activations((2, 3, 3, 12))
+    got = local_response_norm(jnp.asarray(a), k=k, alpha=alpha, groups=groups)
+    np.testing.assert_allclose(got, lrn_by_loops(a, k, alpha, groups), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("channel", "terms_in_one_tower", "terms_in_two"),
+    [(0, 3, 3), (1, 4, 4), (2, 5, 5), (45, 5, 5), (46, 5, 4), (47, 5, 3)]
+    + [(48, 5, 3), (49, 5, 4), (50, 5, 5), (93, 5, 5), (94, 4, 4), (95, 3, 3)],
+)
+def test_lrn_of_ones_counts_the_channels_in_its_window(
+    float64, channel, terms_in_one_tower, terms_in_two
+):
+    ones = jnp.ones((1, 1, 1, 96))
+    for groups, terms in ((1, terms_in_one_tower), (2, terms_in_two)):
+        value = local_response_norm(ones, k=2.0, alpha=2e-5, groups=groups)[0, 0, 0, channel]
+        assert value == pytest.approx((2 + 2e-5 * terms) ** -0.75, rel=1e-12)
+
+
+def test_within_map_norm_is_the_formula(float64):
+    a = activations((2, 7, 6, 3), scale=500.0)
+    want = np.zeros_like(a)
+    for b, y, x, c in np.ndindex(a.shape):
+        window = a[b, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3, c]
+        want[b, y, x, c] = a[b, y, x, c] / (1 + 4e-5 * np.sum(window**2)) ** 0.75
+    np.testing.assert_allclose(within_map_norm(jnp.asarray(a)), want, rtol=1e-12)
+
+
+def test_within_map_norm_of_ones_counts_the_pixels_in_its_window(float64):
+    value = within_map_norm(jnp.ones((1, 27, 27, 1)))
+    for (y, x), pixels in {(13, 13): 25, (0, 13): 15, (0, 0): 9, (1, 26): 12}.items():
+        assert value[0, y, x, 0] == pytest.approx((1 + 4e-5 * pixels) ** -0.75, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "norm", [lambda a: local_response_norm(a, k=2.0, alpha=1e-4), within_map_norm]
+)
+def test_norms_in_bfloat16_round_only_their_result(norm):
+    a = jnp.asarray(activations((2, 7, 7, 16)), jnp.bfloat16)
+    got = norm(a)
+    assert got.dtype == jnp.bfloat16
+    assert jnp.array_equal(got, norm(a.astype(jnp.float32)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("length", "pooled"),
+    [(55, 27), (27, 13), (13, 6), (32, 16), (16, 8), (8, 4), (24, 12), (12, 6), (14, 7), (3, 1)],
+)
+def test_pooling_rounds_sizes_up(length, pooled):
+    assert max_pool(jnp.zeros((1, length, length, 1))).shape == (1, pooled, pooled, 1)
+
+
+def test_pooling_clips_its_windows_at_the_edge():
+    a = activations((2, 8, 7, 3)).astype(np.float32) - 1000  # a padding of zeros would win
+    got = np.asarray(max_pool(jnp.asarray(a)))
+    assert got.shape == (2, 4, 3, 3)
+    for b, y, x, c in np.ndindex(got.shape):
+        assert got[b, y, x, c] == a[b, 2 * y : 2 * y + 3, 2 * x : 2 * x + 3, c].max()
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "stride", "end"), [(224, 11, 4, 3), (227, 11, 4, 0), (32, 3, 2, 1)]
+)
+def test_ceil_padding_is_at_the_end_only(length, size, stride, end):
+    assert ceil_padding(length, size, stride) == (0, end)
+
+
+def test_paper_dropout_zeroes_without_rescaling():
+    a = jnp.asarray(activations((100, 100)), jnp.float32)
+    dropped = paper_dropout(a, 0.3, jax.random.key(0))
+    kept = dropped != 0
+    assert jnp.array_equal(dropped, jnp.where(kept, a, 0))
+    assert float(kept.mean()) == pytest.approx(0.7, abs=0.02)
+
+
+def test_paper_dropout_scales_at_test():
+    a = jnp.asarray(activations((4, 5)), jnp.float32)
+    np.testing.assert_allclose(paper_dropout(a, 0.3, None), a * 0.7, rtol=1e-6)
+
+
+def test_paper_dropout_of_rate_zero_changes_nothing():
+    a = jnp.asarray(activations((4, 5)), jnp.float32)
+    assert jnp.array_equal(paper_dropout(a, 0.0, None), a)
+    assert jnp.array_equal(paper_dropout(a, 0.0, jax.random.key(0)), a)

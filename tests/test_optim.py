@@ -1,0 +1,180 @@
+"""The paper's update to the last digit, and schedules that read like the logs they come from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alexnet_jax import config as configs
+from alexnet_jax import optim
+from alexnet_jax.config import default_config
+from alexnet_jax.errors import UserError
+from alexnet_jax.model import LAYERS
+
+STEPS_PER_EPOCH = 10.0
+
+
+def params(value=1.0):
+    return {layer: {"kernel": jnp.full(2, value), "bias": jnp.full(1, value)} for layer in LAYERS}
+
+
+def scheduled(config, epoch, scale=1.0):
+    schedule = optim.make_schedule(config, STEPS_PER_EPOCH)
+    return schedule(jnp.int32(round(epoch * STEPS_PER_EPOCH)), jnp.float32(scale))
+
+
+def updates_of(config, gradients, start=1.0, epoch=0.0):
+    """Weights of conv1 after each of the gradients."""
+    w, optimizer = params(start), optim.sgd(config)
+    state = optimizer.init(w)
+    for gradient in gradients:
+        grads = jax.tree.map(lambda x, g=gradient: jnp.full_like(x, g), w)
+        steps, state = optimizer.update(grads, state, w, rates=scheduled(config, epoch).rates)
+        w = optax.apply_updates(w, steps)
+        yield w, state
+
+
+def test_two_steps_of_the_papers_update_by_hand():
+    (first, _), (second, _) = updates_of(default_config(), [0.5, 0.5])
+    assert first["conv1"]["kernel"][0] == pytest.approx(0.994995, abs=1e-7)
+    # v = 0.9 · −0.005005 − 0.01 · 0.5 − 0.0005 · 0.01 · 0.994995 = −0.0095094750
+    assert second["conv1"]["kernel"][0] == pytest.approx(0.994995 - 0.009509475, abs=1e-7)
+
+
+def test_velocity_holds_the_learning_rate_so_a_drop_takes_effect_slowly():
+    """w moves on by 0.9 of its last step even if ε is now nearly nothing (paper, section 5)."""
+    c = default_config()
+    c.optimizer.weight_decay = 0.0
+    c.schedule.changes = ((1.0, "all", "learning_rate", 1e-12),)
+    optimizer, w = optim.sgd(c), params()
+    state = optimizer.init(w)
+    grads = jax.tree.map(jnp.ones_like, w)
+    first, state = optimizer.update(grads, state, w, rates=scheduled(c, 0).rates)
+    second, _ = optimizer.update(grads, state, w, rates=scheduled(c, 1).rates)
+    np.testing.assert_allclose(
+        second["fc6"]["kernel"], 0.9 * first["fc6"]["kernel"], rtol=1e-6
+    )
+
+
+def test_biases_have_a_rate_and_a_decay_of_their_own():
+    c = default_config()
+    c.optimizer.bias_learning_rate = 2.0
+    c.optimizer.bias_weight_decay = 0.1
+    ((after, _),) = updates_of(c, [0.5])
+    assert after["fc7"]["bias"][0] == pytest.approx(1 - 0.02 * (0.5 + 0.1 * 1.0), abs=1e-7)
+    assert after["fc7"]["kernel"][0] == pytest.approx(1 - 0.01 * (0.5 + 0.0005), abs=1e-7)
+
+
+def test_rate_zero_freezes_a_layer_whole_its_velocity_too():
+    c = default_config()
+    c.schedule.changes = ((0.0, "conv1", "learning_rate", 0.0),)
+    *_, (after, state) = updates_of(c, [0.5] * 5)
+    np.testing.assert_array_equal(after["conv1"]["kernel"], 1.0)
+    np.testing.assert_array_equal(state[-1].trace["conv1"]["kernel"], 0.0)
+    assert after["conv1"]["bias"][0] < 1
+    assert after["conv2"]["kernel"][0] < 1
+
+
+def test_a_layer_frozen_in_flight_stops_at_once():
+    c = default_config()
+    optimizer, w = optim.sgd(c), params()
+    state = optimizer.init(w)
+    grads = jax.tree.map(jnp.ones_like, w)
+    _, state = optimizer.update(grads, state, w, rates=scheduled(c, 0).rates)
+    c.schedule.changes = ((0.0, "conv1", "learning_rate", 0.0),)
+    steps, _ = optimizer.update(grads, state, w, rates=scheduled(c, 0).rates)
+    np.testing.assert_array_equal(steps["conv1"]["kernel"], 0.0)
+
+
+def test_clipping_limits_the_global_norm_of_the_gradients():
+    c = default_config()
+    c.optimizer.weight_decay = 0.0
+    c.optimizer.clip_norm = 1.0
+    ((after, _),) = updates_of(c, [100.0])
+    moved = optax.global_norm(jax.tree.map(lambda a, b: a - b, params(), after))
+    assert moved == pytest.approx(0.01, rel=1e-4)
+
+
+RUN_145 = [
+    # epoch, layer, epsW, epsB, colour noise: the facts of the released log
+    (0, "conv1", 1e-2, 0.02, 0.1),
+    (24.9, "fc8", 1e-2, 0.02, 0.1),
+    (25, "conv1", 1e-3, 0.02, 0.1),
+    (51, "conv1", 1e-4, 0.02, 0.1),
+    (66.9, "conv1", 1e-4, 0.02, 0.1),
+    (67, "conv1", 1e-5, 0.02, 0.0),
+    (67, "conv2", 1e-4, 0.02, 0.0),
+    (72, "conv1", 0.0, 0.0, 0.0),
+    (72, "conv2", 1e-4, 0.02, 0.0),
+    (79, "conv1", 0.0, 0.0, 0.0),
+    (79, "conv2", 1e-5, 0.02, 0.0),
+    (90, "fc8", 1e-5, 0.02, 0.0),
+]
+
+
+@pytest.mark.parametrize(("epoch", "layer", "weights", "biases", "noise"), RUN_145)
+def test_run_145_changes_when_its_log_says(epoch, layer, weights, biases, noise):
+    now = scheduled(configs.load("configs/imagenet_2012.py"), epoch)
+    assert now.rates[layer]["learning_rate"] == pytest.approx(weights)
+    assert now.rates[layer]["bias_learning_rate"] == pytest.approx(biases)
+    assert now.color_noise == pytest.approx(noise)
+
+
+KINDS = [
+    ("constant", {}, {0: 0.01, 50: 0.01}),
+    ("steps", {"step_epochs": (30.0, 60.0)}, {0: 0.01, 29.9: 0.01, 30: 1e-3, 60: 1e-4}),
+    ("cosine", {}, {0: 0.01, 45: 0.005, 90: 0.0}),
+    ("cosine", {"warmup_epochs": 10.0}, {0: 0.0, 5: 0.005, 10: 0.01, 50: 0.005, 90: 0.0}),
+    ("polynomial", {"power": 2.0}, {0: 0.01, 45: 0.0025, 90: 0.0}),
+    ("steps", {"warmup_epochs": 5.0, "step_epochs": (30.0,)}, {1: 0.002, 29.9: 0.01, 30: 1e-3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields", "rates"), KINDS)
+def test_kinds_of_schedule(kind, fields, rates):
+    c = default_config()
+    c.schedule.kind = kind
+    c.schedule.update(fields)
+    for epoch, rate in rates.items():
+        now = scheduled(c, epoch)
+        assert now.learning_rate == pytest.approx(rate, abs=1e-8), epoch
+        assert now.rates["conv3"]["learning_rate"] == now.learning_rate
+
+
+def test_plateau_divides_by_ten_three_times_when_error_stops_improving():
+    c = default_config()
+    c.schedule.kind = "plateau"
+    c.schedule.patience = 2
+    plateau = optim.plateau(c)
+    state = plateau.init(params())
+    scales = []
+    for error in [0.9, 0.8, 0.8, 0.8, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7]:
+        _, state = plateau.update({}, state, value=error)
+        scales.append(round(float(state.scale), 6))
+    assert scales == [1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, *[0.001] * 5]
+    assert scheduled(c, 0, state.scale).learning_rate == pytest.approx(1e-5)
+
+
+BAD_CHANGES = [
+    ((1, "conv9", "learning_rate", 0.1), "conv9"),
+    ((1, "conv1", "learning_rat", 0.1), "learning_rate"),
+    ((1, "conv1", "color_noise", 0.1), "data"),
+    ((1, "all", "learning_rate"), "epoch, layer, field, value"),
+    ((1, "all", "learning_rate", "low"), "numbers"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), BAD_CHANGES)
+def test_a_change_of_what_does_not_exist_is_refused(change, told):
+    c = default_config()
+    c.schedule.changes = (change,)
+    with pytest.raises(UserError, match=told):
+        optim.make_schedule(c, STEPS_PER_EPOCH)
+
+
+def test_unknown_kind_is_refused():
+    c = default_config()
+    c.schedule.kind = "cosin"
+    with pytest.raises(UserError, match="cosine"):
+        optim.make_schedule(c, STEPS_PER_EPOCH)

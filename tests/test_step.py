@@ -1,0 +1,265 @@
+"""The pure steps: what they compute, that any step can be replayed, and pmap equals jit."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alexnet_jax import augment, optim, parallel, step
+from alexnet_jax.config import default_config
+from alexnet_jax.errors import UserError
+from alexnet_jax.model import AlexNet
+
+STATS = augment.Statistics(np.full((72, 72, 3), 100, np.float32), np.eye(3, dtype=np.float32) * 9)
+NO_CHANCE = {"flip": False, "color_noise": 0.0, "crop_size": 72}
+
+
+def config(variant="paper", chance=False, **fields):
+    """A narrow network of ten classes on 72×72 images."""
+    c = default_config()
+    c.image_size, c.augment.crop_size, c.batch_size = 72, 64, 16
+    c.augment.pixel_scale = 1 / 64
+    c.model.variant, c.model.num_classes, c.model.width = variant, 10, 0.1
+    c.model.init, c.model.hidden_bias = "he", 0.0
+    if not chance:
+        c.model.dropout = 0.0
+        c.augment.update(NO_CHANCE)
+    c.update_from_flattened_dict(fields)
+    return c
+
+
+def batch(count=16, seed=0):
+    random = np.random.default_rng(seed)
+    return {
+        "image": random.integers(0, 256, (count, 72, 72, 3), np.uint8),
+        "label": random.integers(0, 10, count).astype(np.int32),
+    }
+
+
+def compiled(c, kind):
+    c.parallel = kind
+    model = AlexNet(
+        c.model.variant,
+        10,
+        dropout=c.model.dropout,
+        initializer="he",
+        hidden_bias=0.0,
+        width=c.model.width,
+        batch_norm_axis=parallel.axis_name(c),
+    )
+    schedule = optim.make_schedule(c, steps_per_epoch=10.0)
+    steps = parallel.compile_steps(
+        c,
+        functools.partial(step.make_train_step, model, c, STATS, schedule),
+        functools.partial(step.make_eval_step, model, c, STATS),
+    )
+    return steps, model, steps.place(step.init_state(model, c))
+
+
+def run(c, kind, batches):
+    steps, _, state = compiled(c, kind)
+    history = []
+    for b in batches:
+        state, metrics = steps.train_step(state, steps.place_batch(b))
+        history.append({k: float(v) for k, v in steps.fetch(metrics).items()})
+    return steps.fetch(state), history
+
+
+def assert_close(tree, other, tolerance):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max()))
+
+
+@pytest.mark.parametrize("variant", ["paper", "bn", "original"])
+def test_pmap_on_four_devices_equals_jit_on_the_same_global_batch(variant):
+    assert jax.device_count() == 4
+    batches = [batch(seed=n) for n in range(3)]
+    one, metrics_one = run(config(variant), "jit", batches)
+    four, metrics_four = run(config(variant), "pmap", batches)
+    assert_close(four.params, one.params, 2e-4)
+    assert_close(four.opt_state, one.opt_state, 2e-3)
+    assert_close(four.batch_stats, one.batch_stats, 2e-4)
+    for a, b in zip(metrics_four, metrics_one, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_augmentation_is_the_same_image_by_image_under_pmap_and_jit():
+    """Dropout off, all else random: every image's draws go by its place in the global batch."""
+    fields = {"model.dropout": 0.0}
+    _, one = run(config(chance=True, **fields), "jit", [batch()])
+    _, four = run(config(chance=True, **fields), "pmap", [batch()])
+    assert four[0] == pytest.approx(one[0], rel=1e-4)
+
+
+def test_random_draws_differ_between_images_devices_and_steps():
+    same = np.repeat(batch(1)["image"], 8, axis=0)
+    key, noise = step.train_key(0), jnp.float32(0.1)
+    c = config(chance=True)
+    on_devices = jax.pmap(
+        lambda images, n: step.augmented(key, n, images, noise, STATS, c, "devices"),
+        "devices",
+        in_axes=(0, None),
+    )
+    seen = [np.asarray(on_devices(same.reshape(4, 2, 72, 72, 3), n)) for n in (0, 1)]
+    crops = np.concatenate([s.reshape(8, -1) for s in seen])
+    assert len(np.unique(crops, axis=0)) == 16
+
+
+class DropoutProbe(nn.Module):
+    """A network that leaves what it draws from its dropout key in batch_stats."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        drawn = self.variable("batch_stats", "drawn", lambda: jnp.zeros(()))
+        if train:
+            drawn.value = jax.random.uniform(self.make_rng("dropout"))
+        return nn.Dense(10, name="fc8")(x.mean((1, 2)))
+
+
+def test_dropout_draws_differ_between_devices_and_steps():
+    c = config(chance=True)
+    make = functools.partial(
+        step.make_train_step, DropoutProbe(), c, STATS, optim.make_schedule(c, 10.0)
+    )
+    steps = parallel.KINDS["pmap"](make, lambda _: None)
+    state, drawn = steps.place(step.init_state(DropoutProbe(), c)), []
+    for _ in range(2):
+        state, _ = steps.train_step(state, steps.place_batch(batch()))
+        drawn += np.asarray(state.batch_stats["drawn"]).tolist()
+    assert len(set(drawn)) == 4 * 2
+
+
+def test_a_step_can_be_replayed_alone():
+    """Nothing but (state, batch) decides the outcome, to the last bit."""
+    steps, model, _ = compiled(config(chance=True), "jit")
+    states = []
+    for _ in range(2):
+        state = step.init_state(model, config(chance=True)).replace(step=jnp.int32(7))
+        states.append(steps.train_step(state, batch())[0])
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_accumulating_gradients_in_parts_equals_the_whole_batch(kind):
+    whole, metrics = run(config(), kind, [batch(seed=n) for n in range(2)])
+    parts, part_metrics = run(
+        config(**{"optimizer.accumulate_steps": 4}), kind, [batch(seed=n) for n in range(2)]
+    )
+    assert_close(parts.params, whole.params, 1e-4)
+    assert part_metrics[1] == pytest.approx(metrics[1], rel=1e-4)
+
+
+def test_train_metrics_are_loss_and_accuracies_of_the_batch_before_the_update():
+    c = config()
+    steps, model, state = compiled(c, "jit")
+    b = batch()
+    images = augment.center_crop(b["image"], STATS, c)
+    logits = np.asarray(model.apply({"params": state.params}, images, train=False), np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    rank = (logits > np.take_along_axis(logits, b["label"][:, None], 1)).sum(1)
+    _, metrics = steps.train_step(state, b)
+    assert float(metrics["loss"]) == pytest.approx(-log_probs[range(16), b["label"]].mean(), rel=1e-5)
+    assert float(metrics["top1"]) == (rank == 0).mean()
+    assert float(metrics["top5"]) == (rank < 5).mean()
+    assert float(metrics["learning_rate"]) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_evaluation_counts_each_example_once_and_no_padding(kind):
+    steps, _, state = compiled(config(), kind)
+    whole = steps.fetch(steps.eval_step(state, steps.place_batch(batch())))
+    padded = batch()
+    padded["label"][10:] = -1
+    first = steps.fetch(steps.eval_step(state, steps.place_batch(padded)))
+    rest = batch()
+    rest["label"][:10] = -1
+    second = steps.fetch(steps.eval_step(state, steps.place_batch(rest)))
+    assert float(first["count"]) == 10
+    assert float(whole["count"]) == 16
+    for key in whole:
+        assert float(first[key] + second[key]) == pytest.approx(float(whole[key]), rel=1e-5)
+
+
+def test_ten_views_average_the_softmax_and_take_the_loss_of_the_average():
+    c = config(chance=True, **{"eval.views": "ten"})
+    steps, model, state = compiled(c, "jit")
+    b = batch()
+    views = augment.ten_views(b["image"], STATS, c)
+    probs = np.mean(
+        [jax.nn.softmax(model.apply({"params": state.params}, v, train=False)) for v in views],
+        axis=0,
+    )
+    sums = steps.eval_step(state, b)
+    of_label = probs[range(16), b["label"]]
+    assert float(sums["loss"]) == pytest.approx(-np.log(of_label).sum(), rel=1e-4)
+    assert float(sums["top1"]) == (probs.argmax(1) == b["label"]).sum()
+
+
+def test_fewer_than_five_classes_make_every_label_a_top5_hit():
+    logits = jnp.eye(3)
+    hits = step._in_first(logits, jnp.arange(3), jnp.mean)
+    assert hits == {"top1": 1.0, "top5": 1.0}
+
+
+def test_training_learns_a_batch_by_heart():
+    c = config(**{"learning_rate": 0.02})
+    state, history = run(c, "jit", [batch()] * 60)
+    assert history[0]["loss"] > 2
+    assert history[-1]["loss"] < 0.05
+    assert history[-1]["top1"] == 1
+    assert int(state.step) == 60
+
+
+def test_bfloat16_keeps_float32_parameters_and_velocity():
+    c = config()
+    model = AlexNet("paper", 10, dtype="bfloat16", dropout=0.0, width=0.1)
+    train_step = step.make_train_step(model, c, STATS, optim.make_schedule(c, 10.0))
+    state, metrics = jax.jit(train_step)(step.init_state(model, c), batch())
+    floats = jax.tree.leaves((state.params, state.opt_state, metrics))
+    assert {x.dtype for x in floats} == {jnp.dtype("float32")}
+
+
+BAD = [
+    ({"batch_size": 18}, "pmap", "batch_size=18 is not divisible by 4 device.*batch_size=20"),
+    ({"batch_size": 16, "optimizer.accumulate_steps": 3}, "jit", "3 accumulation"),
+    ({"batch_size": 0}, "jit", "at least 1"),
+    ({}, "gpu", "auto, jit, pmap"),
+]
+
+
+@pytest.mark.parametrize(("fields", "kind", "told"), BAD)
+def test_what_cannot_be_compiled_is_refused_with_the_mend(fields, kind, told):
+    c = config(**fields)
+    c.parallel = kind
+    with pytest.raises(UserError, match=told):
+        parallel.check(c)
+
+
+def test_auto_maps_where_there_are_several_devices():
+    c = config()
+    assert parallel.axis_name(c) == parallel.PMAP_AXIS
+
+
+def test_update_is_the_papers_in_the_whole_step():
+    """One step against v ← −ε (∇ + 0.0005 w) with the gradient taken outside."""
+    c = config()
+    steps, model, state = compiled(c, "jit")
+    before = jax.tree.map(np.array, state.params)
+    images = augment.center_crop(batch()["image"], STATS, c)
+
+    def loss(p):
+        logits = model.apply({"params": p}, images, train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch()["label"]).mean()
+
+    grads = jax.grad(loss)(before)
+    after, _ = steps.train_step(state, batch())
+    for layer, w in before.items():
+        expected = w["kernel"] - 0.01 * (grads[layer]["kernel"] + 5e-4 * w["kernel"])
+        np.testing.assert_allclose(after.params[layer]["kernel"], expected, rtol=1e-4, atol=1e-7)
+        expected = w["bias"] - 0.01 * grads[layer]["bias"]
+        np.testing.assert_allclose(after.params[layer]["bias"], expected, rtol=1e-4, atol=1e-7)
