@@ -17,6 +17,7 @@ def main() -> int:
     )
     parser.add_argument("--workdir", type=Path, help="default: runs/<config name>")
     config, args = configs.parse(sys.argv[1:], parser)
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file is never behind
     use_compilation_cache()
     try:
         train_and_evaluate(config, args.workdir or Path("runs") / config.name)

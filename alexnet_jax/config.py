@@ -108,7 +108,7 @@ def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
         raise UserError(f"no config file {path}{hint}")
     config = default_config()
     config.name = file.stem
-    for name, value in _fields(_get_config(file)):
+    for name, value in flat(_get_config(file)).items():
         if name != "name":
             _set(config, name, value, origin=str(file))
     for name, text in overrides:
@@ -152,8 +152,8 @@ def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
 
     Fields in FIELDS_FREE_TO_CHANGE, and the name, do not count.
     """
-    now = dict(_fields(ConfigDict(json.loads(to_json(config)))))
-    before = dict(_fields(ConfigDict(saved)))
+    now = flat(ConfigDict(json.loads(to_json(config))))
+    before = flat(ConfigDict(saved))
     return [
         f"{name} ({before.get(name, 'absent')} there, {now.get(name, 'absent')} here)"
         for name in sorted(now.keys() | before.keys())
@@ -179,6 +179,11 @@ def _get_config(file: Path) -> ConfigDict:
     return config
 
 
+def flat(config: ConfigDict) -> dict[str, Any]:
+    """Returns every field's value by its dotted name."""
+    return dict(_fields(config))
+
+
 def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, ConfigDict):
@@ -188,7 +193,7 @@ def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _set(config: ConfigDict, name: str, value: Any, origin: str, parse: bool = False) -> None:
-    known = dict(_fields(config))
+    known = flat(config)
     if name not in known:
         tails = {n.split(".")[-1]: n for n in known}
         near = difflib.get_close_matches(name, known, n=3)

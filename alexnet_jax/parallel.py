@@ -42,7 +42,7 @@ class Compiled(NamedTuple):
 
 def axis_name(config: ConfigDict) -> str | None:
     """Returns the name of the mapped axis, None where the step is not mapped."""
-    return PMAP_AXIS if _kind(config) == "pmap" else None
+    return PMAP_AXIS if kind(config) == "pmap" else None
 
 
 def compile_steps(
@@ -53,13 +53,12 @@ def compile_steps(
     Raises UserError if the kind does not exist, or the batch size does not divide.
     """
     check(config)
-    return KINDS[_kind(config)](make_train_step, make_eval_step)
+    return KINDS[kind(config)](make_train_step, make_eval_step)
 
 
 def check(config: ConfigDict) -> None:
     """Raises UserError if the kind does not exist, or the batch size does not divide."""
-    kind = _kind(config)
-    devices = jax.device_count() if kind == "pmap" else 1
+    devices = jax.device_count() if kind(config) == "pmap" else 1
     parts = devices * config.optimizer.accumulate_steps
     if config.batch_size <= 0 or config.optimizer.accumulate_steps <= 0:
         raise UserError("batch_size and optimizer.accumulate_steps must be at least 1")
@@ -72,7 +71,8 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def _kind(config: ConfigDict) -> str:
+def kind(config: ConfigDict) -> str:
+    """Returns the key of KINDS that config.parallel means. Raises UserError if there is none."""
     if config.parallel == "auto":
         return "pmap" if jax.device_count() > 1 else "jit"
     if config.parallel not in KINDS:

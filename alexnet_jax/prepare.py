@@ -10,7 +10,7 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from alexnet_jax.store import (
     array_kvstore,
     explained_write_errors,
     is_url,
+    one_line,
     open_kvstore,
     read_attributes,
     shard_rows,
@@ -33,7 +34,7 @@ from alexnet_jax.store import (
 
 PROGRESS_KEY = "progress.npz"
 CORRUPT_KEY = "corrupt.log"
-DECODES_AHEAD_PER_WORKER = 8
+DECODES_AHEAD = 512  # goes on while a shard is written
 
 
 @dataclass
@@ -93,90 +94,102 @@ def prepare_store(source: Source, path: str, size: int, max_corrupt: float) -> N
         "image_size": size,
         "class_names": list(source.class_names),
     }
-    progress = _load_progress(root, identity)
-    if progress is None:
-        root.delete_range(ts.KvStore.KeyRange()).result()
-        progress = Progress(
-            consumed=0,
-            labels=np.zeros(0, np.int32),
-            image_sum=np.zeros((size, size, 3), np.int64),
-            outer_sum=np.zeros((3, 3), np.int64),
-            corrupt=[],
-        )
-        _write_attributes(root, identity | {"complete": False})
-        _save_progress(root, identity, progress)
+    progress = _load_progress(root, identity) or _start(root, identity)
     images = _open_images(root, source.num_examples, size)
     limit = int(max_corrupt * source.num_examples)
-    with tqdm(
-        total=source.num_examples, initial=progress.consumed, desc=source.name, unit=" images"
-    ) as bar:
+    bar = tqdm(
+        total=source.num_examples,
+        initial=progress.consumed,
+        desc="/".join(path.split("/")[-2:]),
+        unit=" images",
+    )
+    with bar:
         for block in _blocks(source, progress, size, limit, path, bar):
             start = len(progress.labels) - len(block)
             images[start : start + len(block)].write(block).result()
-            if progress.corrupt:
-                root.write(CORRUPT_KEY, _corrupt_text(progress)).result()
             _save_progress(root, identity, progress)
     if not len(progress.labels):
         raise UserError(f"{source.name} has no image that can be decoded; see {path}/{CORRUPT_KEY}")
     _finish(root, identity, images, progress)
 
 
+def _start(root: ts.KvStore, identity: dict[str, Any]) -> Progress:
+    size = identity["image_size"]
+    progress = Progress(
+        consumed=0,
+        labels=np.zeros(0, np.int32),
+        image_sum=np.zeros((size, size, 3), np.int64),
+        outer_sum=np.zeros((3, 3), np.int64),
+        corrupt=[],
+    )
+    root.delete_range(ts.KvStore.KeyRange()).result()
+    _write_attributes(root, identity | {"complete": False})
+    _save_progress(root, identity, progress)
+    return progress
+
+
 def _blocks(
     source: Source, progress: Progress, size: int, limit: int, path: str, bar: tqdm
 ) -> Iterator[np.ndarray]:
-    """Yields uint8[rows, S, S, 3] of a whole shard, with `progress` counting it already."""
-    rows = shard_rows(size)
-    images, labels = [], []
-    for name, label, result in _decode_in_order(source.read_from(progress.consumed), size):
+    """Yields uint8[rows, S, S, 3] of a whole shard, with `progress` counting it already.
+
+    A block is overwritten when the next one is asked for.
+    """
+    block = np.empty((shard_rows(size), size, size, 3), np.uint8)
+    labels: list[int] = []
+    for example, image, outer in _decode_in_order(source.read_from(progress.consumed), size):
         progress.consumed += 1
         bar.update()
-        if isinstance(result, Exception):
-            progress.corrupt.append(f"{name}: {' '.join(str(result).split())}")
-            if len(progress.corrupt) > limit:
-                open_kvstore(path).write(CORRUPT_KEY, _corrupt_text(progress)).result()
-                raise UserError(
-                    f"{len(progress.corrupt)} of {source.num_examples} images of {source.name} "
-                    f"cannot be decoded, more than max_corrupt allows ({limit}); they are named in "
-                    f"{path}/{CORRUPT_KEY}: mend them, or raise --config.max_corrupt"
-                )
+        if isinstance(image, Exception):
+            _count_corrupt(source, progress, f"{example.name}: {one_line(image)}", limit, path)
             continue
-        images.append(result)
-        labels.append(label)
-        if len(images) == rows:
-            yield _count_block(progress, images, labels)
-            images, labels = [], []
-    if images:
-        yield _count_block(progress, images, labels)
+        block[len(labels)] = image
+        labels.append(example.label)
+        progress.image_sum += image
+        progress.outer_sum += outer
+        if len(labels) == len(block):
+            progress.labels = np.append(progress.labels, np.array(labels, np.int32))
+            yield block
+            labels = []
+    if labels:
+        progress.labels = np.append(progress.labels, np.array(labels, np.int32))
+        yield block[: len(labels)]
 
 
-def _count_block(progress: Progress, images: list[np.ndarray], labels: list[int]) -> np.ndarray:
-    block = np.stack(images)
-    progress.labels = np.concatenate([progress.labels, np.array(labels, np.int32)])
-    progress.image_sum += block.sum(axis=0, dtype=np.int64)
-    for image in block:
-        pixels = image.reshape(-1, 3).astype(np.float64)  # exact: sums stay below 2**53
-        progress.outer_sum += (pixels.T @ pixels).astype(np.int64)
-    return block
+def _count_corrupt(source: Source, progress: Progress, line: str, limit: int, path: str) -> None:
+    progress.corrupt.append(line)
+    if len(progress.corrupt) > limit:
+        _write_corrupt_log(open_kvstore(path), progress)
+        raise UserError(
+            f"{len(progress.corrupt)} of the first {progress.consumed} images of {source.name} "
+            f"cannot be decoded, more than max_corrupt allows ({limit} of {source.num_examples}); "
+            f"they are named in {path}/{CORRUPT_KEY}: mend them, or raise --config.max_corrupt"
+        )
 
 
 def _decode_in_order(
     examples: Iterator[Example], size: int
-) -> Iterator[tuple[str, int, np.ndarray | Exception]]:
-    """Decodes in threads (Pillow lets go of Python's lock), a bounded number ahead."""
-    workers = max(2, len(os.sched_getaffinity(0)))
+) -> Iterator[tuple[Example, np.ndarray | Exception, np.ndarray | None]]:
+    """Decodes in threads (Pillow lets go of Python's lock), a bounded number ahead.
 
-    def decode(example: Example) -> tuple[str, int, np.ndarray | Exception]:
+    Yields each example with its image and the sum of its pixels' outer products, int64[3, 3]; or
+    with what the decoder raised, and None.
+    """
+
+    def decode(example: Example) -> tuple[Example, np.ndarray | Exception, np.ndarray | None]:
         try:
-            return example.name, example.label, decode_square(example.load(), size)
+            image = decode_square(example.load(), size)
         except Exception as error:  # damaged bytes make Pillow raise nearly anything
-            return example.name, example.label, error
+            return example, error, None
+        pixels = image.reshape(-1, 3).astype(np.float64)  # sums of integers below 2**53: exact
+        return example, image, (pixels.T @ pixels).astype(np.int64)
 
-    pending = deque()
-    pool = ThreadPoolExecutor(workers)
+    pending: deque[Future] = deque()
+    pool = ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))))
     try:
         for example in examples:
             pending.append(pool.submit(decode, example))
-            if len(pending) > DECODES_AHEAD_PER_WORKER * workers:
+            if len(pending) > DECODES_AHEAD:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -195,7 +208,7 @@ def statistics(progress: Progress) -> dict[str, np.ndarray]:
     pixels = count * mean_image.shape[0] * mean_image.shape[1]
     mean = progress.image_sum.sum(axis=(0, 1)) / pixels
     eigenvalues, eigenvectors = np.linalg.eigh(progress.outer_sum / pixels - np.outer(mean, mean))
-    eigenvalues, eigenvectors = eigenvalues[::-1], eigenvectors[:, ::-1]
+    eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0), eigenvectors[:, ::-1]
     largest = np.abs(eigenvectors).argmax(axis=0)
     eigenvectors = eigenvectors * np.sign(eigenvectors[largest, range(3)])
     return {
@@ -210,14 +223,13 @@ def _finish(
     root: ts.KvStore, identity: dict[str, Any], images: ts.TensorStore, progress: Progress
 ) -> None:
     count = len(progress.labels)
+    _write_corrupt_log(root, progress)
     images.resize(exclusive_max=(count, None, None, None)).result()
     found = statistics(progress)
     _write_array(root, "label", progress.labels)
     _write_array(root, "mean_image", found.pop("mean_image").astype(np.float32))
     attributes = {name: value.tolist() for name, value in found.items()}
-    _write_attributes(
-        root, identity | attributes | {"num_examples": count, "complete": True}
-    )
+    _write_attributes(root, identity | attributes | {"num_examples": count, "complete": True})
     root.write(PROGRESS_KEY, None).result()
 
 
@@ -234,14 +246,16 @@ def _open_images(root: ts.KvStore, count: int, size: int) -> ts.TensorStore:
         "driver": "zarr3",
         "kvstore": array_kvstore(root, "image"),
         "store_data_equal_to_fill_value": True,  # so that a black image is no missing image
-        "metadata": {
-            "shape": [count, size, size, 3],
-            "data_type": "uint8",
-            "chunk_grid": {"name": "regular", "configuration": grid},
-            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-        },
     }
-    return ts.open(spec, create=True, delete_existing=True).result()
+    if root.read("image/zarr.json").result().state != "missing":
+        return ts.open(spec, open=True).result()
+    spec["metadata"] = {
+        "shape": [count, size, size, 3],
+        "data_type": "uint8",
+        "chunk_grid": {"name": "regular", "configuration": grid},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    return ts.open(spec, create=True).result()
 
 
 def _write_array(root: ts.KvStore, name: str, values: np.ndarray) -> None:
@@ -267,8 +281,9 @@ def _write_attributes(root: ts.KvStore, attributes: dict[str, Any]) -> None:
     root.write("zarr.json", json.dumps(group, indent=1).encode()).result()
 
 
-def _corrupt_text(progress: Progress) -> bytes:
-    return "".join(f"{line}\n" for line in progress.corrupt).encode()
+def _write_corrupt_log(root: ts.KvStore, progress: Progress) -> None:
+    if progress.corrupt:
+        root.write(CORRUPT_KEY, "".join(f"{line}\n" for line in progress.corrupt)).result()
 
 
 def _save_progress(root: ts.KvStore, identity: dict[str, Any], progress: Progress) -> None:

@@ -1,6 +1,8 @@
 """What a run tells of itself: progress bar, metrics.jsonl, TensorBoard, curves.png."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from alexnet_jax import plots
+from alexnet_jax.step import Metrics
 
 Row = dict[str, Any]
 
@@ -75,6 +78,41 @@ class Report:
 
 def _place(row: Row) -> str:
     return f"step {row['step']:6d}  epoch {row['epoch']:6.2f}"
+
+class Meter:
+    """Metrics and waiting times since the last drain; metrics stay on the devices until then."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.first_step = True
+        self.steps: list[tuple[int, Metrics]] = []
+        self.restart_clock()
+
+    def add(self, number: int, metrics: Metrics, waited: float) -> None:
+        """Notes a dispatched step, and the seconds its batch was waited for."""
+        self.steps.append((number, metrics))
+        self.timed += 1
+        self.waited += waited
+        self.first_step = False
+
+    def restart_clock(self) -> None:
+        """Leaves what went on until now out of the next drain's timing."""
+        self.clock, self.timed, self.waited = time.perf_counter(), 0, 0.0
+
+    def drain(
+        self, fetch: Callable[[Metrics], Metrics]
+    ) -> tuple[list[tuple[int, dict[str, float]]], dict[str, float]]:
+        """Returns (step, metrics) of the noted steps, and their images_per_s and data_wait."""
+        steps = [(n, {k: float(v) for k, v in fetch(m).items()}) for n, m in self.steps]
+        seconds = time.perf_counter() - self.clock
+        timing = {
+            "images_per_s": self.timed * self.batch_size / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        self.steps = []
+        self.restart_clock()
+        return steps, timing
+
 
 def read_metrics(workdir: Path) -> list[Row]:
     """Returns the rows of `workdir/metrics.jsonl`, [] if there is none.

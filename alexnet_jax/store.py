@@ -59,7 +59,7 @@ class Store:
     source: str
     num_examples: int
     image_size: int
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] = field(repr=False)
     mean_image: np.ndarray = field(repr=False)
     mean_channel: np.ndarray
     eigenvalues: np.ndarray
@@ -82,7 +82,7 @@ class Store:
         try:
             image = self.images[indices].read().result()
         except ValueError as error:
-            raise _damaged(self.path, _one_line(error)) from error
+            raise _damaged(self.path, one_line(error)) from error
         return {"image": image, "label": self.labels[indices]}
 
 
@@ -116,7 +116,7 @@ def open_store(path: str | os.PathLike) -> Store:
         labels = arrays["label"].read().result()
         mean_image = arrays["mean_image"].read().result()
     except ValueError as error:
-        raise _damaged(path, _one_line(error)) from error
+        raise _damaged(path, one_line(error)) from error
     if arrays["image"].shape != (num_examples, size, size, 3) or labels.shape != (num_examples,):
         raise _damaged(path, f"its arrays do not have the {num_examples} examples it should have")
     return Store(
@@ -144,26 +144,47 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     """
     splits = {"train": config["train_split"], "eval": config["eval_split"]}
     paths = {use: store_path(config, split) for use, split in splits.items()}
-    attributes = {use: read_attributes(path) for use, path in paths.items()}
-    if not all(a and (a["complete"] or a["format_version"] != FORMAT_VERSION) for a in attributes.values()):
+    if not all(_is_settled(path) for path in paths.values()):
         from alexnet_jax import prepare
 
         prepare.prepare_splits(config, paths)
-    return {use: open_store(path) for use, path in paths.items()}
+    stores = {use: open_store(path) for use, path in paths.items()}
+    if config["dataset"].startswith(FOLDER_PREFIX):
+        from alexnet_jax.sources import check_folder_unchanged
+
+        for use, store in stores.items():
+            check_folder_unchanged(config, splits[use], store)
+    return stores
+
+
+def _is_settled(path: str) -> bool:
+    """Returns whether `open_store` alone decides about a store, and nothing is to be prepared."""
+    attributes = read_attributes(path)
+    if attributes is None:
+        return False
+    return attributes["complete"] or attributes["format_version"] != FORMAT_VERSION
 
 
 def store_path(config: Mapping[str, Any], split: str) -> str:
-    """Returns `<data_dir>/<dataset>_<image_size>/<split>` with its names fit for a file system.
+    """Returns `<data_dir>/<dataset>_<image_size>/<split>`.
 
-    A folder's name is its last part and eight hex digits of a hash of its absolute path.
+    Where a name has characters that do not suit file names, they become "-" and eight hex digits
+    of the name's hash follow; a folder's name is its last part and the hash of its absolute path.
     """
     dataset = config["dataset"]
     if dataset.startswith(FOLDER_PREFIX):
         folder = Path(dataset.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
-        digest = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-        dataset = f"folder-{folder.name}-{digest}"
-    name, split = (re.sub(r"[^\w.+-]+", "-", part) for part in (dataset, split))
-    return f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}/{split}"
+        name = _file_name(f"folder-{folder.name}", unique=str(folder))
+    else:
+        name = _file_name(dataset)
+    return f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}/{_file_name(split)}"
+
+
+def _file_name(text: str, unique: str = "") -> str:
+    safe = re.sub(r"[^\w.+-]+", "-", text).strip("-")
+    if safe == text and not unique:
+        return text
+    return f"{safe}-{hashlib.sha256((unique or text).encode()).hexdigest()[:8]}"
 
 
 def expand_dir(data_dir: str) -> str:
@@ -201,7 +222,7 @@ def read_attributes(path: str) -> dict[str, Any] | None:
         attributes = json.loads(found.value)["attributes"]
         return {"format_version": None, "complete": False} | attributes
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"zarr.json cannot be read ({_one_line(error)})") from error
+        raise _damaged(path, f"zarr.json cannot be read ({one_line(error)})") from error
 
 
 def shard_rows(size: int) -> int:
@@ -213,27 +234,22 @@ def shard_rows(size: int) -> int:
 def explained_write_errors(path: str) -> Iterator[None]:
     """Turns what the system says of a full disk, rights and the like into a `UserError`.
 
-    TensorStore, TensorFlow and Python raise different exceptions with the same system texts.
+    TensorStore, TensorFlow, tfds and Python raise different exceptions with the same system texts.
     """
-    mends = {
-        errno.ENOSPC: "free some space, or choose another data_dir, and run the same command again",
-        errno.EDQUOT: "free some space, or choose another data_dir, and run the same command again",
-        errno.EFBIG: "raise the limit on the size of files, or choose another data_dir",
-        errno.EACCES: "choose another data_dir, or change its rights",
-        errno.EPERM: "choose another data_dir, or change its rights",
-        errno.EROFS: "choose another data_dir",
-        errno.ENOTDIR: "choose another data_dir",
-        errno.EEXIST: "choose another data_dir",
-    }
+    full = "make room or choose another data_dir, and run the same command again: it goes on"
+    mends = {os.strerror(code): full for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+    mends["Not enough disk space"] = full  # tfds, when it foresees it
+    no_access = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+    mends |= {os.strerror(code): "choose another data_dir" for code in no_access}
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        texts = {os.strerror(code): mend for code, mend in mends.items()}
-        for text, mend in texts.items():
+        for text, mend in mends.items():
             if text in str(error):
-                raise UserError(f"cannot write {path}: {text.lower()}; {mend}") from error
+                where = getattr(error, "filename", None) or path
+                raise UserError(f"cannot write {where}: {text.lower()}; {mend}") from error
         raise
 
 
@@ -260,7 +276,7 @@ def _damaged(path: str, what: str) -> UserError:
     return UserError(f"the store at {path} is damaged: {what}; delete it and prepare it again")
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 

@@ -20,7 +20,7 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import UserError, disk_full_is_users, is_disk_full
 from alexnet_jax.interrupt import StopRequest
 from alexnet_jax.model import AlexNet, format_layer_table, layer_table
-from alexnet_jax.report import Report
+from alexnet_jax.report import Meter, Report
 from alexnet_jax.store import Store, open_or_prepare
 from alexnet_jax.visualize import save_samples
 
@@ -190,10 +190,14 @@ class _Run:
             state = restored.state
             self.batches.set_state(restored.position)
             print(f"going on from step {int(state.step)} of {self.total_steps}")
+        print(
+            f"training to step {self.total_steps} on {jax.device_count()} "
+            f"{jax.default_backend()} device(s), compiled by {parallel.kind(config)}"
+        )
         self.step = int(state.step)
         self.state = self.compiled.place(state)
         self.report = Report(workdir, self.step, self.total_steps)
-        self.meter = _Meter(config.batch_size)
+        self.meter = Meter(config.batch_size)
 
     def train(self) -> step.TrainState:
         """Steps, evaluates and saves until the last step or a request to stop."""
@@ -245,7 +249,6 @@ class _Run:
             means = {k: float(np.mean([m[k] for _, m in steps])) for k in ("loss", "top1", "top5")}
             rate = steps[-1][1]["learning_rate"]
             self.report.train({**self._place(), **means, "learning_rate": rate, **timing})
-        self.last_rate = steps[-1][1]["learning_rate"] if steps else 0.0
 
     def _evaluate_and_save(self) -> None:
         self._record_train()
@@ -293,33 +296,3 @@ class _Run:
         key = self.compiled.fetch(self.state.key)
         path = self.workdir / "samples.png"
         save_samples(self.config, self.stores["train"], batch, key, self.step, path)
-
-
-class _Meter:
-    """Metrics and waiting times since the last drain; metrics stay on the devices until then."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.first_step = True
-        self.steps: list[tuple[int, step.Metrics]] = []
-        self.restart_clock()
-
-    def add(self, number: int, metrics: step.Metrics, waited: float) -> None:
-        self.steps.append((number, metrics))
-        self.timed += 1
-        self.waited += waited
-        self.first_step = False
-
-    def restart_clock(self) -> None:
-        self.clock, self.timed, self.waited = time.perf_counter(), 0, 0.0
-
-    def drain(self, fetch) -> tuple[list[tuple[int, dict[str, float]]], dict[str, float]]:
-        steps = [(n, {k: float(v) for k, v in fetch(m).items()}) for n, m in self.steps]
-        seconds = time.perf_counter() - self.clock
-        timing = {
-            "images_per_s": self.timed * self.batch_size / seconds,
-            "data_wait": self.waited / seconds,
-        }
-        self.steps = []
-        self.restart_clock()
-        return steps, timing

@@ -7,3 +7,15 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="alexnet_jax-test-cache-")
 )
+
+import pytest  # noqa: E402  (JAX must find the variables above)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A data_dir with the quickstart's prepared digits."""
+    from alexnet_jax import config, store
+
+    data_dir = tmp_path_factory.mktemp("data")
+    store.open_or_prepare(config.load("configs/quickstart.py", [("data_dir", str(data_dir))]))
+    return data_dir

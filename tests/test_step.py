@@ -125,7 +125,7 @@ def test_dropout_draws_differ_between_devices_and_steps():
     make = functools.partial(
         step.make_train_step, DropoutProbe(), c, STATS, optim.make_schedule(c, 10.0)
     )
-    steps = parallel.KINDS["pmap"](make, lambda _: None)
+    steps = parallel.KINDS["pmap"](make, lambda _: step.init_state)
     state, drawn = steps.place(step.init_state(DropoutProbe(), c)), []
     for _ in range(2):
         state, _ = steps.train_step(state, steps.place_batch(batch()))

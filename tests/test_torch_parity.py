@@ -1,5 +1,8 @@
 """The same weights and images in PyTorch give the same logits, gradients and training curve."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import numpy as np
 import optax
@@ -14,7 +17,8 @@ torch = pytest.importorskip(
 F = torch.nn.functional
 
 TOLERANCE = 1e-4
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.003, 0.9, 5e-4
+STEPS = 20
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.005, 0.9, 5e-4
 
 # Conv padding of conv1 by image size; the other layers' geometry is the same in both variants.
 CONV1_PADDING = {224: 2, 63: 0}
@@ -32,9 +36,7 @@ def random_params(model: AlexNet, x: np.ndarray) -> dict:
     return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0), x))["params"]
 
 
-def random_batch(
-    size: int, batch: int, classes: int = 1000, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
+def random_batch(size: int, batch: int, classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng((1, seed))
     return (
         rng.standard_normal((batch, size, size, 3), np.float32),
@@ -88,76 +90,90 @@ def relative_error(got, want) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def compare_with_torch(model: AlexNet, seed: int) -> dict:
-    """Relative errors of logits, loss and each parameter's gradient, four images at 224."""
-    x, labels = random_batch(224, batch=4, seed=seed)
-    params = random_params(model, x)
-    tensors = to_torch(params, pooled=6)
-    want_logits, want_loss = torch_loss(model.variant, tensors, x, labels)
-    want_loss.backward()
+def least_error(error_of_seed: Callable[[int], float]) -> float:
+    """The error with the first seed that meets the tolerance, or the least of three.
 
-    differentiate = jax.jit(jax.value_and_grad(jax_loss, 1, has_aux=True), static_argnums=0)
-    (loss, logits), gradients = differentiate(model, params, x, labels)
-
-    errors = {
-        "logits": relative_error(logits, want_logits.detach()),
-        "loss": relative_error(loss, want_loss.detach()),
-    }
-    for key, got in to_torch(gradients, pooled=6).items():
-        errors[key] = relative_error(got.detach(), tensors[key].grad)
-    return errors
+    Where two values in a pooling window, or a value and the 0 of ReLU, are nearer to each other
+    than float32 rounding, the gradient takes one path here and another there. One such tie
+    moves the gradients of the layers below it by about 1e-3, and a batch in three has one. A
+    wrong formula shows with every seed, so one seed without a tie decides.
+    """
+    errors = []
+    for seed in range(3):
+        errors.append(error_of_seed(seed))
+        if errors[-1] < TOLERANCE:
+            break
+    return min(errors)
 
 
 @pytest.mark.parametrize("variant", GROUPS)
 def test_logits_loss_and_gradients(variant):
-    """Where two values in a pooling window, or a value and ReLU's 0, are nearer than float32
-    rounding, the gradient takes one path or the other: a single such tie moves the gradients
-    below it by about 1e-3, and about one batch in three has one. A wrong formula would show in
-    every batch, so one of three must agree throughout, and each in all that has no such jumps.
-    """
     model = AlexNet(variant, dropout=0.0)
-    for seed in range(3):
-        errors = compare_with_torch(model, seed)
-        continuous = [error for key, error in errors.items() if "conv" not in key[0]]
-        assert max(continuous) < TOLERANCE
-        if max(errors.values()) < TOLERANCE:
-            return
-    assert {key: error for key, error in errors.items() if error >= TOLERANCE} == {}
+    differentiate = jax.jit(jax.value_and_grad(partial(jax_loss, model), has_aux=True))
+
+    def gradient_error(seed: int) -> float:
+        x, labels = random_batch(224, batch=4, classes=1000, seed=seed)
+        params = random_params(model, x)
+        tensors = to_torch(params, pooled=6)
+        want_logits, want_loss = torch_loss(variant, tensors, x, labels)
+        want_loss.backward()
+        (loss, logits), gradients = differentiate(params, x, labels)
+        # These have no ties, so every seed must agree.
+        assert relative_error(logits, want_logits.detach()) < TOLERANCE
+        assert relative_error(loss, want_loss.detach()) < TOLERANCE
+        got = to_torch(gradients, pooled=6)
+        return max(relative_error(got[key].detach(), tensors[key].grad) for key in tensors)
+
+    assert least_error(gradient_error) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", GROUPS)
-def test_twenty_steps_of_sgd(variant):
+def test_loss_curve_of_twenty_steps_of_sgd(variant):
     """PyTorch keeps the rate out of its velocity; with a constant rate the updates are equal."""
     model = AlexNet(variant, num_classes=10, dropout=0.0, width=0.25)
-    x, labels = random_batch(63, batch=8, classes=10)
-    params = random_params(model, x)
-    tensors = to_torch(params, pooled=1)
+
+    def curve_error(seed: int) -> float:
+        x, labels = random_batch(63, batch=4, classes=10, seed=seed)
+        params = random_params(model, x)
+        want = torch_curve(variant, to_torch(params, pooled=1), x, labels)
+        got = jax_curve(model, params, x, labels)
+        assert want[-1] < 0.8 * want[0]
+        return float(np.abs(got / want - 1).max())
+
+    assert least_error(curve_error) < TOLERANCE
+
+
+def torch_curve(variant: str, tensors: dict, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     sgd = torch.optim.SGD(
         tensors.values(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
+    losses = []
+    for _ in range(STEPS):
+        sgd.zero_grad()
+        _, loss = torch_loss(variant, tensors, x, labels)
+        loss.backward()
+        sgd.step()
+        losses.append(loss.item())
+    return np.array(losses)
+
+
+def jax_curve(model: AlexNet, params: dict, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
     optimizer = optax.chain(
         optax.add_decayed_weights(WEIGHT_DECAY),
         optax.scale(-LEARNING_RATE),
         optax.trace(MOMENTUM),
     )
-    state = optimizer.init(params)
 
     @jax.jit
     def step(params, state):
-        (loss, _), gradients = jax.value_and_grad(jax_loss, argnums=1, has_aux=True)(
-            model, params, x, labels
+        (loss, _), gradients = jax.value_and_grad(partial(jax_loss, model), has_aux=True)(
+            params, x, labels
         )
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    got, want = [], []
-    for _ in range(20):
+    state, losses = optimizer.init(params), []
+    for _ in range(STEPS):
         params, state, loss = step(params, state)
-        got.append(float(loss))
-        sgd.zero_grad()
-        _, torch_value = torch_loss(variant, tensors, x, labels)
-        torch_value.backward()
-        sgd.step()
-        want.append(float(torch_value.detach()))
-    assert want[-1] < 0.8 * want[0]
-    np.testing.assert_allclose(got, want, rtol=TOLERANCE)
+        losses.append(float(loss))
+    return np.array(losses)

