@@ -59,7 +59,9 @@ def check(config: ConfigDict) -> None:
         "color_noise_scale": ("eigenvalue", "std"),
     }.items():
         if config.augment[field] not in values:
-            raise UserError(f"augment.{field}={config.augment[field]!r}; it can be {', '.join(values)}")
+            raise UserError(
+                f"augment.{field}={config.augment[field]!r}; it can be {', '.join(values)}"
+            )
     if config.eval.views not in ("center", "ten"):
         raise UserError(f"eval.views={config.eval.views!r}; it can be center or ten")
     if not 0 < config.augment.crop_size <= config.image_size:
@@ -70,7 +72,11 @@ def check(config: ConfigDict) -> None:
 
 
 def augment(
-    images: jax.Array, keys: jax.Array, color_noise: jax.Array, stats: Statistics, config: ConfigDict
+    images: jax.Array,
+    keys: jax.Array,
+    color_noise: jax.Array,
+    stats: Statistics,
+    config: ConfigDict,
 ) -> jax.Array:
     """Crops, flips and colours a training batch at random and subtracts the mean.
 

@@ -72,9 +72,7 @@ class Checkpoints:
         """Whether the checkpoint of this step was saved with an evaluation of its state."""
         return step in self._manager.all_steps() and self._manager.metrics(step) is not None
 
-    def save(
-        self, state: TrainState, position: dict[str, Any], top1: float | None = None
-    ) -> None:
+    def save(self, state: TrainState, position: dict[str, Any], top1: float | None = None) -> None:
         """Starts saving; the arrays are copied before this returns.
 
         Args:

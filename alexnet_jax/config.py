@@ -170,12 +170,16 @@ def _get_config(file: Path) -> ConfigDict:
     except UserError:
         raise
     except Exception as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
+        ]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
         text = " ".join(str(error).split())
         raise UserError(f"{file}, line {line}: {type(error).__name__}: {text}") from error
     if not isinstance(config, ConfigDict):
-        raise UserError(f"{file}: get_config() must return a ConfigDict, not {type(config).__name__}")
+        raise UserError(
+            f"{file}: get_config() must return a ConfigDict, not {type(config).__name__}"
+        )
     return config
 
 
@@ -209,7 +213,9 @@ def _set(config: ConfigDict, name: str, value: Any, origin: str, parse: bool = F
         value = tuple(value)
     if type(value) is not kind:
         example = {bool: "true or false", tuple: "(30, 60)", str: "a name"}.get(kind, known[name])
-        raise UserError(f"{origin}: {name}={value!r} must be of type {kind.__name__}, like {example}")
+        raise UserError(
+            f"{origin}: {name}={value!r} must be of type {kind.__name__}, like {example}"
+        )
     parent, _, leaf = name.rpartition(".")
     (config[parent] if parent else config)[leaf] = value
 

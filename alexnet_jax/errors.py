@@ -2,6 +2,8 @@
 
 import errno
 import functools
+import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def command(*args, **kwargs) -> None:
+        _quiet_libraries()
         try:
             sys.exit(main(*args, **kwargs))
         except UserError as error:
@@ -35,6 +38,12 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
             sys.exit(EXIT_KILLED_BY_CTRL_C)
 
     return command
+
+
+def _quiet_libraries() -> None:
+    """What Orbax and tfds log they also raise, and TensorFlow greets each user with a page."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 @contextmanager

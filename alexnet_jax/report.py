@@ -53,7 +53,8 @@ class Report:
         """Records a row of evaluation metrics, prints it, and draws curves.png anew."""
         self._record({**row, "split": "eval"})
         self.say(
-            f"{_place(row)}  evaluation: loss {row['loss']:.3f}, top1 {row['top1']:.2%}, top5 {row['top5']:.2%}"
+            f"{_place(row)}  evaluation: loss {row['loss']:.3f}, top1 {row['top1']:.2%}, "
+            f"top5 {row['top5']:.2%}"
         )
         plots.save_curves(self._rows, self._workdir / "curves.png")
 
@@ -78,6 +79,7 @@ class Report:
 
 def _place(row: Row) -> str:
     return f"step {row['step']:6d}  epoch {row['epoch']:6.2f}"
+
 
 class Meter:
     """Metrics and waiting times since the last drain; metrics stay on the devices until then."""

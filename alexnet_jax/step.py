@@ -114,9 +114,7 @@ def make_train_step(
         )
         if axis_name:
             grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, rates=now.rates
-        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rates=now.rates)
         state = state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),

@@ -82,7 +82,7 @@ class Store:
         try:
             image = self.images[indices].read().result()
         except ValueError as error:
-            raise _damaged(self.path, one_line(error)) from error
+            raise _unreadable(self.path, error) from error
         return {"image": image, "label": self.labels[indices]}
 
 
@@ -93,7 +93,7 @@ def open_store(path: str | os.PathLike) -> Store:
       UserError: there is no store, it is not complete, another version of this program wrote it,
         or a file of it is missing, shortened or unreadable.
     """
-    path = str(path)
+    path = expand_dir(str(path))
     attributes = read_attributes(path)
     if attributes is None:
         raise UserError(f"no prepared store at {path}; prepare it: {PREPARE_COMMAND}")
@@ -108,15 +108,11 @@ def open_store(path: str | os.PathLike) -> Store:
     _check_shards(path, num_examples, size)
     root = open_kvstore(path)
     try:
-        opened = {
-            name: ts.open({"driver": "zarr3", "kvstore": array_kvstore(root, name)}, open=True)
-            for name in ("image", "label", "mean_image")
-        }
-        arrays = {name: future.result() for name, future in opened.items()}
+        arrays = {name: _open_array(root, name) for name in ("image", "label", "mean_image")}
         labels = arrays["label"].read().result()
         mean_image = arrays["mean_image"].read().result()
     except ValueError as error:
-        raise _damaged(path, one_line(error)) from error
+        raise _unreadable(path, error) from error
     if arrays["image"].shape != (num_examples, size, size, 3) or labels.shape != (num_examples,):
         raise _damaged(path, f"its arrays do not have the {num_examples} examples it should have")
     return Store(
@@ -140,7 +136,7 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     Reads the fields dataset, data_dir, train_split, eval_split, image_size, max_corrupt.
 
     Raises:
-      UserError: as `open_store` and `prepare.prepare_split` do.
+      UserError: as `open_store` and `prepare.prepare_splits` do.
     """
     splits = {"train": config["train_split"], "eval": config["eval_split"]}
     paths = {use: store_path(config, split) for use, split in splits.items()}
@@ -222,7 +218,7 @@ def read_attributes(path: str) -> dict[str, Any] | None:
         attributes = json.loads(found.value)["attributes"]
         return {"format_version": None, "complete": False} | attributes
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, f"zarr.json cannot be read ({one_line(error)})") from error
+        raise _unreadable(path, error) from error
 
 
 def shard_rows(size: int) -> int:
@@ -253,8 +249,17 @@ def explained_write_errors(path: str) -> Iterator[None]:
         raise
 
 
+def _open_array(root: ts.KvStore, name: str) -> ts.TensorStore:
+    spec = {
+        "driver": "zarr3",
+        "kvstore": array_kvstore(root, name),
+        "fill_missing_data_reads": False,  # zarr's default makes zeros of what is missing
+    }
+    return ts.open(spec, open=True).result()
+
+
 def _check_shards(path: str, num_examples: int, size: int) -> None:
-    """Finds missing shards (zarr would read them as zeros) and, on local disks, shortened ones."""
+    """Finds missing shards and, on local disks, shortened ones."""
     rows = shard_rows(size)
     root = open_kvstore(path)
     keys = {key.decode() for key in (root / "image/").list().result()}
@@ -274,6 +279,13 @@ def _check_shards(path: str, num_examples: int, size: int) -> None:
 
 def _damaged(path: str, what: str) -> UserError:
     return UserError(f"the store at {path} is damaged: {what}; delete it and prepare it again")
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"cannot read the store at {path} ({one_line(error)}); if it is damaged, delete it and "
+        "prepare it again"
+    )
 
 
 def one_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
+    "--config.model.variant=bn",
     "--config.model.width=0.1",
     "--config.batch_size=200",
     "--config.num_epochs=2",
@@ -63,4 +64,6 @@ def saved_state(workdir, step=None):
 
 
 def saved_steps(workdir):
-    return sorted(int(p.name) for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit())
+    return sorted(
+        int(p.name) for p in (Path(workdir) / "checkpoints").iterdir() if p.name.isdigit()
+    )

@@ -1,4 +1,4 @@
-"""Real image files for tests: parts of scikit-learn's two photographs, in many formats."""
+"""Image files for tests: parts of scikit-learn's two photographs, and numbered colours."""
 
 import io
 import tarfile
@@ -7,8 +7,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 from sklearn.datasets import load_sample_image
+
+from alexnet_jax.config import default_config
 
 
 @cache
@@ -34,16 +37,50 @@ def encode(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options)
     return buffer.getvalue()
 
 
-def write_folder(root: Path, classes: Mapping[str, int], first: int = 0) -> list[Path]:
-    """Writes so many JPEG files into a folder for each class; returns them in sorted order."""
+def mark(number: int, side: int = 8) -> np.ndarray:
+    """Returns uint8[side, side, 3] of one colour, which tells `number` (see `mark_number`)."""
+    return np.full((side, side, 3), (number >> 8, number & 255, 77), np.uint8)
+
+
+def mark_number(images: np.ndarray) -> np.ndarray:
+    """Returns int[B]: the numbers of marks uint8[B, S, S, 3]."""
+    return images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]
+
+
+def write_marks(root: Path, count: int, classes: int = 4) -> list[Path]:
+    """Writes marks 0 … count-1 as PNG files; number n lies in class n * classes // count."""
     files = []
-    for name, count in classes.items():
-        (root / name).mkdir(parents=True, exist_ok=True)
-        for _ in range(count):
-            number = first + len(files)
-            files.append(root / name / f"{number:05d}.jpg")
-            files[-1].write_bytes(encode(photograph(number)))
-    return sorted(files)
+    for number in range(count):
+        folder = root / f"class{number * classes // count}"
+        folder.mkdir(parents=True, exist_ok=True)
+        files.append(folder / f"{number:05d}.png")
+        files[-1].write_bytes(encode(mark(number), "PNG"))
+    return files
+
+
+def folder_config(folder: Path, data_dir: Path, size: int = 8) -> ConfigDict:
+    """Returns the config of a folder with the splits `train` and `val`."""
+    config = default_config()
+    config.dataset = f"folder:{folder}"
+    config.data_dir = str(data_dir)
+    config.eval_split = "val"
+    config.image_size = size
+    return config
+
+
+def prepare_command(folder: Path, data_dir: Path, size: int = 8) -> tuple[str, ...]:
+    """Returns the arguments of Python that prepare what `folder_config` tells."""
+    return (
+        *("-m", "alexnet_jax.store", "--config", "configs/folder.py"),
+        *(f"--config.dataset=folder:{folder}", f"--config.data_dir={data_dir}"),
+        f"--config.image_size={size}",
+    )
+
+
+def contents(folder: str | Path) -> dict[str, bytes]:
+    """Returns the bytes of every file below a folder, by its path there."""
+    root = Path(folder)
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def write_imagenet_tars(

@@ -52,9 +52,7 @@ def test_velocity_holds_the_learning_rate_so_a_drop_takes_effect_slowly():
     grads = jax.tree.map(jnp.ones_like, w)
     first, state = optimizer.update(grads, state, w, rates=scheduled(c, 0).rates)
     second, _ = optimizer.update(grads, state, w, rates=scheduled(c, 1).rates)
-    np.testing.assert_allclose(
-        second["fc6"]["kernel"], 0.9 * first["fc6"]["kernel"], rtol=1e-6
-    )
+    np.testing.assert_allclose(second["fc6"]["kernel"], 0.9 * first["fc6"]["kernel"], rtol=1e-6)
 
 
 def test_biases_have_a_rate_and_a_decay_of_their_own():

@@ -163,7 +163,9 @@ def test_train_metrics_are_loss_and_accuracies_of_the_batch_before_the_update():
     log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     rank = (logits > np.take_along_axis(logits, b["label"][:, None], 1)).sum(1)
     _, metrics = steps.train_step(state, b)
-    assert float(metrics["loss"]) == pytest.approx(-log_probs[range(16), b["label"]].mean(), rel=1e-5)
+    assert float(metrics["loss"]) == pytest.approx(
+        -log_probs[range(16), b["label"]].mean(), rel=1e-5
+    )
     assert float(metrics["top1"]) == (rank == 0).mean()
     assert float(metrics["top5"]) == (rank < 5).mean()
     assert float(metrics["learning_rate"]) == pytest.approx(0.01)

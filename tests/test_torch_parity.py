@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from alexnet_jax import optim
+from alexnet_jax.config import default_config
 from alexnet_jax.model import LAYERS, AlexNet
 
 pytestmark = pytest.mark.torch
@@ -158,18 +160,18 @@ def torch_curve(variant: str, tensors: dict, x: np.ndarray, labels: np.ndarray) 
 
 
 def jax_curve(model: AlexNet, params: dict, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    optimizer = optax.chain(
-        optax.add_decayed_weights(WEIGHT_DECAY),
-        optax.scale(-LEARNING_RATE),
-        optax.trace(MOMENTUM),
-    )
+    config = default_config()
+    config.learning_rate, config.optimizer.momentum = LEARNING_RATE, MOMENTUM
+    config.optimizer.weight_decay = config.optimizer.bias_weight_decay = WEIGHT_DECAY
+    optimizer = optim.sgd(config)
+    rates = optim.make_schedule(config, steps_per_epoch=1.0)(0, 1.0).rates
 
     @jax.jit
     def step(params, state):
         (loss, _), gradients = jax.value_and_grad(partial(jax_loss, model), has_aux=True)(
             params, x, labels
         )
-        updates, state = optimizer.update(gradients, state, params)
+        updates, state = optimizer.update(gradients, state, params, rates=rates)
         return optax.apply_updates(params, updates), state, loss
 
     state, losses = optimizer.init(params), []

