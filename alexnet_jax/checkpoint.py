@@ -82,7 +82,9 @@ class Checkpoints:
         """
         step = int(state.step)
         if step in self._manager.all_steps():
-            return
+            if top1 is None or self.was_evaluated(step):
+                return
+            self._manager.delete(step)  # saved when the run was stopped before this evaluation
         self._manager.save(
             step,
             args=ocp.args.Composite(

@@ -26,10 +26,10 @@ from alexnet_jax.store import (
     FORMAT_VERSION,
     array_kvstore,
     explained_write_errors,
+    is_settled,
     is_url,
     one_line,
     open_kvstore,
-    read_attributes,
     shard_rows,
 )
 
@@ -68,13 +68,17 @@ def prepare_splits(config: Mapping[str, Any], paths: Mapping[str, str]) -> None:
       UserError: the data set, a split or its files are missing or cannot be had; more than
         max_corrupt of the images are corrupt; the store cannot be written.
     """
-    train, evaluation = paths["train"], paths["eval"]
-    for path, split in ((train, config["train_split"]), (evaluation, config["eval_split"])):
-        with explained_write_errors(path), _lock(path):
-            if (read_attributes(path) or {"complete": False})["complete"]:
-                continue
-            source = open_source(config, split)
-            prepare_store(source, path, config["image_size"], config["max_corrupt"])
+    splits = {paths["train"]: config["train_split"], paths["eval"]: config["eval_split"]}
+    folder = os.path.dirname(paths["train"])
+    with explained_write_errors(folder), _lock(folder):
+        sources = {
+            path: open_source(config, split)  # all of them, before hours go into the first
+            for path, split in splits.items()
+            if not is_settled(path)
+        }
+        for path, source in sources.items():
+            with explained_write_errors(path):
+                prepare_store(source, path, config["image_size"], config["max_corrupt"])
 
 
 def prepare_store(source: Source, path: str, size: int, max_corrupt: float) -> None:
@@ -97,7 +101,7 @@ def prepare_store(source: Source, path: str, size: int, max_corrupt: float) -> N
     }
     progress = _load_progress(root, identity) or _start(root, identity)
     images = _open_images(root, source.num_examples, size)
-    limit = int(max_corrupt * source.num_examples)
+    limit = int(max_corrupt * source.num_examples + 1e-9)  # 0.29 * 100 is 28.999999999999996
     bar = tqdm(
         total=source.num_examples,
         initial=progress.consumed,
@@ -186,7 +190,7 @@ def _decode_in_order(
         return example, image, (pixels.T @ pixels).astype(np.int64)
 
     pending: deque[Future] = deque()
-    pool = ThreadPoolExecutor(max(2, len(os.sched_getaffinity(0))))
+    pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1))
     try:
         for example in examples:
             pending.append(pool.submit(decode, example))
@@ -312,14 +316,13 @@ def _load_progress(root: ts.KvStore, identity: dict[str, Any]) -> Progress | Non
 
 
 @contextlib.contextmanager
-def _lock(path: str) -> Iterator[None]:
-    """Lets one process at a time prepare below a data_dir; others wait. Local disks only."""
-    if is_url(path):
+def _lock(folder: str) -> Iterator[None]:
+    """Lets one process at a time prepare below a folder; others wait. Local disks only."""
+    if is_url(folder):
         yield
         return
     import fcntl
 
-    folder = os.path.dirname(path)
     os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/.lock", "w") as file:
         try:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -37,6 +38,10 @@ class Report:
     def advance(self) -> None:
         """Moves the bar by one step."""
         self._bar.update()
+
+    def show(self, text: str) -> None:
+        """Says behind the bar what is going on."""
+        self._bar.set_postfix_str(text)
 
     def train(self, row: Row) -> None:
         """Records a row of training metrics (see `read_metrics` for its keys)."""
@@ -90,12 +95,16 @@ class Meter:
         self.steps: list[tuple[int, Metrics]] = []
         self.restart_clock()
 
-    def add(self, number: int, metrics: Metrics, waited: float) -> None:
-        """Notes a dispatched step, and the seconds its batch was waited for."""
+    def add(self, number: int, metrics: Metrics, waited: float, steps_in_flight: int) -> None:
+        """Notes a dispatched step, and the seconds its batch was waited for.
+
+        Then waits until no more than so many of the noted steps are still under way.
+        """
         self.steps.append((number, metrics))
         self.timed += 1
         self.waited += waited
         self.first_step = False
+        jax.block_until_ready(self.steps[:-steps_in_flight][-1:])
 
     def restart_clock(self) -> None:
         """Leaves what went on until now out of the next drain's timing."""

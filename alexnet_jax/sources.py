@@ -137,9 +137,9 @@ def _image_files(folder: Path) -> Iterator[Path]:
 
 def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
     """Opens a tfds data set, in the order of its files, with images still encoded."""
+    _load_tensorflow()
     import tensorflow_datasets as tfds
 
-    _quiet_tensorflow()
     builder = _find_builder(dataset, data_dir)
     _build(builder, dataset, data_dir)
     try:
@@ -169,12 +169,25 @@ def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
     )
 
 
-def _quiet_tensorflow() -> None:
-    """Keeps TensorFlow, which only reads files here, off the accelerators that JAX needs."""
+def _load_tensorflow() -> None:
+    """Keeps TensorFlow, which only reads files here, quiet and off the devices that JAX needs."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
+    with _stderr_closed():  # its libraries log while they load, whatever the level
+        import tensorflow as tf
 
-    tf.config.set_visible_devices([], "GPU")
+        tf.config.set_visible_devices([], "GPU")
+
+
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    saved = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _find_builder(dataset: str, data_dir: str):
@@ -200,7 +213,7 @@ def _build(builder, dataset: str, data_dir: str) -> None:
     import requests
     import tensorflow_datasets as tfds
 
-    if builder.is_prepared():
+    if builder.data_path.exists() and builder.is_prepared():
         return
     manual_dir = f"{data_dir}/downloads/manual"
     archives = MANUAL_ARCHIVES.get(builder.name, ())

@@ -140,7 +140,7 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     """
     splits = {"train": config["train_split"], "eval": config["eval_split"]}
     paths = {use: store_path(config, split) for use, split in splits.items()}
-    if not all(_is_settled(path) for path in paths.values()):
+    if not all(is_settled(path) for path in paths.values()):
         from alexnet_jax import prepare
 
         prepare.prepare_splits(config, paths)
@@ -153,7 +153,7 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     return stores
 
 
-def _is_settled(path: str) -> bool:
+def is_settled(path: str) -> bool:
     """Returns whether `open_store` alone decides about a store, and nothing is to be prepared."""
     attributes = read_attributes(path)
     if attributes is None:

@@ -1,12 +1,14 @@
 """Training from a config to a workdir: the loop that joins data, step, checkpoints and report."""
 
+import collections
+import fcntl
 import functools
 import json
 import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, optim, parallel, pipeline, plots, step
+from alexnet_jax import augment, optim, parallel, pipeline, plots
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import UserError, disk_full_is_users, is_disk_full
 from alexnet_jax.interrupt import StopRequest
 from alexnet_jax.model import AlexNet, format_layer_table, layer_table
 from alexnet_jax.report import Meter, Report
+from alexnet_jax.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
 from alexnet_jax.store import Store, open_or_prepare
 from alexnet_jax.visualize import save_samples
+
+# Steps that JAX may be behind the loop. It runs on while the next batches are read; without a
+# limit they would pile up on the device.
+STEPS_IN_FLIGHT = 4
 
 
 class Stopped(Exception):
@@ -52,7 +59,7 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> step.TrainState:
+def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains as `config` says, going on from the workdir's newest checkpoint if it has one.
 
     Writes config.json, summary.txt, samples.png, checkpoints/, metrics.jsonl, tensorboard/,
@@ -67,8 +74,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> step.TrainSta
     model = build_model(config)
     check(config)
     workdir = Path(workdir).expanduser()
-    with disk_full_is_users(workdir):
-        claim_workdir(workdir, config)
+    with disk_full_is_users(workdir), claimed_workdir(workdir, config):
         size = config.augment.crop_size
         table = format_layer_table(layer_table(model, (size, size, 3)))
         (workdir / "summary.txt").write_text(table + "\n")
@@ -106,20 +112,28 @@ def check_classes(config: ConfigDict, store: Store) -> None:
         )
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+@contextmanager
+def claimed_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
     """Makes the workdir with its config.json, or sees that it holds a run of this config.
 
-    Raises UserError if it cannot be written or holds a run of another config.
+    Raises UserError if it cannot be written, holds a run of another config, or another process
+    trains there now.
     """
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         saved = json.loads(path.read_text()) if path.exists() else None
-        if saved is None or not configs.differing_fields(config, saved):
+        differing = configs.differing_fields(config, saved) if saved else []
+        if not differing:
             new = workdir / "config.json.new"
             new.write_text(configs.to_json(config) + "\n")
             new.replace(path)
-            return
+    except BlockingIOError as error:
+        raise UserError(
+            f"another process is training in {workdir}; wait for it, or choose another --workdir"
+        ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged; choose another --workdir, or remove it") from error
     except OSError as error:
@@ -128,15 +142,18 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         raise UserError(
             f"cannot write to workdir {workdir} ({error.strerror}); choose another --workdir"
         ) from error
-    raise UserError(
-        f"{workdir} holds the run of another config, which differs in "
-        f"{', '.join(configs.differing_fields(config, saved))}; choose another --workdir"
-    )
+    if differing:
+        raise UserError(
+            f"{workdir} holds the run of another config, which differs in "
+            f"{', '.join(differing)}; choose another --workdir"
+        )
+    with lock:
+        yield
 
 
 def evaluate(
     compiled: parallel.Compiled,
-    state: step.TrainState,
+    state: TrainState,
     batches: Iterator[pipeline.Batch],
     stop: StopRequest | None = None,
 ) -> dict[str, float] | None:
@@ -144,13 +161,20 @@ def evaluate(
 
     `state` is placed on the devices.
     """
-    sums = []
+    total, pending = collections.Counter(), collections.deque()
     for batch in batches:
         if stop and stop.requested:
             return None
-        sums.append(compiled.eval_step(state, compiled.place_batch(batch)))
-    total = {key: sum(float(compiled.fetch(s)[key]) for s in sums) for key in sums[0]}
+        pending.append(compiled.eval_step(state, compiled.place_batch(batch)))
+        if len(pending) > STEPS_IN_FLIGHT:
+            total.update(_floats(compiled.fetch(pending.popleft())))
+    for sums in pending:
+        total.update(_floats(compiled.fetch(sums)))
     return {key: total[key] / total["count"] for key in ("loss", "top1", "top5")}
+
+
+def _floats(metrics: Metrics) -> dict[str, float]:
+    return {name: float(value) for name, value in metrics.items()}
 
 
 class _Run:
@@ -178,13 +202,13 @@ class _Run:
         self.schedule = optim.make_schedule(config, self.steps_per_epoch)
         self.compiled = parallel.compile_steps(
             config,
-            functools.partial(step.make_train_step, model, config, self.stats, self.schedule),
-            functools.partial(step.make_eval_step, model, config, self.stats),
+            functools.partial(make_train_step, model, config, self.stats, self.schedule),
+            functools.partial(make_eval_step, model, config, self.stats),
         )
         self.batches = pipeline.train_batches(stores["train"], config.batch_size, config.seed)
         self.plateau = optim.plateau(config)
 
-        state = jax.jit(lambda: step.init_state(model, config))()
+        state = jax.jit(lambda: init_state(model, config))()
         restored = checkpoints.restore_latest(state)
         if restored:
             state = restored.state
@@ -199,7 +223,7 @@ class _Run:
         self.report = Report(workdir, self.step, self.total_steps)
         self.meter = Meter(config.batch_size)
 
-    def train(self) -> step.TrainState:
+    def train(self) -> TrainState:
         """Steps, evaluates and saves until the last step or a request to stop."""
         with closing(self.report):
             # A run that was stopped before an evaluation makes it up first.
@@ -228,7 +252,7 @@ class _Run:
             self._draw_samples(batch)
         self.state, metrics = self.compiled.train_step(self.state, self.compiled.place_batch(batch))
         self.step += 1
-        self.meter.add(self.step, metrics, waited)
+        self.meter.add(self.step, metrics, waited, STEPS_IN_FLIGHT)
         if first:
             jax.block_until_ready(metrics)
             self.meter.restart_clock()
@@ -252,6 +276,7 @@ class _Run:
 
     def _evaluate_and_save(self) -> None:
         self._record_train()
+        self.report.show("evaluating")
         batches = pipeline.eval_batches(self.stores["eval"], self.config.batch_size)
         metrics = evaluate(self.compiled, self.state, batches, self.stop)
         if metrics is None:

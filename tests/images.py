@@ -58,7 +58,7 @@ def write_marks(root: Path, count: int, classes: int = 4) -> list[Path]:
     return files
 
 
-def folder_config(folder: Path, data_dir: Path, size: int = 8) -> ConfigDict:
+def folder_config(folder: Path, data_dir: Path | str, size: int = 8) -> ConfigDict:
     """Returns the config of a folder with the splits `train` and `val`."""
     config = default_config()
     config.dataset = f"folder:{folder}"
@@ -68,7 +68,7 @@ def folder_config(folder: Path, data_dir: Path, size: int = 8) -> ConfigDict:
     return config
 
 
-def prepare_command(folder: Path, data_dir: Path, size: int = 8) -> tuple[str, ...]:
+def prepare_command(folder: Path, data_dir: Path | str, size: int = 8) -> tuple[str, ...]:
     """Returns the arguments of Python that prepare what `folder_config` tells."""
     return (
         *("-m", "alexnet_jax.store", "--config", "configs/folder.py"),

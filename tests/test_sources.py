@@ -1,8 +1,11 @@
 """tfds data sets in every file format, and folders of images, as sources of a store."""
 
 import io
+import os
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -66,6 +69,17 @@ class SmallTestOffline(SmallTestMarks):
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = {"https://download.invalid/marks.zip": None}
+
+
+class SmallTestGone(SmallTestMarks):
+    """From a server that has it no more; a test sets its address."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url = ""
+
+    def _split_generators(self, dl_manager) -> dict:
+        dl_manager.download(self.url)
+        raise AssertionError("the download should have failed")
 
 
 class SmallTestManual(SmallTestMarks):
@@ -217,13 +231,25 @@ def test_a_damaged_file_of_tfds_is_named(tmp_path):
         ),
     ],
 )
-def test_what_tfds_cannot_give_is_one_sentence(tmp_path, change, said):
+def test_what_tfds_cannot_give_is_one_sentence(tmp_path, monkeypatch, change, said):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
     config = config_for(tmp_path)
     config.max_corrupt = 1.0
     config.update(change)
     with pytest.raises(UserError, match=said) as caught:
         open_or_prepare(config)
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.rglob("image"))  # found before work on another split began
+
+
+def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch):
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(SmallTestGone, "url", f"http://127.0.0.1:{server.server_port}/marks")
+        with pytest.raises(UserError, match="cannot download small_test_gone .*HTTP code: 501"):
+            open_or_prepare(config_for(tmp_path, "small_test_gone"))
+        server.shutdown()
 
 
 def write(root: Path, *names: str) -> None:
@@ -290,7 +316,8 @@ def test_a_folder_that_changed_is_not_trained_on_unseen(tmp_path):
     config = folder_config(tmp_path / "marks", tmp_path / "data")
     open_or_prepare(config)
     write(tmp_path / "marks" / "val", "class1/new.png")
-    with pytest.raises(UserError, match=f"delete the store .*|{store_path(config, 'val')}"):
+    with pytest.raises(UserError, match="delete the store to prepare it again") as caught:
         open_or_prepare(config)
+    assert store_path(config, "val") in str(caught.value)
     (tmp_path / "marks").rename(tmp_path / "away")
     assert open_or_prepare(config)["eval"].num_examples == 8

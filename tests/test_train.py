@@ -63,7 +63,7 @@ def test_a_run_learns_and_leaves_the_files_of_the_design(undisturbed):
     workdir, _ = undisturbed("pmap")
     assert {p.name for p in workdir.iterdir()} == {
         *("config.json", "summary.txt", "metrics.jsonl", "checkpoints", "tensorboard"),
-        *("samples.png", "curves.png", "filters.png"),
+        *("samples.png", "curves.png", "filters.png", ".lock"),
     }
     train_rows, evaluations = rows(workdir, "train"), rows(workdir, "eval")
     assert [r["step"] for r in train_rows] == list(range(1, 41))
@@ -133,6 +133,30 @@ def test_asked_to_stop_it_saves_that_step_and_tells_by_its_exit_code(
     assert 17 <= last < 40
     assert train(digits, part, *more).returncode == 0
     assert_same_run(part, undisturbed("jit")[0])
+
+
+def test_stopped_before_an_evaluation_it_makes_it_up_and_keeps_its_outcome(
+    undisturbed, digits, tmp_path
+):
+    """Signals that come with step 20's own line are seen before its evaluation ends."""
+    part, more = tmp_path / "part", often("jit")
+    stopped = signalled_at(digits, part, "step     20", signal.SIGTERM, *more)
+    assert stopped.returncode == EXIT_STOPPED
+    assert train(digits, part, *more).returncode == 0
+    assert_same_run(part, undisturbed("jit")[0])
+    assert saved_steps(part) == saved_steps(undisturbed("jit")[0])
+
+
+def test_a_second_process_in_the_same_workdir_is_refused(digits, tmp_path):
+    process = subprocess.Popen(
+        arguments(digits, tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    while not process.stdout.readline().startswith("training"):
+        pass
+    second = train(digits, tmp_path)
+    process.kill()
+    assert second.returncode == EXIT_USER_ERROR
+    assert f"another process is training in {tmp_path}" in second.stderr
 
 
 def test_a_second_ctrl_c_leaves_at_once(digits, tmp_path):

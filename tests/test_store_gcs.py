@@ -1,0 +1,58 @@
+"""A store in a bucket is a store on a disk, byte for byte."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import run
+from gcs import bucket_server
+from images import contents, folder_config, mark_number, prepare_command, write_marks
+
+from alexnet_jax.errors import UserError
+from alexnet_jax.store import open_or_prepare, open_store
+
+COUNT = 1100
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with bucket_server() as (objects, environment), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield objects
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, bucket) -> Path:
+    folder = tmp_path_factory.mktemp("marks")
+    write_marks(folder / "train", COUNT)
+    write_marks(folder / "val", 8)
+    ran = run(sys.executable, *prepare_command(folder, "gs://bucket/data"), env=dict(os.environ))
+    assert ran.returncode == 0, ran.stderr
+    return folder
+
+
+def test_the_bucket_holds_the_files_of_a_local_store(folder, bucket, tmp_path):
+    open_or_prepare(folder_config(folder, tmp_path / "data"))
+    local = contents(tmp_path)
+    assert {name: local[name] for name in local if not name.endswith(".lock")} == bucket
+
+
+def test_it_is_read_like_a_local_one(folder, bucket):
+    train = open_or_prepare(folder_config(folder, "gs://bucket/data"))["train"]
+    assert train.path.startswith("gs://bucket/data/folder-marks")
+    indices = np.array([1099, 3, 3, 1024])
+    rows = train.read(indices)
+    assert mark_number(rows["image"]).tolist() == indices.tolist()
+    assert rows["label"].tolist() == (indices * 4 // COUNT).tolist()
+
+
+def test_a_shard_that_the_bucket_lost_is_found_at_opening(folder, bucket):
+    path = open_or_prepare(folder_config(folder, "gs://bucket/data"))["train"].path
+    key = f"{path.removeprefix('gs://bucket/')}/image/c/1/0/0/0"
+    shard = bucket.pop(key)
+    with pytest.raises(UserError, match="shard image/c/1/0/0/0 is missing"):
+        open_store(path)
+    bucket[key] = shard
