@@ -46,29 +46,44 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
+DISK_FULL = (
+    *(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
+    "Not enough disk space",  # tfds, when it foresees it
+)
+NO_ACCESS = tuple(
+    os.strerror(code)
+    for code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+)
+
+
 @contextmanager
-def disk_full_is_users(folder: Path) -> Iterator[None]:
-    """Turns "no space left" of any library, on writing into `folder`, into a UserError."""
+def explained_write_errors(
+    folder: str | Path, other: str, texts: tuple[str, ...] = (*DISK_FULL, *NO_ACCESS)
+) -> Iterator[None]:
+    """Turns a full disk, missing rights and the like, on writing a folder, into a UserError.
+
+    TensorStore, Orbax, TensorFlow, tfds and Python raise different exceptions, all with the
+    system's own texts in them or in their causes.
+
+    Args:
+      other: what to choose instead, e.g. "another --workdir".
+      texts: those to explain. All else keeps its traceback.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if not is_disk_full(error):
-            raise
-        raise UserError(
-            f"no space left to write into {folder}; free some and run the same command again: "
-            "what was saved before is whole"
-        ) from error
+        told = _chain(error)
+        for text in texts:
+            if text in told:
+                full = f"make room or choose {other}, and run the same command again: it goes on"
+                mend = full if text in DISK_FULL else f"choose {other}"
+                where = getattr(error, "filename", None) or folder
+                raise UserError(f"cannot write {where}: {text.lower()}; {mend}") from error
+        raise
 
 
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a full disk, quota or file size limit."""
-    if error is None:
-        return False
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    told = ("No space left on device", "Disk quota exceeded", "File too large")
-    if any(text in str(error) for text in told):
-        return True
-    return is_disk_full(error.__cause__ or error.__context__)
+def _chain(error: BaseException | None) -> str:
+    """The texts of an error and of what caused it."""
+    return f"{error}\n{_chain(error.__cause__ or error.__context__)}" if error else ""

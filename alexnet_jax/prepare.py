@@ -20,12 +20,11 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from alexnet_jax.decode import decode_square
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, explained_write_errors
 from alexnet_jax.sources import Example, Source, open_source
 from alexnet_jax.store import (
     FORMAT_VERSION,
     array_kvstore,
-    explained_write_errors,
     is_settled,
     is_url,
     one_line,
@@ -70,14 +69,14 @@ def prepare_splits(config: Mapping[str, Any], paths: Mapping[str, str]) -> None:
     """
     splits = {paths["train"]: config["train_split"], paths["eval"]: config["eval_split"]}
     folder = os.path.dirname(paths["train"])
-    with explained_write_errors(folder), _lock(folder):
+    with explained_write_errors(folder, "another data_dir"), _lock(folder):
         sources = {
             path: open_source(config, split)  # all of them, before hours go into the first
             for path, split in splits.items()
             if not is_settled(path)
         }
         for path, source in sources.items():
-            with explained_write_errors(path):
+            with explained_write_errors(path, "another data_dir"):
                 prepare_store(source, path, config["image_size"], config["max_corrupt"])
 
 

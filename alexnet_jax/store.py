@@ -12,13 +12,11 @@ A store is the folder (or gs:// prefix) `<data_dir>/<dataset>_<image_size>/<spli
 """
 
 import argparse
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,29 +222,6 @@ def read_attributes(path: str) -> dict[str, Any] | None:
 def shard_rows(size: int) -> int:
     """Returns how many images of `size` pixels a side one shard file holds."""
     return max(1, min(MAX_SHARD_ROWS, MAX_SHARD_BYTES // (size * size * 3)))
-
-
-@contextlib.contextmanager
-def explained_write_errors(path: str) -> Iterator[None]:
-    """Turns what the system says of a full disk, rights and the like into a `UserError`.
-
-    TensorStore, TensorFlow, tfds and Python raise different exceptions with the same system texts.
-    """
-    full = "make room or choose another data_dir, and run the same command again: it goes on"
-    mends = {os.strerror(code): full for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
-    mends["Not enough disk space"] = full  # tfds, when it foresees it
-    no_access = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-    mends |= {os.strerror(code): "choose another data_dir" for code in no_access}
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        for text, mend in mends.items():
-            if text in str(error):
-                where = getattr(error, "filename", None) or path
-                raise UserError(f"cannot write {where}: {text.lower()}; {mend}") from error
-        raise
 
 
 def _open_array(root: ts.KvStore, name: str) -> ts.TensorStore:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from alexnet_jax import augment, optim, parallel, pipeline, plots
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.errors import UserError, disk_full_is_users, is_disk_full
+from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
 from alexnet_jax.interrupt import StopRequest
 from alexnet_jax.model import AlexNet, format_layer_table, layer_table
 from alexnet_jax.report import Meter, Report
@@ -74,7 +74,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     model = build_model(config)
     check(config)
     workdir = Path(workdir).expanduser()
-    with disk_full_is_users(workdir), claimed_workdir(workdir, config):
+    with (
+        explained_write_errors(workdir, "another --workdir", DISK_FULL),
+        claimed_workdir(workdir, config),
+    ):
         size = config.augment.crop_size
         table = format_layer_table(layer_table(model, (size, size, 3)))
         (workdir / "summary.txt").write_text(table + "\n")
@@ -120,28 +123,23 @@ def claimed_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
     trains there now.
     """
     path = workdir / "config.json"
-    try:
+    with explained_write_errors(workdir, "another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        saved = json.loads(path.read_text()) if path.exists() else None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            saved = json.loads(path.read_text()) if path.exists() else None
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is training in {workdir}; wait for it or choose another --workdir"
+            ) from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is damaged; choose another --workdir or remove it") from error
         differing = configs.differing_fields(config, saved) if saved else []
         if not differing:
             new = workdir / "config.json.new"
             new.write_text(configs.to_json(config) + "\n")
             new.replace(path)
-    except BlockingIOError as error:
-        raise UserError(
-            f"another process is training in {workdir}; wait for it, or choose another --workdir"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged; choose another --workdir, or remove it") from error
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise UserError(
-            f"cannot write to workdir {workdir} ({error.strerror}); choose another --workdir"
-        ) from error
     if differing:
         raise UserError(
             f"{workdir} holds the run of another config, which differs in "
