@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # BSD's EX_TEMPFAIL: saved on request, run the same command to go on
@@ -44,6 +45,16 @@ def _quiet_libraries() -> None:
     """What Orbax and tfds log they also raise, and TensorFlow greets each user with a page."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.unraisablehook = _without_late_writes
+
+
+def _without_late_writes(fault: Any) -> None:
+    """Once one write of a checkpoint has failed, Orbax closes the loop that the others report to.
+
+    TensorStore then prints a fault of its own threads, beside the error that we raise.
+    """
+    if "Event loop is closed" not in str(fault.exc_value):
+        sys.__unraisablehook__(fault)
 
 
 DISK_FULL = (

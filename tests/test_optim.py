@@ -90,7 +90,7 @@ def test_clipping_limits_the_global_norm_of_the_gradients():
     c.optimizer.weight_decay = 0.0
     c.optimizer.clip_norm = 1.0
     ((after, _),) = updates_of(c, [100.0])
-    moved = optax.global_norm(jax.tree.map(lambda a, b: a - b, params(), after))
+    moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, params(), after))
     assert moved == pytest.approx(0.01, rel=1e-4)
 
 

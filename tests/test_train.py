@@ -311,3 +311,13 @@ def test_imagenet_without_its_archives_says_which_files_to_put_where(tmp_path):
     assert done.returncode == EXIT_USER_ERROR
     for told in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "downloads/manual"):
         assert told in done.stderr.splitlines()[-1]
+
+
+def test_the_quickstart_learns_the_digits_within_two_epochs(digits, tmp_path):
+    done = run(
+        *(sys.executable, "train.py", "--config", "configs/quickstart.py"),
+        *(f"--config.data_dir={digits}", f"--workdir={tmp_path}", "--config.num_epochs=2"),
+        "--config.parallel=jit",
+    )
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path, "eval")[-1]["top1"] > 0.8
