@@ -65,7 +65,8 @@ def test_sample_grid_shows_each_image_in_its_place(tmp_path):
     images = np.zeros((5, 28, 28, 3), np.uint8)
     for place in range(5):
         images[place] = 50 * place
-    plots.save_sample_grid(images, ["a very long class name of a rare animal"] * 5, tmp_path / "g.png")
+    names = ["a very long class name of a rare animal"] * 5
+    plots.save_sample_grid(images, names, tmp_path / "g.png")
     grid = np.asarray(Image.open(tmp_path / "g.png"))
     side = 112
     for place in range(5):
