@@ -20,7 +20,7 @@ F = torch.nn.functional
 
 TOLERANCE = 1e-4
 STEPS = 20
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.005, 0.9, 5e-4
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
 # Conv padding of conv1 by image size; the other layers' geometry is the same in both variants.
 CONV1_PADDING = {224: 2, 63: 0}
@@ -93,7 +93,7 @@ def relative_error(got, want) -> float:
 
 
 def least_error(error_of_seed: Callable[[int], float]) -> float:
-    """The error with the first seed that meets the tolerance, or the least of three.
+    """The error with the first seed that meets the tolerance, or the least of five.
 
     Where two values in a pooling window, or a value and the 0 of ReLU, are nearer to each other
     than float32 rounding, the gradient takes one path here and another there. One such tie
@@ -101,7 +101,7 @@ def least_error(error_of_seed: Callable[[int], float]) -> float:
     wrong formula shows with every seed, so one seed without a tie decides.
     """
     errors = []
-    for seed in range(3):
+    for seed in range(5):
         errors.append(error_of_seed(seed))
         if errors[-1] < TOLERANCE:
             break
@@ -129,26 +129,33 @@ def test_logits_loss_and_gradients(variant):
     assert least_error(gradient_error) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", GROUPS)
-def test_loss_curve_of_twenty_steps_of_sgd(variant):
+# A narrow net takes a rate at which the weight decay shows; the full one a low rate, since higher
+# ones make its loss leap, and every leap enlarges the differences of rounding.
+CURVES = [("owt", 0.25, 63, 5e-3), ("paper", 0.25, 63, 5e-3), ("owt", 1, 224, 5e-5)]
+CURVES += [("paper", 1, 224, 2e-4)]
+
+
+@pytest.mark.parametrize(("variant", "width", "size", "rate"), CURVES)
+def test_loss_curve_of_twenty_steps_of_sgd(variant, width, size, rate):
     """PyTorch keeps the rate out of its velocity; with a constant rate the updates are equal."""
-    model = AlexNet(variant, num_classes=10, dropout=0.0, width=0.25)
+    classes, pooled = {63: (10, 1), 224: (1000, 6)}[size]
+    model = AlexNet(variant, num_classes=classes, dropout=0.0, width=width)
 
     def curve_error(seed: int) -> float:
-        x, labels = random_batch(63, batch=4, classes=10, seed=seed)
+        x, labels = random_batch(size, batch=4, classes=classes, seed=seed)
         params = random_params(model, x)
-        want = torch_curve(variant, to_torch(params, pooled=1), x, labels)
-        got = jax_curve(model, params, x, labels)
+        want = torch_curve(variant, to_torch(params, pooled), x, labels, rate)
+        got = jax_curve(model, params, x, labels, rate)
         assert want[-1] < 0.8 * want[0]
         return float(np.abs(got / want - 1).max())
 
     assert least_error(curve_error) < TOLERANCE
 
 
-def torch_curve(variant: str, tensors: dict, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    sgd = torch.optim.SGD(
-        tensors.values(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
-    )
+def torch_curve(
+    variant: str, tensors: dict, x: np.ndarray, labels: np.ndarray, rate: float
+) -> np.ndarray:
+    sgd = torch.optim.SGD(tensors.values(), lr=rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     losses = []
     for _ in range(STEPS):
         sgd.zero_grad()
@@ -159,9 +166,11 @@ def torch_curve(variant: str, tensors: dict, x: np.ndarray, labels: np.ndarray) 
     return np.array(losses)
 
 
-def jax_curve(model: AlexNet, params: dict, x: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def jax_curve(
+    model: AlexNet, params: dict, x: np.ndarray, labels: np.ndarray, rate: float
+) -> np.ndarray:
     config = default_config()
-    config.learning_rate, config.optimizer.momentum = LEARNING_RATE, MOMENTUM
+    config.learning_rate, config.optimizer.momentum = rate, MOMENTUM
     config.optimizer.weight_decay = config.optimizer.bias_weight_decay = WEIGHT_DECAY
     optimizer = optim.sgd(config)
     rates = optim.make_schedule(config, steps_per_epoch=1.0)(0, 1.0).rates
