@@ -94,6 +94,7 @@ class Meter:
         self.first_step = True
         self.steps: list[tuple[int, Metrics]] = []
         self.restart_clock()
+        self.created = self.clock
 
     def add(self, number: int, metrics: Metrics, waited: float, steps_in_flight: int) -> None:
         """Notes a dispatched step, and the seconds its batch was waited for.
@@ -115,9 +116,12 @@ class Meter:
     ) -> tuple[list[tuple[int, dict[str, float]]], dict[str, float]]:
         """Returns (step, metrics) of the noted steps, and their images_per_s and data_wait."""
         steps = [(n, {k: float(v) for k, v in fetch(m).items()}) for n, m in self.steps]
-        seconds = time.perf_counter() - self.clock
+        now = time.perf_counter()
+        # Of a first step alone, which the clock leaves out, there is but the time with compilation.
+        count, since = (self.timed, self.clock) if self.timed else (len(steps), self.created)
+        seconds = now - since
         timing = {
-            "images_per_s": self.timed * self.batch_size / seconds,
+            "images_per_s": count * self.batch_size / seconds,
             "data_wait": self.waited / seconds,
         }
         self.steps = []

@@ -61,6 +61,14 @@ def test_meter_counts_images_and_waiting_of_the_steps_since_the_last_time():
     assert meter.drain(lambda metrics: metrics)[0] == []
 
 
+def test_a_first_step_alone_is_timed_with_its_compilation():
+    meter = Meter(batch_size=10)
+    meter.created -= 4.0
+    meter.add(1, {"loss": np.float32(1)}, waited=0.0, steps_in_flight=2)
+    meter.restart_clock()
+    assert meter.drain(lambda metrics: metrics)[1]["images_per_s"] == pytest.approx(2.5, rel=0.01)
+
+
 def test_sample_grid_shows_each_image_in_its_place(tmp_path):
     images = np.zeros((5, 28, 28, 3), np.uint8)
     for place in range(5):
