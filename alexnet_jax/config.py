@@ -22,6 +22,30 @@ from alexnet_jax.errors import UserError
 FIELDS_FREE_TO_CHANGE = ("data_dir", "log_every_steps", "checkpoint.keep", "checkpoint.every_steps")
 
 
+INFINITY = float("inf")
+TINY = 1e-6
+BOUNDS = {
+    "seed": (0, 2**32 - 1),
+    "num_epochs": (1, INFINITY),
+    "learning_rate": (0, INFINITY),
+    "log_every_steps": (1, INFINITY),
+    "max_corrupt": (0, 1),
+    "model.num_classes": (1, INFINITY),
+    "model.width": (TINY, INFINITY),
+    "model.dropout": (0, 1 - TINY),
+    "augment.color_noise": (0, INFINITY),
+    "optimizer.momentum": (0, 1),
+    "optimizer.clip_norm": (0, INFINITY),
+    "schedule.warmup_epochs": (0, INFINITY),
+    "schedule.factor": (TINY, 1 - TINY),
+    "schedule.patience": (1, INFINITY),
+    "schedule.max_drops": (0, INFINITY),
+    "eval.every_epochs": (TINY, INFINITY),
+    "checkpoint.every_steps": (1, INFINITY),
+    "checkpoint.keep": (1, INFINITY),
+}
+
+
 def default_config() -> ConfigDict:
     """Returns every field there is, with the values of the 2012 paper where it gives one."""
     c = ConfigDict()
@@ -114,6 +138,14 @@ def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     for name, text in overrides:
         _set(config, name, text, origin="the command line", parse=True)
     return config
+
+
+def check_bounds(config: ConfigDict) -> None:
+    """Raises UserError if a number lies outside of what makes sense for its field."""
+    fields = flat(config)
+    for name, (least, most) in BOUNDS.items():
+        if not least <= fields[name] <= most:
+            raise UserError(f"{name}={fields[name]} must lie between {least:g} and {most:g}")
 
 
 def parse(

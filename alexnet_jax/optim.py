@@ -81,6 +81,8 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> Schedule:
 
 def _base_rate(config: ConfigDict, steps_per_epoch: float) -> Callable[[jax.Array], jax.Array]:
     fields, rate = config.schedule, config.learning_rate
+    if not all(isinstance(epoch, int | float) for epoch in fields.step_epochs):
+        raise UserError(f"schedule.step_epochs={fields.step_epochs} must be numbers")
     warmup_steps = round(fields.warmup_epochs * steps_per_epoch)
     decay_steps = max(1, math.ceil(config.num_epochs * steps_per_epoch) - warmup_steps)
     kinds = {

@@ -96,14 +96,7 @@ def check(config: ConfigDict) -> None:
     augment.check(config)
     parallel.check(config)
     optim.make_schedule(config, steps_per_epoch=1.0)
-    for field in ("num_epochs", "log_every_steps"):
-        if config[field] < 1:
-            raise UserError(f"{field}={config[field]} must be at least 1")
-    for field in ("every_steps", "keep"):
-        if config.checkpoint[field] < 1:
-            raise UserError(f"checkpoint.{field}={config.checkpoint[field]} must be at least 1")
-    if config.eval.every_epochs <= 0:
-        raise UserError(f"eval.every_epochs={config.eval.every_epochs} must be above 0")
+    configs.check_bounds(config)
 
 
 def check_classes(config: ConfigDict, store: Store) -> None:

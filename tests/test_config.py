@@ -178,6 +178,12 @@ BAD_VALUES = [
     ("checkpoint.keep", "0", "checkpoint.keep=0"),
     ("eval.every_epochs", "0", "every_epochs"),
     ("batch_size", "-1", "batch_size"),
+    ("seed", "-1", "seed=-1 must lie between 0 and"),
+    ("model.dropout", "1", "model.dropout=1.0"),
+    ("learning_rate", "-0.1", "learning_rate=-0.1"),
+    ("schedule.step_epochs", "(1, 'a')", "step_epochs.*numbers"),
+    ("schedule.factor", "10", "schedule.factor=10.0"),
+    ("schedule.warmup_epochs", "-1", "warmup_epochs=-1.0"),
 ]
 
 
