@@ -100,21 +100,25 @@ class Checkpoints:
     ) -> Restored | None:
         """Returns the newest checkpoint that can be read, None if the run has none.
 
-        One that cannot be read is said so, and moved to `damaged/` in the workdir; then the one
-        before it is tried. Raises UserError if there are checkpoints and none can be read.
+        Those that cannot be read are said so, and moved to `damaged/` in the workdir once an older
+        one was read. Raises UserError, and moves nothing, if there are some and none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self.restore(step, like)
+                restored = self.restore(step, like)
             except Exception as error:  # whatever Orbax or TensorStore make of the damage
-                where = self._set_aside(step)
-                reason = " ".join(str(error).split())[:200]
-                warn(f"checkpoint of step {step} is damaged, moved to {where}: {reason}")
-        if steps:
+                damaged[step] = " ".join(str(error).split())[:200]
+                continue
+            for damaged_step, reason in damaged.items():
+                where = self._set_aside(damaged_step)
+                warn(f"checkpoint of step {damaged_step} is damaged, moved to {where}: {reason}")
+            return restored
+        if damaged:
+            step, reason = next(iter(damaged.items()))
             raise UserError(
-                f"no checkpoint in {self._folder} can be read; to begin again, choose another "
-                "--workdir"
+                f"no checkpoint in {self._folder} can be read (step {step}: {reason}); put back a "
+                "copy of one, or begin again in another --workdir"
             )
         return None
 

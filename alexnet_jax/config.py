@@ -26,6 +26,7 @@ INFINITY = float("inf")
 TINY = 1e-6
 BOUNDS = {
     "seed": (0, 2**32 - 1),
+    "batch_size": (1, INFINITY),
     "num_epochs": (1, INFINITY),
     "learning_rate": (0, INFINITY),
     "log_every_steps": (1, INFINITY),
@@ -33,7 +34,9 @@ BOUNDS = {
     "model.num_classes": (1, INFINITY),
     "model.width": (TINY, INFINITY),
     "model.dropout": (0, 1 - TINY),
+    "image_size": (1, INFINITY),
     "augment.color_noise": (0, INFINITY),
+    "augment.pixel_scale": (TINY, INFINITY),
     "optimizer.momentum": (0, 1),
     "optimizer.clip_norm": (0, INFINITY),
     "schedule.warmup_epochs": (0, INFINITY),
@@ -42,7 +45,7 @@ BOUNDS = {
     "schedule.max_drops": (0, INFINITY),
     "eval.every_epochs": (TINY, INFINITY),
     "checkpoint.every_steps": (1, INFINITY),
-    "checkpoint.keep": (1, INFINITY),
+    "checkpoint.keep": (2, INFINITY),  # one to fall back to
 }
 
 

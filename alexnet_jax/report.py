@@ -17,15 +17,19 @@ Row = dict[str, Any]
 
 
 class Report:
-    """The progress bar and the files of one run, from one step on.
+    """The progress bar and the files of one run, from one step on, which is `evaluated` or not.
 
     What an earlier part of the run wrote for later steps, which will now be made again, is
     dropped, so that every step stands in `metrics.jsonl` at most once.
     """
 
-    def __init__(self, workdir: Path, step: int, total_steps: int):
+    def __init__(self, workdir: Path, step: int, total_steps: int, evaluated: bool = True):
+        def stays(row: Row) -> bool:
+            made_up = row["step"] == step and row["split"] == "eval" and not evaluated
+            return row["step"] <= step and not made_up
+
         self._workdir = workdir
-        self._rows = [row for row in read_metrics(workdir) if row["step"] <= step]
+        self._rows = [row for row in read_metrics(workdir) if stays(row)]
         kept = workdir / "metrics.jsonl.new"
         kept.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         self._metrics = kept.replace(workdir / "metrics.jsonl").open("a")

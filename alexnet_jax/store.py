@@ -270,12 +270,13 @@ def one_line(error: Exception) -> str:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepares a config's stores and says what they hold."""
-    from alexnet_jax.config import parse
+    from alexnet_jax.config import check_bounds, parse
 
     parser = argparse.ArgumentParser(
         prog="python -m alexnet_jax.store", description="Prepare the data of a config."
     )
     config, _ = parse(argv, parser)
+    check_bounds(config)
     for store in open_or_prepare(config).values():
         print(f"{store.path}: {store.num_examples} examples of {len(store.class_names)} classes")
 

@@ -83,7 +83,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         (workdir / "summary.txt").write_text(table + "\n")
         print(f"AlexNet, variant {config.model.variant}:\n{table}\n")
         stores = open_or_prepare(config)
-        check_classes(config, stores["train"])
+        check_labels(config, stores)
         with (
             StopRequest() as stop,
             closing(Checkpoints(workdir, config)) as checkpoints,
@@ -99,13 +99,21 @@ def check(config: ConfigDict) -> None:
     configs.check_bounds(config)
 
 
-def check_classes(config: ConfigDict, store: Store) -> None:
-    """Raises UserError if the network has fewer outputs than the data has classes."""
-    if len(store.class_names) > config.model.num_classes:
+def check_labels(config: ConfigDict, stores: dict[str, Store]) -> None:
+    """Raises UserError if a split has no labels, or more classes than the network has outputs."""
+    classes = len(stores["train"].class_names)
+    if classes > config.model.num_classes:
         raise UserError(
-            f"{config.dataset} has {len(store.class_names)} classes, the network "
-            f"{config.model.num_classes}; set --config.model.num_classes={len(store.class_names)}"
+            f"{config.dataset} has {classes} classes, the network {config.model.num_classes}; "
+            f"set --config.model.num_classes={classes}"
         )
+    for use, store in stores.items():
+        if store.labels.min() < 0:
+            split = config[f"{use}_split"]
+            raise UserError(
+                f"split {split} of {config.dataset} has examples without a label; choose another "
+                f"{use}_split"
+            )
 
 
 @contextmanager
@@ -128,6 +136,8 @@ def claimed_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
             ) from error
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is damaged; choose another --workdir or remove it") from error
+        if not isinstance(saved, dict | None):
+            raise UserError(f"{path} is damaged; choose another --workdir or remove it")
         differing = configs.differing_fields(config, saved) if saved else []
         if not differing:
             new = workdir / "config.json.new"
@@ -211,16 +221,16 @@ class _Run:
         )
         self.step = int(state.step)
         self.state = self.compiled.place(state)
-        self.report = Report(workdir, self.step, self.total_steps)
+        self.evaluated = checkpoints.was_evaluated(self.step)
+        self.report = Report(workdir, self.step, self.total_steps, self.evaluated)
         self.meter = Meter(config.batch_size)
 
     def train(self) -> TrainState:
         """Steps, evaluates and saves until the last step or a request to stop."""
         with closing(self.report):
-            # A run that was stopped before an evaluation makes it up first.
-            evaluated = self.checkpoints.was_evaluated(self.step)
             while True:
-                if self.step in self.eval_steps and not evaluated and not self.stop.requested:
+                # A run that was stopped before an evaluation makes it up first.
+                if self.step in self.eval_steps and not (self.evaluated or self.stop.requested):
                     self._evaluate_and_save()
                 if self.stop.requested:
                     self._save()
@@ -228,7 +238,7 @@ class _Run:
                 if self.step == self.total_steps:
                     break
                 self._step()
-                evaluated = False
+                self.evaluated = False
             self.checkpoints.wait()
             best = self.checkpoints.best_step
             self.report.say(f"finished at step {self.step}; best top-1 at step {best}")
@@ -267,6 +277,7 @@ class _Run:
 
     def _evaluate_and_save(self) -> None:
         self._record_train()
+        self._check_params()
         self.report.show("evaluating")
         batches = pipeline.eval_batches(self.stores["eval"], self.config.batch_size)
         metrics = evaluate(self.compiled, self.state, batches, self.stop)
@@ -285,15 +296,23 @@ class _Run:
 
     def _save(self, top1: float | None = None) -> None:
         self._record_train()
-        state = self.compiled.fetch(self.state)
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)):
+        self._check_params()
+        self.checkpoints.save(self.compiled.fetch(self.state), self.batches.get_state(), top1)
+
+    def _check_params(self) -> None:
+        """A step's loss is finite when its update is the first that is not."""
+        params = self.compiled.fetch(self.state.params)
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
             self._give_up(self.step, float(self._now().learning_rate), "a parameter is not finite")
-        self.checkpoints.save(state, self.batches.get_state(), top1)
 
     def _give_up(self, number: int, rate: float, what: str) -> None:
         self.checkpoints.wait()
         good = self.checkpoints.latest_step
-        saved = f"the last good checkpoint is of step {good}" if good else "nothing was saved yet"
+        saved = (
+            f"the last good checkpoint is of step {good}"
+            if good is not None
+            else "nothing was saved yet"
+        )
         raise UserError(
             f"{what} at step {number} (learning rate {rate:.3g}); {saved}; a lower learning_rate "
             "or optimizer.clip_norm may help"

