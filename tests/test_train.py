@@ -273,9 +273,11 @@ def test_bad_input_is_one_sentence_and_an_exit_code(argv, told, digits, tmp_path
     assert "Traceback" not in done.stderr
 
 
-def test_a_workdir_that_cannot_be_written_is_named(digits, tmp_path):
+@pytest.mark.parametrize("command", [["train.py"], ["-m", "alexnet_jax.visualize", "data"]])
+def test_a_workdir_that_cannot_be_written_is_named(command, digits, tmp_path):
     (tmp_path / "file").write_text("no folder")
-    done = train(digits, tmp_path / "file" / "run")
+    python, _, *rest = arguments(digits, tmp_path / "file" / "run")
+    done = run(python, *command, *rest)
     assert done.returncode == EXIT_USER_ERROR
     assert f"cannot write {tmp_path}/file/run" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,0 +1,69 @@
+"""Seconds from the start of training to its first finished step, with and without the cache.
+
+    python benchmarks/start_up.py
+
+Trains one epoch of the quickstart in processes of their own, turn by turn with an empty and with
+a filled compilation cache. The data is prepared before.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def first_step_after(data_dir: Path, cache: Path) -> float:
+    """Returns the seconds that the program itself tells."""
+    with tempfile.TemporaryDirectory() as workdir:
+        done = subprocess.run(
+            [
+                *(sys.executable, "train.py", "--config", "configs/quickstart.py"),
+                *(f"--config.data_dir={data_dir}", f"--workdir={workdir}"),
+                "--config.num_epochs=1",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    return float(re.search(r"first step after ([\d.]+) s", done.stdout)[1])
+
+
+def main() -> None:
+    """Prints a table of medians, and writes it as rows if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--quick", action="store_true", help="one round")
+    args = parser.parse_args()
+    seconds = {"empty cache": [], "filled cache": []}
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = Path(folder, "data")
+        first_step_after(data_dir, Path(folder, "unused"))  # prepares the data
+        for number in range(1 if args.quick else 3):
+            for times in seconds.values():
+                times.append(first_step_after(data_dir, Path(folder, f"cache{number}")))
+    rows = [
+        {
+            **{"what": f"first step, {what}", "batch": 64, "dtype": "float32", "unit": "s"},
+            **{"value": statistics.median(times), "median": statistics.median(times)},
+            **{"min": min(times), "max": max(times)},
+        }
+        for what, times in seconds.items()
+    ]
+    for row in rows:
+        print(f"{row['what']:26} {row['median']:5.1f} s  ({row['min']:.1f} to {row['max']:.1f})")
+    print(f"{'ratio':26} {rows[0]['median'] / rows[1]['median']:5.1f}")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
