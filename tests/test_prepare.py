@@ -63,16 +63,22 @@ def block_at(folder: Path, number: int) -> Path:
     return pipe
 
 
-def test_killed_preparation_goes_on_and_ends_with_the_same_bytes(folder, tmp_path):
-    expected = undisturbed(folder, tmp_path)
-    data_dir = tmp_path / "data"
-    path = store_path(folder_config(folder, data_dir), "train")
+def kill_in_the_second_shard(folder: Path, data_dir: Path, path: str) -> Path:
+    """Starts a preparation and kills it; returns the pipe in place of the image it waited for."""
     pipe = block_at(folder, STOP_AT)
     process = start_preparing(folder, data_dir)
     while rows_done(path) == 0:
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    return pipe
+
+
+def test_killed_preparation_goes_on_and_ends_with_the_same_bytes(folder, tmp_path):
+    expected = undisturbed(folder, tmp_path)
+    data_dir = tmp_path / "data"
+    path = store_path(folder_config(folder, data_dir), "train")
+    pipe = kill_in_the_second_shard(folder, data_dir, path)
     assert rows_done(path) == 1024
     with pytest.raises(UserError, match="not complete"):
         open_store(path)
@@ -91,12 +97,7 @@ def test_killed_preparation_goes_on_and_ends_with_the_same_bytes(folder, tmp_pat
 def test_a_preparation_of_other_files_is_not_continued(folder, tmp_path):
     data_dir = tmp_path / "data"
     path = store_path(folder_config(folder, data_dir), "train")
-    pipe = block_at(folder, STOP_AT)
-    process = start_preparing(folder, data_dir)
-    while rows_done(path) == 0:
-        assert process.poll() is None, process.stderr.read()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    pipe = kill_in_the_second_shard(folder, data_dir, path)
     pipe.unlink()
     train = open_or_prepare(folder_config(folder, data_dir))["train"]
     expected = [n for n in range(COUNT) if n != STOP_AT]
