@@ -233,6 +233,7 @@ class _Run:
                 if self.step in self.eval_steps and not (self.evaluated or self.stop.requested):
                     self._evaluate_and_save()
                 if self.stop.requested:
+                    self._settle()
                     self._save()
                     raise Stopped(f"stopped and saved at step {self.step} of {self.total_steps}")
                 if self.step == self.total_steps:
@@ -262,6 +263,7 @@ class _Run:
         if self.step % self.config.log_every_steps == 0:
             self._record_train()
         if self.step % self.config.checkpoint.every_steps == 0 and self.step not in self.eval_steps:
+            self._settle()
             self._save()
 
     def _record_train(self) -> None:
@@ -276,8 +278,7 @@ class _Run:
             self.report.train({**self._place(), **means, "learning_rate": rate, **timing})
 
     def _evaluate_and_save(self) -> None:
-        self._record_train()
-        self._check_params()
+        self._settle()
         self.report.show("evaluating")
         batches = pipeline.eval_batches(self.stores["eval"], self.config.batch_size)
         metrics = evaluate(self.compiled, self.state, batches, self.stop)
@@ -295,12 +296,14 @@ class _Run:
         self.meter.restart_clock()
 
     def _save(self, top1: float | None = None) -> None:
-        self._record_train()
-        self._check_params()
         self.checkpoints.save(self.compiled.fetch(self.state), self.batches.get_state(), top1)
 
-    def _check_params(self) -> None:
-        """A step's loss is finite when its update is the first that is not."""
+    def _settle(self) -> None:
+        """Records the steps until now, and gives up if the state is not fit to be saved.
+
+        A step's loss is finite when its update is the first that is not.
+        """
+        self._record_train()
         params = self.compiled.fetch(self.state.params)
         if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
             self._give_up(self.step, float(self._now().learning_rate), "a parameter is not finite")
