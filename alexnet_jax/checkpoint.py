@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.step import TrainState
 
 
@@ -108,7 +108,7 @@ class Checkpoints:
             try:
                 restored = self.restore(step, like)
             except Exception as error:  # whatever Orbax or TensorStore make of the damage
-                damaged[step] = " ".join(str(error).split())[:200]
+                damaged[step] = one_line(error)[:200]
                 continue
             for damaged_step, reason in damaged.items():
                 where = self._set_aside(damaged_step)

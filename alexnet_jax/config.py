@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.errors import UserError, one_line
 
 # A run may go on with other values of these, since they change no parameter of the network.
 FIELDS_FREE_TO_CHANGE = ("data_dir", "log_every_steps", "checkpoint.keep", "checkpoint.every_steps")
@@ -209,8 +209,9 @@ def _get_config(file: Path) -> ConfigDict:
             f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
         ]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else 1)
-        text = " ".join(str(error).split())
-        raise UserError(f"{file}, line {line}: {type(error).__name__}: {text}") from error
+        raise UserError(
+            f"{file}, line {line}: {type(error).__name__}: {one_line(error)}"
+        ) from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"{file}: get_config() must return a ConfigDict, not {type(config).__name__}"

@@ -19,6 +19,11 @@ class UserError(Exception):
     """Bad input. Its text is one sentence that names the thing at fault and the mend."""
 
 
+def one_line(error: Exception) -> str:
+    """Returns an error's text with its line breaks and runs of spaces made single spaces."""
+    return " ".join(str(error).split())
+
+
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
     """Wraps a command's `main`: a `UserError` becomes one line on stderr and exit code 2.
 
@@ -42,9 +47,8 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
 
 
 def _quiet_libraries() -> None:
-    """What Orbax and tfds log they also raise, and TensorFlow greets each user with a page."""
+    """What Orbax and tfds log they also raise."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.unraisablehook = _without_late_writes
 
 

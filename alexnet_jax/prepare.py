@@ -20,14 +20,13 @@ import tensorstore as ts
 from tqdm import tqdm
 
 from alexnet_jax.decode import decode_square
-from alexnet_jax.errors import UserError, explained_write_errors
+from alexnet_jax.errors import UserError, explained_write_errors, one_line
 from alexnet_jax.sources import Example, Source, open_source
 from alexnet_jax.store import (
     FORMAT_VERSION,
     array_kvstore,
     is_settled,
     is_url,
-    one_line,
     open_kvstore,
     shard_rows,
 )

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from alexnet_jax.errors import UserError
-from alexnet_jax.store import FOLDER_PREFIX, Store, expand_dir, is_url, one_line
+from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.store import FOLDER_PREFIX, Store, expand_dir, is_url
 
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from alexnet_jax.errors import UserError, exits_cleanly
+from alexnet_jax.errors import UserError, exits_cleanly, one_line
 
 FORMAT_VERSION = 1
 MAX_SHARD_ROWS = 1024
@@ -261,10 +261,6 @@ def _unreadable(path: str, error: Exception) -> UserError:
         f"cannot read the store at {path} ({one_line(error)}); if it is damaged, delete it and "
         "prepare it again"
     )
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @exits_cleanly
