@@ -1,9 +1,11 @@
 """What happens to the pixels inside the jitted step: crop, flip, colour noise, mean, ten views.
 
 Sources: the 2012 paper, section 4.1, and run #145 of its authors' released program, which did
-some things otherwise (`configs/imagenet_2012.py` lists them).
+some things otherwise (`configs/imagenet_2012.py` lists them). The inception crop is that of Szegedy
+et al. 2014 (arXiv 1409.4842, section 6), resized as Pillow resizes.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from alexnet_jax.store import Store
 
 TEN_VIEWS = 10
+BOX_DRAWS = 10
 
 
 class Statistics(NamedTuple):
@@ -55,6 +58,7 @@ def statistics(store: "Store", config: ConfigDict) -> Statistics:
 def check(config: ConfigDict) -> None:
     """Raises UserError if a field of `config.augment` has a value that does not exist."""
     for field, values in {
+        "crop": ("random", "inception"),
         "mean": ("image", "image_center", "channel"),
         "color_noise_scale": ("eigenvalue", "std"),
     }.items():
@@ -69,6 +73,14 @@ def check(config: ConfigDict) -> None:
             f"augment.crop_size={config.augment.crop_size} must lie between 1 and "
             f"image_size={config.image_size}"
         )
+    _check_range("crop_area", config.augment.crop_area, 1.0, "0 < low <= high <= 1")
+    _check_range("crop_aspect", config.augment.crop_aspect, np.inf, "0 < low <= high")
+
+
+def _check_range(field: str, values: tuple, most: float, told: str) -> None:
+    numbers = len(values) == 2 and all(isinstance(value, int | float) for value in values)
+    if not (numbers and 0 < values[0] <= values[1] <= most):
+        raise UserError(f"augment.{field}={values} must be two numbers (low, high), {told}")
 
 
 def augment(
@@ -89,18 +101,16 @@ def augment(
     Returns float32[B, crop_size, crop_size, 3].
     """
     fields = config.augment
-    border = config.image_size - fields.crop_size
 
     def augment_one(image: jax.Array, key: jax.Array) -> jax.Array:
         crop_key, flip_key, noise_key = jax.random.split(key, 3)
-        offset = jax.random.randint(crop_key, (2,), 0, border + 1)
+        crop = _drawn_crop(crop_key, config)
         flip = fields.flip & jax.random.bernoulli(flip_key)
-        image = _crop(image, offset, fields.crop_size).astype(jnp.float32)
-        if fields.mean == "image":
-            image = image - _crop(stats.mean, offset, fields.crop_size)
-            image = jnp.where(flip, image[:, ::-1], image)
-        else:
-            image = jnp.where(flip, image[:, ::-1], image) - _central_mean(stats, fields.crop_size)
+        image = image.astype(jnp.float32)
+        image = crop(image - stats.mean if fields.mean == "image" else image)
+        image = jnp.where(flip, image[:, ::-1], image)
+        if fields.mean != "image":
+            image = image - _central_mean(stats, fields.crop_size)
         alpha = color_noise * jax.random.normal(noise_key, (3,))
         image = image + stats.noise_basis @ alpha
         if fields.color_noise_shrink:
@@ -108,6 +118,34 @@ def augment(
         return image * fields.pixel_scale
 
     return jax.vmap(augment_one)(images, keys)
+
+
+def inception_box(
+    key: jax.Array, size: int, area: tuple[float, float], aspect: tuple[float, float]
+) -> jax.Array:
+    """Draws the part of a size×size image that an inception crop shows.
+
+    As torchvision's RandomResizedCrop does: the first of ten draws that fits into the image, else
+    the largest box of the aspect nearest to the image's own, which is the whole image wherever
+    `aspect` includes 1.
+
+    Args:
+      area: least and largest share of the image's area; uniform between them.
+      aspect: least and largest width over height; its logarithm is uniform between theirs.
+
+    Returns int32[4]: top, left, height and width in pixels.
+    """
+    area_key, aspect_key, offset_key = jax.random.split(key, 3)
+    low, high = np.log(aspect)
+    shares = jax.random.uniform(area_key, (BOX_DRAWS,), minval=area[0], maxval=area[1])
+    logs = jax.random.uniform(aspect_key, (BOX_DRAWS,), minval=low, maxval=high)
+    drawn = jnp.round(size * jnp.sqrt(shares) * jnp.exp(jnp.stack([-logs, logs]) / 2))
+    fits = ((drawn >= 1) & (drawn <= size)).all(axis=0)
+    nearest = np.clip(1.0, *aspect)
+    largest = np.maximum(1, np.round(size * np.minimum(1, [1 / nearest, nearest])))
+    sides = jnp.where(fits.any(), drawn[:, jnp.argmax(fits)], largest).astype(jnp.int32)
+    offset = jax.random.randint(offset_key, (2,), 0, size - sides + 1)
+    return jnp.concatenate([offset, sides])
 
 
 def center_crop(images: jax.Array, stats: Statistics, config: ConfigDict) -> jax.Array:
@@ -136,6 +174,41 @@ def _view(images: jax.Array, y: int, x: int, stats: Statistics, config: ConfigDi
     else:
         view = view - _central_mean(stats, size)
     return view * config.augment.pixel_scale
+
+
+def _drawn_crop(key: jax.Array, config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    """Draws a crop as `config.augment` asks and returns what takes it out of float32[S, S, 3]."""
+    fields = config.augment
+    if fields.crop == "inception":
+        box = inception_box(key, config.image_size, fields.crop_area, fields.crop_aspect)
+        return lambda image: _resized(image, box, fields.crop_size)
+    offset = jax.random.randint(key, (2,), 0, config.image_size - fields.crop_size + 1)
+    return lambda image: _crop(image, offset, fields.crop_size)
+
+
+def _resized(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
+    """Resizes the box of a float32[S, S, 3] to float32[size, size, 3] by Pillow's BILINEAR."""
+    top, left, height, width = box
+    rows = _resize_weights(top, height, image.shape[0], size)
+    columns = _resize_weights(left, width, image.shape[1], size)
+    # By default accelerators would round the pixels to bfloat16 or TF32.
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.einsum("iy,yxc,jx->ijc", rows, image, columns, precision=exact)
+
+
+def _resize_weights(start: jax.Array, length: jax.Array, stored: int, size: int) -> jax.Array:
+    """Returns the float32[size, stored] that resizes an axis's pixels [start, start + length).
+
+    A pixel's weight falls linearly with its distance from the new pixel's centre, to zero at one
+    pixel, old or new, whichever is larger; each row sums to 1. Distances are in whole units of
+    1 / (2 size) old pixels, so that none is rounded.
+    """
+    pixels = 2 * (jnp.arange(stored) - start) + 1
+    centers = (2 * jnp.arange(size) + 1) * length
+    distances = jnp.abs(size * pixels - centers[:, None])
+    in_box = (pixels > 0) & (pixels < 2 * length)
+    weights = jnp.where(in_box, jnp.maximum(2 * jnp.maximum(length, size) - distances, 0), 0)
+    return weights / weights.sum(axis=1, keepdims=True)
 
 
 def _crop(image: jax.Array, offset: jax.Array, size: int) -> jax.Array:

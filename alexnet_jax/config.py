@@ -9,6 +9,7 @@ import ast
 import difflib
 import json
 import runpy
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ def default_config() -> ConfigDict:
     c.train_split = "train"
     c.eval_split = "validation"
     c.image_size = 256  # stored images: shorter side scaled to this, centre square kept
+    c.storage = "raw"  # stored as pixels, or as "jpeg": a seventh of the disk, slower to read
     c.max_corrupt = 0.001  # share of unreadable images that preparation may skip
 
     c.batch_size = 128  # global: over all devices and hosts
@@ -77,7 +79,10 @@ def default_config() -> ConfigDict:
     c.model.width = 1.0  # multiplies the number of filters and hidden units
 
     c.augment = ConfigDict()
+    c.augment.crop = "random"  # the paper's window; "inception": a random part, resized
     c.augment.crop_size = 224
+    c.augment.crop_area = (0.08, 1.0)  # inception: the part's share of the image's area ...
+    c.augment.crop_aspect = (3 / 4, 4 / 3)  # inception: ... and its width over its height
     c.augment.flip = True
     c.augment.mean = "image"  # subtracted: "image", "image_center" (run #145) or "channel"
     c.augment.color_noise = 0.1  # standard deviation of the paper's alpha; 0: none
@@ -161,17 +166,22 @@ def parse(
     """
     parser.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/imagenet.py")
     parser.epilog = "Any field of the config: --config.FIELD=VALUE, e.g. --config.batch_size=64"
-    args, rest = parser.parse_known_args(argv)
-    overrides = []
-    while rest:
-        flag, has_value, value = rest.pop(0).partition("=")
+    words, overrides = list(sys.argv[1:] if argv is None else argv), []
+    others = []
+    while words:  # not argparse: it takes a value with a space in it for a positional argument
+        word = words.pop(0)
+        flag, has_value, value = word.partition("=")
         if not flag.startswith("--config."):
-            raise UserError(f"unknown argument {flag}; --help shows those there are")
+            others.append(word)
+            continue
         if not has_value:
-            if not rest:
+            if not words:
                 raise UserError(f"{flag} needs a value: {flag}=VALUE")
-            value = rest.pop(0)
+            value = words.pop(0)
         overrides.append((flag.removeprefix("--config."), value))
+    args, unknown = parser.parse_known_args(others)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}; --help shows those there are")
     config = load(args.config, overrides)
     del args.config
     return config, args
@@ -185,10 +195,12 @@ def to_json(config: ConfigDict) -> str:
 def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
     """Names the fields, with both values, in which a saved config and this one train otherwise.
 
-    Fields in FIELDS_FREE_TO_CHANGE, and the name, do not count.
+    Fields in FIELDS_FREE_TO_CHANGE, and the name, do not count. A field that came into the program
+    after the config was saved has its default there, by which nothing changes.
     """
     now = flat(ConfigDict(json.loads(to_json(config))))
-    before = flat(ConfigDict(saved))
+    defaults = json.loads(to_json(default_config()))
+    before = flat(ConfigDict(defaults)) | flat(ConfigDict(saved))
     return [
         f"{name} ({before.get(name, 'absent')} there, {now.get(name, 'absent')} here)"
         for name in sorted(now.keys() | before.keys())

@@ -1,19 +1,30 @@
 """Encoded image bytes to the square RGB image of the 2012 paper, section 2."""
 
 import io
+import math
+import threading
 
+import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 WHITE = (255, 255, 255, 255)
+# 400 MB of decoded pixels; a file that claims more is an attack or damaged.
+MAX_PIXELS = 2**27
+Image.MAX_IMAGE_PIXELS = None  # which would warn for some and raise for others
+cv2.setNumThreads(1)  # the callers decode in as many threads as there are cores
+
+_scratch = threading.local()
 
 
 def decode_square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     """Decodes an image, scales its shorter side to `size` and keeps the centre square.
 
-    Scaling is Pillow's bicubic filter, which widens with the scale and so antialiases when it
-    shrinks. The square is cut at its exact, fractional place while scaling. An EXIF orientation is
-    not applied: the ImageNet preparations of 2012 and of tfds ignore it too.
+    Scaling antialiases when it shrinks. Colour and grey JPEGs that have to shrink, nearly all
+    there is in ImageNet, go a way of their own, three times as fast (see `_shrink_jpeg`). All else
+    is Pillow's, with its bicubic filter, which widens with the scale. An EXIF orientation is not
+    applied: the ImageNet preparations of 2012 and of tfds ignore it too.
 
     Args:
       image: bytes of any format that Pillow reads, or an array uint8[H, W], uint8[H, W, 1],
@@ -25,12 +36,59 @@ def decode_square(image: bytes | np.ndarray, size: int) -> np.ndarray:
       CMYK (Adobe's inverted kind too) is converted, 16-bit samples keep their upper 8 bits.
 
     Raises:
-      Exception: whatever Pillow raises for bytes that are no whole image.
+      Exception: whatever Pillow raises for bytes that are no whole image; ValueError for one of
+        more than MAX_PIXELS, which is not decoded.
     """
     if isinstance(image, np.ndarray):
-        picture = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
-    else:
-        picture = Image.open(io.BytesIO(image))
+        return _scale_square(
+            Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), size
+        )
+    try:
+        shrunk = _shrink_jpeg(image, size)
+    except ValueError:  # no JPEG, or one that libjpeg warns of: let Pillow judge
+        shrunk = None
+    return _scale_square(Image.open(io.BytesIO(image)), size) if shrunk is None else shrunk
+
+
+def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:
+    """Decodes a JPEG whose sides are longer than `size`; returns None for any other.
+
+    JPEG's own blocks halve it as often as they can; then a Gaussian as wide as the scale asks for
+    and bilinear interpolation: of the same variance, and so nearly the same image, as the triangle
+    filter (Pillow's BILINEAR), but both are vectorised.
+    """
+    height, width, colors, _ = simplejpeg.decode_jpeg_header(image)
+    too_many = height * width > MAX_PIXELS
+    if too_many or min(height, width) <= size or colors not in ("YCbCr", "Gray"):
+        return None
+    least = {"min_height": size, "min_width": size, "min_factor": 2}
+    height, width, *_ = simplejpeg.decode_jpeg_header(image, **least)
+    pixels = simplejpeg.decode_jpeg(image, buffer=_scratch_bytes(height * width * 3), **least)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    # A triangle of half width s has the variance s²/6, and bilinear interpolation alone 1/6.
+    deviation = math.sqrt(((side / size) ** 2 - 1) / 6)
+    if deviation > 0:
+        taps = 2 * math.ceil(2 * deviation) + 1
+        square = cv2.GaussianBlur(square, (taps, taps), deviation)
+    # At scale 1 the result would be the scratch memory itself.
+    return cv2.resize(square, (size, size), dst=np.empty((size, size, 3), np.uint8))
+
+
+def _scratch_bytes(count: int) -> np.ndarray:
+    """Returns memory of this thread's own, since fresh pages cost more than decoding into them."""
+    if getattr(_scratch, "bytes", None) is None or _scratch.bytes.size < count:
+        _scratch.bytes = np.empty(count, np.uint8)
+    return _scratch.bytes
+
+
+def _scale_square(picture: Image.Image, size: int) -> np.ndarray:
+    """Cuts the square at its exact, fractional place while scaling."""
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(
+            f"an image of {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}"
+        )
     picture = _to_rgb(picture)
     side = min(picture.size)
     left, top = (picture.width - side) / 2, (picture.height - side) / 2

@@ -15,6 +15,7 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.step import EvalStep, Metrics, TrainState, TrainStep
 
 HostBatch = dict[str, np.ndarray]
+PlacedBatch = dict[str, jax.Array]
 MakeTrainStep = Callable[[str | None], TrainStep]
 MakeEvalStep = Callable[[str | None], EvalStep]
 
@@ -29,14 +30,15 @@ class Compiled(NamedTuple):
         passed in is donated.
       eval_step: (placed state, placed batch) -> placed sums.
       place: TrainState or a part of one -> the same on the devices.
-      place_batch: this host's part of a batch -> the same on its devices.
+      place_batch: this host's part of a batch -> the same on its devices; returns while the
+        transfer goes on.
       fetch: placed state or metrics -> the same as one copy, without the device axis.
     """
 
     train_step: Callable
     eval_step: Callable
     place: Callable[[Any], Any]
-    place_batch: Callable[[HostBatch], HostBatch]
+    place_batch: Callable[[HostBatch], PlacedBatch]
     fetch: Callable[[TrainState | Metrics], TrainState | Metrics]
 
 
@@ -92,13 +94,14 @@ def _jit(make_train_step: MakeTrainStep, make_eval_step: MakeEvalStep) -> Compil
 
 def _pmap(make_train_step: MakeTrainStep, make_eval_step: MakeEvalStep) -> Compiled:
     devices = jax.local_devices()
+    mesh = jax.sharding.Mesh(np.array(devices), (PMAP_AXIS,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(PMAP_AXIS))
 
-    def place_batch(batch: HostBatch) -> HostBatch:
-        return jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
+    def place_batch(batch: HostBatch) -> PlacedBatch:
+        shares = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
+        return jax.device_put(shares, sharding)
 
     def place(state: Any) -> Any:
-        mesh = jax.sharding.Mesh(np.array(devices), (PMAP_AXIS,))
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(PMAP_AXIS))
         copies = jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), state)
         return jax.device_put(copies, sharding)
 

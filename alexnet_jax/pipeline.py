@@ -1,10 +1,13 @@
 """Grain: which examples, in which order, on which host; whole batches of uint8 images.
 
-Grain shuffles and batches indices alone, in O(1) memory; each batch is then one read of the
-store (TensorStore fetches its images concurrently).
+Grain shuffles indices alone, in O(1) memory; each batch is then one read of the store. A position
+is the number of the next global batch, and so the same on every host and for any number of hosts.
 """
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
@@ -13,47 +16,86 @@ from alexnet_jax.store import Store
 
 Batch = dict[str, np.ndarray]
 
-READS_IN_FLIGHT = 4  # batches; measured best for a local store
+# Batches read ahead, each by a thread that lets go of Python's lock while it reads.
+READS_IN_FLIGHT = max(2, min(8, os.cpu_count() or 1))
+PLACED_AHEAD = 2  # batches whose transfer goes on beside the steps
+
+
+def share_of_batch(batch_size: int, process_index: int, process_count: int) -> range:
+    """Returns which places of every global batch are one host's: consecutive, as devices are.
+
+    Shares differ by one place at most where the number of hosts does not divide the batch.
+    """
+    return range(
+        batch_size * process_index // process_count,
+        batch_size * (process_index + 1) // process_count,
+    )
 
 
 def train_batches(
-    store: Store, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    store: Store,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    place: Callable[[Batch], Any] = lambda batch: batch,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over one host's part of every global batch.
 
     Each epoch is a new permutation of all examples; batches run on across the ends of epochs,
     so that every example comes exactly once in each epoch whatever the batch size. Global batch
-    n holds the examples at places n·batch_size … of that stream, for any number of hosts.
+    n holds the examples at places n·batch_size … of that stream, in the same order for any number
+    of hosts: one host's share follows the other's (`share_of_batch`).
 
     Args:
-      batch_size: global, a multiple of `process_count`.
+      batch_size: global.
+      place: brings a batch to the devices; goes on for the next ones while a step runs.
 
-    Yields {"image": uint8[batch_size / process_count, S, S, 3], "label": int32[…]}. The
+    Yields what `place` makes of {"image": uint8[share, S, S, 3], "label": int32[share]}. The
     iterator's `get_state()` and `set_state()` hold its position.
     """
     stream = grain.MapDataset.range(store.num_examples).shuffle(seed=seed).repeat()
-    batches = stream[process_index::process_count].batch(batch_size // process_count)
-    reading = grain.ReadOptions(num_threads=READS_IN_FLIGHT, prefetch_buffer_size=READS_IN_FLIGHT)
-    return iter(batches.map(store.read).to_iter_dataset(reading))
+    share = share_of_batch(batch_size, process_index, process_count)
+
+    def read(number: int) -> Batch:
+        start = number * batch_size
+        return store.read(np.array([stream[start + place] for place in share], np.int64))
+
+    numbers = grain.MapDataset.range(sys.maxsize // batch_size)
+    return iter(_placed(_read_ahead(numbers.map(read)), place))
 
 
 def eval_batches(
-    store: Store, batch_size: int, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+    store: Store,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    place: Callable[[Batch], Any] = lambda batch: batch,
+) -> Iterator[Any]:
     """Yields every example once, in order, one host's part of every global batch.
 
     The last batches are filled up with examples of label -1, which the evaluation step does not
-    count; all hosts yield equally many batches.
+    count; all hosts yield equally many batches. Arguments as for `train_batches`.
     """
-    share = batch_size // process_count
+    share = np.array(share_of_batch(batch_size, process_index, process_count), np.int64)
     starts = range(0, store.num_examples, batch_size)
 
-    def read(batch: int) -> Batch:
-        first = starts[batch] + process_index * share
-        places = np.arange(first, first + share)
+    def read(number: int) -> Batch:
+        places = starts[number] + share
         rows = store.read(np.minimum(places, store.num_examples - 1))
         rows["label"] = np.where(places < store.num_examples, rows["label"], -1).astype(np.int32)
         return rows
 
-    reading = grain.ReadOptions(num_threads=READS_IN_FLIGHT, prefetch_buffer_size=READS_IN_FLIGHT)
-    return iter(grain.MapDataset.range(len(starts)).map(read).to_iter_dataset(reading))
+    return iter(_placed(_read_ahead(grain.MapDataset.range(len(starts)).map(read)), place))
+
+
+def _read_ahead(batches: grain.MapDataset) -> grain.IterDataset:
+    return batches.to_iter_dataset(
+        grain.ReadOptions(num_threads=READS_IN_FLIGHT, prefetch_buffer_size=READS_IN_FLIGHT)
+    )
+
+
+def _placed(batches: grain.IterDataset, place: Callable[[Batch], Any]) -> grain.IterDataset:
+    return grain.experimental.ThreadPrefetchIterDataset(
+        batches.map(place), prefetch_buffer_size=PLACED_AHEAD
+    )

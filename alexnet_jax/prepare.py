@@ -1,11 +1,14 @@
 """Builds a store (see `store`) from a tfds builder or a folder of images, and resumes one.
 
-Work goes in blocks of one shard file. After each, `progress.npz` says how far it came, so that a
-preparation that was stopped goes on there and ends with the same bytes.
+Work goes shard by shard. Row n of a store is its source's example n, so that a shard depends on
+nothing but its own examples: any number of hosts may make some of the shards each, be killed and
+go on, and the files end the same, byte for byte. Each finished shard leaves a record in `parts/`;
+when all are there, the host that sees it adds them up.
 """
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -15,202 +18,328 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
 import tensorstore as ts
 from tqdm import tqdm
 
 from alexnet_jax.decode import decode_square
 from alexnet_jax.errors import UserError, explained_write_errors, one_line
+from alexnet_jax.shards import INDEX_CODECS, pack_shard, rows_per_shard, shard_key
 from alexnet_jax.sources import Example, Source, open_source
 from alexnet_jax.store import (
+    CORRUPT_LABEL,
     FORMAT_VERSION,
     array_kvstore,
     is_settled,
     is_url,
     open_kvstore,
-    shard_rows,
+    read_attributes,
 )
 
-PROGRESS_KEY = "progress.npz"
 CORRUPT_KEY = "corrupt.log"
-DECODES_AHEAD = 512  # goes on while a shard is written
+DECODES_AHEAD = 256  # goes on while a shard is written
+JPEG_QUALITY = 95  # ImageNet then takes about 40 GB
+WHOLE = (1, 1)
 
 
 @dataclass
-class Progress:
-    """What a preparation has done; `image_sum` and `outer_sum` are exact, so order is no matter.
+class Part:
+    """What is known of one finished shard.
 
     Attributes:
-      consumed: source examples decoded or found corrupt.
-      labels: int32[rows], one a stored image.
-      image_sum: int64[S, S, 3], sum of the stored images.
-      outer_sum: int64[3, 3], sum over all stored pixels of the outer product of RGB with itself.
-      corrupt: a line for each corrupt example.
+      labels: of its examples, CORRUPT_LABEL for those that could not be decoded.
+      corrupt: a line for each of those.
+      outer_sum: float64[3, 3], sum over its pixels of the outer product of RGB with itself; exact.
+      num_bytes: of its file.
     """
 
-    consumed: int
-    labels: np.ndarray
-    image_sum: np.ndarray
-    outer_sum: np.ndarray
+    labels: list[int]
     corrupt: list[str]
+    outer_sum: np.ndarray
+    num_bytes: int
 
 
-def prepare_splits(config: Mapping[str, Any], paths: Mapping[str, str]) -> None:
+@dataclass(frozen=True)
+class Decoded:
+    """An example's image uint8[S, S, 3] and what a shard holds of it; or, of both, the error."""
+
+    image: np.ndarray | None
+    chunk: np.ndarray | bytes | None
+    error: str = ""
+
+
+def prepare_splits(
+    config: Mapping[str, Any], paths: Mapping[str, str], part: tuple[int, int] = WHOLE
+) -> None:
     """Prepares the train and eval stores of a config where they are not complete.
 
     Args:
-      config: fields dataset, data_dir, train_split, eval_split, image_size, max_corrupt.
+      config: fields dataset, data_dir, train_split, eval_split, image_size, storage, max_corrupt.
       paths: where the stores lie, {"train": …, "eval": …}.
+      part: (i, n): the i-th of n hosts, counted from 1, makes its part of the shards alone.
 
     Raises:
       UserError: the data set, a split or its files are missing or cannot be had; more than
-        max_corrupt of the images are corrupt; the store cannot be written.
+        max_corrupt of the images are corrupt; a label is none of the classes; the store cannot
+        be written.
     """
     splits = {paths["train"]: config["train_split"], paths["eval"]: config["eval_split"]}
     folder = os.path.dirname(paths["train"])
-    with explained_write_errors(folder, "another data_dir"), _lock(folder):
-        sources = {
-            path: open_source(config, split)  # all of them, before hours go into the first
-            for path, split in splits.items()
-            if not is_settled(path)
+    with explained_write_errors(folder, "another data_dir"), contextlib.ExitStack() as locks:
+        with _lock(folder) if part != WHOLE else contextlib.nullcontext():
+            if part == WHOLE:
+                locks.enter_context(_lock(folder))
+            sources = {
+                path: open_source(config, split)  # all of them, before hours go into the first
+                for path, split in splits.items()
+                if not is_settled(path)
+            }
+            works = [_Work(source, path, config, part) for path, source in sources.items()]
+        for work in works:
+            with explained_write_errors(work.path, "another data_dir"):
+                work.make_shards()
+                with _lock(folder) if part != WHOLE else contextlib.nullcontext():
+                    work.finish_if_all_shards_are_made()
+
+
+def prepare_store(source: Source, path: str, config: Mapping[str, Any]) -> None:
+    """Writes, or goes on writing, the store of one source at `path`; see `prepare_splits`."""
+    work = _Work(source, path, config, WHOLE)
+    work.make_shards()
+    work.finish_if_all_shards_are_made()
+
+
+class _Work:
+    """One host's part of preparing one store."""
+
+    def __init__(self, source: Source, path: str, config: Mapping[str, Any], part: tuple[int, int]):
+        self.source, self.path, self.part = source, path, part
+        self.size, self.storage = config["image_size"], config["storage"]
+        self.root = open_kvstore(path)
+        self.rows = rows_per_shard(self.size)
+        self.num_shards = -(-source.num_examples // self.rows)
+        self.max_corrupt = config["max_corrupt"]
+        self.identity = {
+            "format_version": FORMAT_VERSION,
+            "source": source.name,
+            "num_rows": source.num_examples,
+            "image_size": self.size,
+            "storage": self.storage,
+            "class_names": list(source.class_names),
         }
-        for path, source in sources.items():
-            with explained_write_errors(path, "another data_dir"):
-                prepare_store(source, path, config["image_size"], config["max_corrupt"])
+        self._start()
+        self.parts = _read_parts(self.root, range(self.num_shards))
 
-
-def prepare_store(source: Source, path: str, size: int, max_corrupt: float) -> None:
-    """Writes, or goes on writing, the store of one source at `path`.
-
-    Args:
-      size: S, pixels along a side of the stored images.
-      max_corrupt: the share of the source's examples that may be corrupt.
-
-    Raises:
-      UserError: more are corrupt, or none can be read.
-    """
-    root = open_kvstore(path)
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "source": source.name,
-        "source_examples": source.num_examples,
-        "image_size": size,
-        "class_names": list(source.class_names),
-    }
-    progress = _load_progress(root, identity) or _start(root, identity)
-    images = _open_images(root, source.num_examples, size)
-    limit = int(max_corrupt * source.num_examples + 1e-9)  # 0.29 * 100 is 28.999999999999996
-    bar = tqdm(
-        total=source.num_examples,
-        initial=progress.consumed,
-        desc="/".join(path.split("/")[-2:]),
-        unit=" images",
-    )
-    with bar:
-        for block in _blocks(source, progress, size, limit, path, bar):
-            start = len(progress.labels) - len(block)
-            images[start : start + len(block)].write(block).result()
-            _save_progress(root, identity, progress)
-    if not len(progress.labels):
-        raise UserError(f"{source.name} has no image that can be decoded; see {path}/{CORRUPT_KEY}")
-    _finish(root, identity, images, progress)
-
-
-def _start(root: ts.KvStore, identity: dict[str, Any]) -> Progress:
-    size = identity["image_size"]
-    progress = Progress(
-        consumed=0,
-        labels=np.zeros(0, np.int32),
-        image_sum=np.zeros((size, size, 3), np.int64),
-        outer_sum=np.zeros((3, 3), np.int64),
-        corrupt=[],
-    )
-    root.delete_range(ts.KvStore.KeyRange()).result()
-    _write_attributes(root, identity | {"complete": False})
-    _save_progress(root, identity, progress)
-    return progress
-
-
-def _blocks(
-    source: Source, progress: Progress, size: int, limit: int, path: str, bar: tqdm
-) -> Iterator[np.ndarray]:
-    """Yields uint8[rows, S, S, 3] of a whole shard, with `progress` counting it already.
-
-    A block is overwritten when the next one is asked for.
-    """
-    block = np.empty((shard_rows(size), size, size, 3), np.uint8)
-    labels: list[int] = []
-    for example, image, outer in _decode_in_order(source.read_from(progress.consumed), size):
-        progress.consumed += 1
-        bar.update()
-        if isinstance(image, Exception):
-            _count_corrupt(source, progress, f"{example.name}: {one_line(image)}", limit, path)
-            continue
-        block[len(labels)] = image
-        labels.append(example.label)
-        progress.image_sum += image
-        progress.outer_sum += outer
-        if len(labels) == len(block):
-            progress.labels = np.append(progress.labels, np.array(labels, np.int32))
-            yield block
-            labels = []
-    if labels:
-        progress.labels = np.append(progress.labels, np.array(labels, np.int32))
-        yield block[: len(labels)]
-
-
-def _count_corrupt(source: Source, progress: Progress, line: str, limit: int, path: str) -> None:
-    progress.corrupt.append(line)
-    if len(progress.corrupt) > limit:
-        _write_corrupt_log(open_kvstore(path), progress)
-        raise UserError(
-            f"{len(progress.corrupt)} of the first {progress.consumed} images of {source.name} "
-            f"cannot be decoded, more than max_corrupt allows ({limit} of {source.num_examples}); "
-            f"they are named in {path}/{CORRUPT_KEY}: mend them, or raise --config.max_corrupt"
+    def make_shards(self) -> None:
+        """Makes those shards of this host's share that are not made yet."""
+        number, count = self.part
+        share = range(self.num_shards * (number - 1) // count, self.num_shards * number // count)
+        missing = [shard for shard in share if shard not in self.parts]
+        bar = tqdm(
+            total=sum(len(self._examples(shard)) for shard in share),
+            initial=sum(len(self._examples(shard)) for shard in share if shard in self.parts),
+            desc="/".join(self.path.split("/")[-2:]),
+            unit=" images",
         )
+        with bar, ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+            for run in _consecutive_runs(missing):
+                self._make_run(run, pool, bar)
 
+    def finish_if_all_shards_are_made(self) -> None:
+        """Writes labels and statistics and marks the store complete, unless shards are missing."""
+        if is_settled(self.path):
+            return
+        self.parts = _read_parts(self.root, range(self.num_shards))
+        if missing := self.num_shards - len(self.parts):
+            print(
+                f"part {self.part[0]} of {self.part[1]} of {self.path} is made; of all "
+                f"{self.num_shards} shards {missing} are still to be made"
+            )
+            return
+        parts = [self.parts[shard] for shard in range(self.num_shards)]
+        labels = np.array([label for part in parts for label in part.labels], np.int32)
+        num_examples = int((labels != CORRUPT_LABEL).sum())
+        self._check_corrupt(seen=labels.size)
+        self._write_corrupt_log(self._corrupt_lines())
+        if not num_examples:
+            raise UserError(
+                f"{self.source.name} has no image that can be decoded; see "
+                f"{self.path}/{CORRUPT_KEY}"
+            )
+        image_sum = np.zeros((self.size, self.size, 3), np.int64)
+        for shard in range(self.num_shards):
+            image_sum += np.load(io.BytesIO(self.root[_sum_key(shard)]))
+        outer_sum = np.sum([part.outer_sum for part in parts], axis=0)
+        found = statistics(num_examples, image_sum, outer_sum)
+        _write_image_metadata(self.root, self.identity)
+        _write_array(self.root, "label", labels)
+        _write_array(self.root, "mean_image", found.pop("mean_image").astype(np.float32))
+        _write_attributes(
+            self.root,
+            self.identity
+            | {name: value.tolist() for name, value in found.items()}
+            | {
+                "num_examples": num_examples,
+                "shard_bytes": [part.num_bytes for part in parts],
+                "complete": True,
+            },
+        )
+        self.root.delete_range(_below("parts/")).result()
 
-def _decode_in_order(
-    examples: Iterator[Example], size: int
-) -> Iterator[tuple[Example, np.ndarray | Exception, np.ndarray | None]]:
-    """Decodes in threads (Pillow lets go of Python's lock), a bounded number ahead.
+    def _start(self) -> None:
+        """Goes on with a preparation of the same source, or clears the place for a new one."""
+        attributes = read_attributes(self.path)
+        if attributes == self.identity | {"complete": False}:
+            return
+        if attributes is not None and self.part != WHOLE:
+            raise UserError(
+                f"the store at {self.path} was begun from other data or by another version; "
+                "delete it before several hosts prepare it"
+            )
+        self.root.delete_range(ts.KvStore.KeyRange()).result()
+        _write_attributes(self.root, self.identity | {"complete": False})
 
-    Yields each example with its image and the sum of its pixels' outer products, int64[3, 3]; or
-    with what the decoder raised, and None.
-    """
+    def _examples(self, shard: int) -> range:
+        first = shard * self.rows
+        return range(first, min(first + self.rows, self.source.num_examples))
 
-    def decode(example: Example) -> tuple[Example, np.ndarray | Exception, np.ndarray | None]:
+    def _make_run(self, shards: range, pool: ThreadPoolExecutor, bar: tqdm) -> None:
+        """Makes consecutive shards; each is written while the next one's images are decoded."""
+        first, end = self._examples(shards[0])[0], self._examples(shards[-1])[-1] + 1
+        decoded = self._decode_in_order(self.source.read(first, end), pool)
+        writing = None
+        for shard in shards:
+            part, image_sum, content = self._assemble(shard, decoded, bar)
+            if writing:
+                writing.result()
+            writing = pool.submit(self._write_shard, shard, part, image_sum, content)
+        if writing:
+            writing.result()
+
+    def _assemble(
+        self, shard: int, decoded: Iterator[tuple[Example, Decoded]], bar: tqdm
+    ) -> tuple[Part, np.ndarray, bytes]:
+        """Takes a shard's examples; returns its part, its image sum and the file's content."""
+        part = Part([], [], np.zeros((3, 3)), 0)
+        # Exact: not more than MAX_ROWS sums of integers below 256, and float32 counts to 2**24.
+        image_sum = np.zeros((self.size, self.size, 3), np.float32)
+        chunks = []
+        self.parts[shard] = part
+        for example, found in itertools.islice(decoded, len(self._examples(shard))):
+            bar.update()
+            chunks.append(found.chunk)
+            if found.image is None:
+                part.labels.append(CORRUPT_LABEL)
+                part.corrupt.append(f"{example.name}: {found.error}")
+                self._check_corrupt(seen=bar.n)
+                continue
+            self._check_label(example)
+            part.labels.append(example.label)
+            cv2.accumulate(found.image, image_sum)
+            part.outer_sum += outer_sum(found.image)
+        chunks += [None] * (self.rows - len(chunks))
+        content = pack_shard(chunks)
+        part.num_bytes = len(content)
+        return part, image_sum, content
+
+    def _write_shard(self, shard: int, part: Part, image_sum: np.ndarray, content: bytes) -> None:
+        """Writes the file, then the sum, then the record that says that both are there."""
+        buffer = io.BytesIO()
+        np.save(buffer, image_sum.astype(np.uint32))
+        self.root.write(shard_key(shard), content).result()
+        self.root.write(_sum_key(shard), buffer.getvalue()).result()
+        record = vars(part) | {"outer_sum": part.outer_sum.tolist()}
+        self.root.write(_part_key(shard), json.dumps(record).encode()).result()
+
+    def _check_corrupt(self, seen: int) -> None:
+        """Raises UserError once more images are corrupt than may be."""
+        lines = self._corrupt_lines()
+        limit = int(self.max_corrupt * self.source.num_examples + 1e-9)  # 0.29 * 100 is 28.999…
+        if len(lines) > limit:
+            self._write_corrupt_log(lines)
+            raise UserError(
+                f"{len(lines)} of the first {seen} images of {self.source.name} cannot be "
+                f"decoded, more than max_corrupt allows ({limit} of {self.source.num_examples}); "
+                f"they are named in {self.path}/{CORRUPT_KEY}: mend them, or raise "
+                "--config.max_corrupt"
+            )
+
+    def _corrupt_lines(self) -> list[str]:
+        return [line for _, part in sorted(self.parts.items()) for line in part.corrupt]
+
+    def _write_corrupt_log(self, lines: list[str]) -> None:
+        if lines:
+            log = "".join(f"{line}\n" for line in lines)
+            self.root.write(CORRUPT_KEY, log.encode()).result()
+
+    def _check_label(self, example: Example) -> None:
+        classes = len(self.source.class_names)
+        if not 0 <= example.label < classes:
+            raise UserError(
+                f"{example.name} of {self.source.name} has the label {example.label}, which is "
+                f"none of its {classes} classes; choose a split with labels from 0 to {classes - 1}"
+            )
+
+    def _decode_in_order(
+        self, examples: Iterator[Example], pool: ThreadPoolExecutor
+    ) -> Iterator[tuple[Example, Decoded]]:
+        """Decodes in threads (the decoders let go of Python's lock), a bounded number ahead."""
+        pending: deque[tuple[Example, Future]] = deque()
         try:
-            image = decode_square(example.load(), size)
-        except Exception as error:  # damaged bytes make Pillow raise nearly anything
-            return example, error, None
-        pixels = image.reshape(-1, 3).astype(np.float64)  # sums of integers below 2**53: exact
-        return example, image, (pixels.T @ pixels).astype(np.int64)
+            for example in examples:
+                pending.append((example, pool.submit(self._decode, example)))
+                if len(pending) > DECODES_AHEAD:
+                    yield pending[0][0], pending.popleft()[1].result()
+            while pending:
+                yield pending[0][0], pending.popleft()[1].result()
+        finally:
+            for _, future in pending:
+                future.cancel()
 
-    pending: deque[Future] = deque()
-    pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1))
-    try:
-        for example in examples:
-            pending.append(pool.submit(decode, example))
-            if len(pending) > DECODES_AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def _decode(self, example: Example) -> Decoded:
+        try:
+            image = decode_square(example.load(), self.size)
+        except Exception as error:  # damaged bytes make the decoders raise nearly anything
+            return Decoded(None, None, one_line(error))
+        if self.storage == "raw":
+            return Decoded(image, image)
+        import simplejpeg
+
+        jpeg = simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
+        return Decoded(simplejpeg.decode_jpeg(jpeg), jpeg)  # statistics are of what will be read
 
 
-def statistics(progress: Progress) -> dict[str, np.ndarray]:
+def outer_sum(image: np.ndarray) -> np.ndarray:
+    """Returns the sum over the pixels of uint8[H, W, 3] of RGB's outer product, float64[3, 3].
+
+    Exact, and ten times as fast as a matrix product: OpenCV's sums of squares take uint8 as it is,
+    and 2ab = a² + b² - (a - b)².
+    """
+    channels = cv2.split(image)
+    squares = np.array([cv2.norm(channel, cv2.NORM_L2SQR) for channel in channels])
+    outer = np.diag(squares)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        of_difference = cv2.norm(channels[a], channels[b], cv2.NORM_L2SQR)
+        outer[a, b] = outer[b, a] = (squares[a] + squares[b] - of_difference) / 2
+    return outer
+
+
+def statistics(count: int, image_sum: np.ndarray, outer_sum: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the mean image, mean RGB, and eigen-decomposition of the RGB covariance.
 
     As in `store.Store`, in float64. The covariance is over all pixels of all images (2012 paper,
     section 4.1).
+
+    Args:
+      count: of the images.
+      image_sum: int64[S, S, 3], their sum.
+      outer_sum: float64[3, 3], sum over all their pixels of RGB's outer product with itself.
     """
-    count = len(progress.labels)
-    mean_image = progress.image_sum / count
+    mean_image = image_sum / count
     pixels = count * mean_image.shape[0] * mean_image.shape[1]
-    mean = progress.image_sum.sum(axis=(0, 1)) / pixels
-    eigenvalues, eigenvectors = np.linalg.eigh(progress.outer_sum / pixels - np.outer(mean, mean))
+    mean = image_sum.sum(axis=(0, 1)) / pixels
+    eigenvalues, eigenvectors = np.linalg.eigh(outer_sum / pixels - np.outer(mean, mean))
     eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0), eigenvectors[:, ::-1]
     largest = np.abs(eigenvectors).argmax(axis=0)
     eigenvectors = eigenvectors * np.sign(eigenvectors[largest, range(3)])
@@ -222,43 +351,56 @@ def statistics(progress: Progress) -> dict[str, np.ndarray]:
     }
 
 
-def _finish(
-    root: ts.KvStore, identity: dict[str, Any], images: ts.TensorStore, progress: Progress
-) -> None:
-    count = len(progress.labels)
-    _write_corrupt_log(root, progress)
-    images.resize(exclusive_max=(count, None, None, None)).result()
-    found = statistics(progress)
-    _write_array(root, "label", progress.labels)
-    _write_array(root, "mean_image", found.pop("mean_image").astype(np.float32))
-    attributes = {name: value.tolist() for name, value in found.items()}
-    _write_attributes(root, identity | attributes | {"num_examples": count, "complete": True})
-    root.write(PROGRESS_KEY, None).result()
+def _consecutive_runs(numbers: list[int]) -> Iterator[range]:
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        yield range(run[0], run[-1] + 1)
 
 
-def _open_images(root: ts.KvStore, count: int, size: int) -> ts.TensorStore:
-    checked_bytes = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+def _part_key(shard: int) -> str:
+    return f"parts/{shard}.json"
+
+
+def _sum_key(shard: int) -> str:
+    return f"parts/{shard}.npy"
+
+
+def _below(prefix: str) -> ts.KvStore.KeyRange:
+    return ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))
+
+
+def _read_parts(root: ts.KvStore, shards: range) -> dict[int, Part]:
+    found = {key.decode() for key in root.list(_below("parts/")).result()}
+    asked = {n: root.read(_part_key(n)) for n in shards if _part_key(n) in found}
+    records = {n: json.loads(future.result().value) for n, future in asked.items()}
+    return {
+        n: Part(**record | {"outer_sum": np.array(record["outer_sum"])})
+        for n, record in records.items()
+    }
+
+
+def _write_image_metadata(root: ts.KvStore, identity: dict[str, Any]) -> None:
+    """Describes the shards as a zarr array, which zarr and TensorStore open if they are raw."""
+    size = identity["image_size"]
+    jpeg = {"name": "jpeg", "configuration": {"quality": JPEG_QUALITY}}
     sharding = {
         "chunk_shape": [1, size, size, 3],
-        "codecs": checked_bytes,
-        "index_codecs": checked_bytes,
+        "codecs": INDEX_CODECS if identity["storage"] == "raw" else [jpeg, INDEX_CODECS[1]],
+        "index_codecs": INDEX_CODECS,
         "index_location": "end",
     }
-    grid = {"chunk_shape": [shard_rows(size), size, size, 3]}
-    spec = {
-        "driver": "zarr3",
-        "kvstore": array_kvstore(root, "image"),
-        "store_data_equal_to_fill_value": True,  # so that a black image is no missing image
-    }
-    if root.read("image/zarr.json").result().state != "missing":
-        return ts.open(spec, open=True).result()
-    spec["metadata"] = {
-        "shape": [count, size, size, 3],
+    grid = {"chunk_shape": [rows_per_shard(size), size, size, 3]}
+    array = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [identity["num_rows"], size, size, 3],
         "data_type": "uint8",
+        "fill_value": 0,
         "chunk_grid": {"name": "regular", "configuration": grid},
+        "chunk_key_encoding": {"name": "default"},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
     }
-    return ts.open(spec, create=True).result()
+    root.write("image/zarr.json", json.dumps(array, indent=1).encode()).result()
 
 
 def _write_array(root: ts.KvStore, name: str, values: np.ndarray) -> None:
@@ -270,47 +412,15 @@ def _write_array(root: ts.KvStore, name: str, values: np.ndarray) -> None:
             "shape": values.shape,
             "data_type": values.dtype.name,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": values.shape}},
-            "codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "crc32c"},
-            ],
+            "codecs": INDEX_CODECS,
         },
     }
-    ts.open(spec, create=True, delete_existing=True).result().write(values).result()
+    ts.open(spec, create=True, open=True).result().write(values).result()
 
 
 def _write_attributes(root: ts.KvStore, attributes: dict[str, Any]) -> None:
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     root.write("zarr.json", json.dumps(group, indent=1).encode()).result()
-
-
-def _write_corrupt_log(root: ts.KvStore, progress: Progress) -> None:
-    if progress.corrupt:
-        root.write(CORRUPT_KEY, "".join(f"{line}\n" for line in progress.corrupt)).result()
-
-
-def _save_progress(root: ts.KvStore, identity: dict[str, Any], progress: Progress) -> None:
-    buffer = io.BytesIO()
-    fields = vars(progress) | {"corrupt": json.dumps(progress.corrupt)}
-    np.savez(buffer, identity=json.dumps(identity), **fields)
-    root.write(PROGRESS_KEY, buffer.getvalue()).result()
-
-
-def _load_progress(root: ts.KvStore, identity: dict[str, Any]) -> Progress | None:
-    """Returns the progress of the same preparation; None: there is none, or of another."""
-    found = root.read(PROGRESS_KEY).result()
-    if found.state == "missing":
-        return None
-    with np.load(io.BytesIO(found.value)) as saved:
-        if json.loads(str(saved["identity"])) != identity:
-            return None
-        return Progress(
-            consumed=int(saved["consumed"]),
-            labels=saved["labels"],
-            image_sum=saved["image_sum"],
-            outer_sum=saved["outer_sum"],
-            corrupt=json.loads(str(saved["corrupt"])),
-        )
 
 
 @contextlib.contextmanager

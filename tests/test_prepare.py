@@ -1,5 +1,6 @@
 """Preparation that is killed, runs out of disk, meets corrupt images, or runs twice at once."""
 
+import json
 import os
 import resource
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT
+from commands import ROOT, run
 from images import contents, encode, folder_config, mark, mark_number, prepare_command, write_marks
 
 from alexnet_jax.errors import UserError
@@ -30,10 +31,10 @@ def file_of(folder: Path, number: int) -> Path:
     return next((folder / "train").rglob(f"{number:05d}.png"))
 
 
-def start_preparing(folder: Path, data_dir: Path, **options) -> subprocess.Popen:
+def start_preparing(folder: Path, data_dir: Path, more=(), **options) -> subprocess.Popen:
     """Starts the command that prepares a folder."""
     return subprocess.Popen(
-        [sys.executable, *prepare_command(folder, data_dir)],
+        [sys.executable, *prepare_command(folder, data_dir), *more],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -47,12 +48,8 @@ def undisturbed(folder: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 def rows_done(path: str) -> int:
-    """Returns how many images the progress record of a preparation counts."""
-    try:
-        with np.load(Path(path, "progress.npz")) as saved:
-            return len(saved["labels"])
-    except FileNotFoundError:
-        return 0
+    """Returns how many images the finished shards of a preparation hold."""
+    return sum(len(json.loads(p.read_text())["labels"]) for p in Path(path).glob("parts/*.json"))
 
 
 def block_at(folder: Path, number: int) -> Path:
@@ -140,7 +137,7 @@ def test_a_full_disk_is_a_sentence_and_the_work_goes_on_when_there_is_room(folde
     expected = undisturbed(folder, tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=340k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=360k", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
     try:
@@ -215,3 +212,81 @@ def test_images_that_are_all_corrupt_are_an_error_under_any_limit(tmp_path):
     config.max_corrupt = 1.0
     with pytest.raises(UserError, match="no image that can be decoded"):
         open_or_prepare(config)
+
+
+def part_command(folder: Path, data_dir: Path, part: str) -> list[str]:
+    module, name, *rest = prepare_command(folder, data_dir)
+    return [sys.executable, module, name, "prepare", *rest, f"--part={part}"]
+
+
+@pytest.mark.parametrize("parts", [["1/2", "2/2"], ["3/3", "1/3", "2/3"], ["5/5", "1/1"]])
+def test_hosts_prepare_a_part_each_and_the_last_one_completes_the_store(folder, tmp_path, parts):
+    """The eval store, of one shard, belongs to the last part."""
+    data_dir = tmp_path / "data"
+    path = store_path(folder_config(folder, data_dir), "train")
+    for part in parts[:-1]:
+        ran = run(*part_command(folder, data_dir, part))
+        assert ran.returncode == 0, ran.stderr
+        assert f"part {part[0]} of {part[2]} of {path} is made; of all 3 shards" in ran.stdout
+        with pytest.raises(UserError, match="not complete"):
+            open_store(path)
+    ran = run(*part_command(folder, data_dir, parts[-1]))
+    assert ran.returncode == 0, ran.stderr
+    assert contents(path) == undisturbed(folder, tmp_path)
+    ran = run(*part_command(folder, data_dir, parts[0]))
+    assert ran.returncode == 0, ran.stderr
+    assert contents(path) == undisturbed(folder, tmp_path)
+
+
+def test_all_hosts_at_once(folder, tmp_path):
+    data_dir = tmp_path / "data"
+    hosts = [
+        subprocess.Popen(
+            part_command(folder, data_dir, f"{number}/3"), cwd=ROOT, stderr=subprocess.PIPE
+        )
+        for number in (1, 2, 3)
+    ]
+    for host in hosts:
+        _, said = host.communicate(timeout=100)
+        assert host.returncode == 0, said
+    path = store_path(folder_config(folder, data_dir), "train")
+    assert contents(path) == undisturbed(folder, tmp_path)
+
+
+def test_hosts_do_not_clear_away_a_store_of_other_data(folder, tmp_path):
+    config = folder_config(folder, tmp_path / "data")
+    before = contents(open_or_prepare(config)["train"].path)
+    attributes = Path(store_path(config, "train"), "zarr.json")
+    attributes.write_text(attributes.read_text().replace('"complete": true', '"complete": false'))
+    (folder / "train" / "class0" / "more.png").write_bytes(encode(mark(3), "PNG"))
+    ran = run(*part_command(folder, tmp_path / "data", "1/2"))
+    assert ran.returncode == 2
+    assert "was begun from other data or by another version; delete it" in ran.stderr
+    left = contents(store_path(config, "train"))
+    assert {name for name in before if name != "zarr.json"} <= set(left)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "one/two", "1/0"])
+def test_a_part_that_does_not_exist_is_refused(folder, tmp_path, part):
+    ran = run(*part_command(folder, tmp_path, part))
+    assert ran.returncode == 2
+    assert ran.stderr == f"error: --part={part} must be I/N with I from 1 to N, for example 2/8\n"
+
+
+def test_a_jpeg_store_killed_in_its_preparation_ends_with_the_same_bytes(folder, tmp_path):
+    storage = "--config.storage=jpeg"
+    config = folder_config(folder, tmp_path / "data")
+    config.storage = "jpeg"
+    path = store_path(config, "train")
+    pipe = block_at(folder, STOP_AT)
+    process = start_preparing(folder, tmp_path / "data", more=(storage,))
+    while rows_done(path) == 0:
+        assert process.poll() is None, process.stderr.read()
+    process.kill()
+    process.communicate()
+    pipe.unlink()
+    pipe.write_bytes(encode(mark(STOP_AT), "PNG"))
+    open_or_prepare(config)
+    resumed = contents(path)
+    config.data_dir = str(tmp_path / "undisturbed")
+    assert resumed == contents(open_or_prepare(config)["train"].path)

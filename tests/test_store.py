@@ -1,6 +1,7 @@
 """A prepared store: what it holds, how it is read, and what is said of a damaged one."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -162,8 +163,8 @@ def test_opening_complete_stores_imports_no_tensorflow(digits):
 def test_the_command_prepares_and_says_what_there_is(folder, tmp_path):
     ran = run(sys.executable, *prepare_command(folder, tmp_path))
     assert ran.returncode == 0, ran.stderr
-    assert "train: 1100 examples of 4 classes" in ran.stdout
-    assert "val: 8 examples of 4 classes" in ran.stdout
+    assert re.search(r"/train\n.*\n  examples +1,100, 0 corrupt", ran.stdout)
+    assert re.search(r"/val\n.*\n  examples +8, 0 corrupt", ran.stdout)
     assert "1100/1100" in ran.stderr
 
 
@@ -178,7 +179,9 @@ def test_the_command_prepares_and_says_what_there_is(folder, tmp_path):
     ],
 )
 def test_where_a_store_lies(dataset, split, expected):
-    path = store_path({"dataset": dataset, "data_dir": "/data", "image_size": 32}, split)
+    path = store_path(
+        {"dataset": dataset, "data_dir": "/data", "image_size": 32, "storage": "raw"}, split
+    )
     parts = zip(path.split("/"), expected.split("/"), strict=True)
     for part, pattern in parts:
         before, _, after = pattern.partition("########")
@@ -188,14 +191,14 @@ def test_where_a_store_lies(dataset, split, expected):
 
 
 def test_names_that_differ_only_in_their_marks_get_different_stores():
-    config = {"dataset": "cifar10", "data_dir": "/data", "image_size": 32}
+    config = {"dataset": "cifar10", "data_dir": "/data", "image_size": 32, "storage": "raw"}
     splits = ("train[:90%]", "train[90%:]", "train-90", "train[-90:]")
     assert len({store_path(config, split) for split in splits}) == len(splits)
 
 
 def test_home_and_urls_in_data_dir(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    config = {"dataset": "cifar10", "image_size": 32}
+    config = {"dataset": "cifar10", "image_size": 32, "storage": "raw"}
     assert store_path(config | {"data_dir": "~/d"}, "test") == "/home/me/d/cifar10_32/test"
     assert store_path(config | {"data_dir": "gs://b/d/"}, "test") == "gs://b/d/cifar10_32/test"
 
@@ -215,7 +218,7 @@ def test_a_missing_store_is_named_with_the_command_that_makes_it(tmp_path):
     ("change", "said"),
     [
         ({"complete": False}, "is not complete; finish it: python -m alexnet_jax.store"),
-        ({"format_version": 99}, "format version 99 and this program reads version 1"),
+        ({"format_version": 99}, "format version 99 and this program reads version 2"),
         ({"num_examples": 1099}, "damaged"),
     ],
 )
@@ -232,7 +235,6 @@ def test_attributes_that_cannot_be_used(copy, change, said):
         ("image/c/0/0/0/0", 1000, "shard image/c/0/0/0/0 is 1000 bytes and should be 217092"),
         ("image/c/1/0/0/0", -1, "should be 31284"),
         ("image/c/1/0/0/0", None, "shard image/c/1/0/0/0 is missing"),
-        ("image/zarr.json", None, "cannot read"),
         ("label/c/0", 100, "cannot read"),
         ("label/c/0", None, "cannot read"),
         ("mean_image/c/0/0/0", 100, "cannot read"),
@@ -256,7 +258,7 @@ def test_a_flipped_bit_is_an_error_when_its_image_is_read(copy):
     shard.write_bytes(content)
     store = open_store(copy)
     assert mark_number(store.read(np.array([4, 6]))["image"]).tolist() == [4, 6]
-    with pytest.raises(UserError, match="cannot read the store at .*Digest mismatch"):
+    with pytest.raises(UserError, match="image 5 of shard image/c/0/0/0/0 does not have its"):
         store.read(np.array([4, 5, 6]))
 
 
@@ -266,3 +268,55 @@ def test_preparing_again_changes_nothing(folder, tmp_path):
     before = contents(path)
     open_or_prepare(config)
     assert contents(path) == before
+
+
+def store_command(what, folder, data_dir):
+    module, name, *rest = prepare_command(folder, data_dir)
+    return run(sys.executable, module, name, what, *rest)
+
+
+def test_info_tells_what_a_store_holds_and_verify_that_it_is_whole(folder, train):
+    data_dir = Path(train.path).parent.parent
+    ran = store_command("info", folder, data_dir)
+    assert ran.returncode == 0, ran.stderr
+    for said in (
+        train.path,
+        f"source          {train.source}",
+        "examples        1,100, 0 corrupt ones left out",
+        "classes         4, of 275 to 275 each",
+        "images          8x8, stored as raw",
+        "in 2 shards",
+        f"mean RGB        {train.mean_channel[0]:.2f}, ",
+    ):
+        assert said in ran.stdout
+    ran = store_command("verify", folder, data_dir)
+    assert ran.returncode == 0, ran.stderr
+    assert f"{train.path}: all 1100 images have their checksums" in ran.stdout
+
+
+@pytest.mark.parametrize("what", ["info", "verify"])
+def test_looking_at_a_store_that_is_not_there_makes_none(folder, tmp_path, what):
+    ran = store_command(what, folder, tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: no prepared store at ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_names_every_damaged_image(folder, tmp_path):
+    path = Path(open_or_prepare(folder_config(folder, tmp_path))["train"].path)
+    shard = path / "image/c/0/0/0/0"
+    content = bytearray(shard.read_bytes())
+    for image in (5, 1023):
+        content[image * (8 * 8 * 3 + 4) + 17] ^= 1
+    shard.write_bytes(content)
+    last = path / "image/c/1/0/0/0"
+    content = bytearray(last.read_bytes())
+    content[0] ^= 128
+    last.write_bytes(content)
+    ran = store_command("verify", folder, tmp_path)
+    assert ran.returncode == 2
+    assert ran.stdout.splitlines() == [
+        f"image {image} of shard image/c/{shard}/0/0/0 does not have its checksum"
+        for shard, image in ((0, 5), (0, 1023), (1, 0))
+    ]
+    assert f"the store at {path} is damaged: 3 of its 1100 images cannot be read" in ran.stderr
