@@ -1,7 +1,7 @@
-"""Grain: which examples, in which order, on which host; whole batches of uint8 images.
+"""Which examples, in which order, on which host: whole batches of uint8 images.
 
-Grain shuffles indices alone, in O(1) memory; each batch is then one read of the store. A position
-is the number of the next global batch, and so the same on every host and for any number of hosts.
+Grain reads ahead and keeps the position. Its elements are the numbers of global batches, so a
+position is the next one's: the same on every host, and for any number of hosts.
 """
 
 import os
@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
+from alexnet_jax.shuffle import shuffled
 from alexnet_jax.store import Store
 
 Batch = dict[str, np.ndarray]
@@ -54,15 +56,13 @@ def train_batches(
     Yields what `place` makes of {"image": uint8[share, S, S, 3], "label": int32[share]}. The
     iterator's `get_state()` and `set_state()` hold its position.
     """
-    stream = grain.MapDataset.range(store.num_examples).shuffle(seed=seed).repeat()
-    share = share_of_batch(batch_size, process_index, process_count)
+    share = np.array(share_of_batch(batch_size, process_index, process_count), np.int64)
 
     def read(number: int) -> Batch:
-        start = number * batch_size
-        return store.read(np.array([stream[start + place] for place in share], np.int64))
+        return store.read(shuffled(number * batch_size + share, store.num_examples, seed))
 
     numbers = grain.MapDataset.range(sys.maxsize // batch_size)
-    return iter(_placed(_read_ahead(numbers.map(read)), place))
+    return iter(_placed(_read_ahead(numbers, read), place))
 
 
 def eval_batches(
@@ -86,11 +86,12 @@ def eval_batches(
         rows["label"] = np.where(places < store.num_examples, rows["label"], -1).astype(np.int32)
         return rows
 
-    return iter(_placed(_read_ahead(grain.MapDataset.range(len(starts)).map(read)), place))
+    return iter(_placed(_read_ahead(grain.MapDataset.range(len(starts)), read), place))
 
 
-def _read_ahead(batches: grain.MapDataset) -> grain.IterDataset:
-    return batches.to_iter_dataset(
+def _read_ahead(numbers: grain.MapDataset, read: Callable[[int], Batch]) -> grain.IterDataset:
+    seen_in_traces = jax.profiler.annotate_function(read, name="read batch")
+    return numbers.map(seen_in_traces).to_iter_dataset(
         grain.ReadOptions(num_threads=READS_IN_FLIGHT, prefetch_buffer_size=READS_IN_FLIGHT)
     )
 

@@ -25,7 +25,13 @@ from tqdm import tqdm
 
 from alexnet_jax.decode import decode_square
 from alexnet_jax.errors import UserError, explained_write_errors, one_line
-from alexnet_jax.shards import INDEX_CODECS, pack_shard, rows_per_shard, shard_key
+from alexnet_jax.shards import (
+    INDEX_CODECS,
+    pack_shard,
+    rows_per_shard,
+    shard_key,
+    write_local,
+)
 from alexnet_jax.sources import Example, Source, open_source
 from alexnet_jax.store import (
     CORRUPT_LABEL,
@@ -219,7 +225,7 @@ class _Work:
 
     def _assemble(
         self, shard: int, decoded: Iterator[tuple[Example, Decoded]], bar: tqdm
-    ) -> tuple[Part, np.ndarray, bytes]:
+    ) -> tuple[Part, np.ndarray, list]:
         """Takes a shard's examples; returns its part, its image sum and the file's content."""
         part = Part([], [], np.zeros((3, 3)), 0)
         # Exact: not more than MAX_ROWS sums of integers below 256, and float32 counts to 2**24.
@@ -240,14 +246,17 @@ class _Work:
             part.outer_sum += outer_sum(found.image)
         chunks += [None] * (self.rows - len(chunks))
         content = pack_shard(chunks)
-        part.num_bytes = len(content)
+        part.num_bytes = sum(map(len, content))
         return part, image_sum, content
 
-    def _write_shard(self, shard: int, part: Part, image_sum: np.ndarray, content: bytes) -> None:
+    def _write_shard(self, shard: int, part: Part, image_sum: np.ndarray, content: list) -> None:
         """Writes the file, then the sum, then the record that says that both are there."""
         buffer = io.BytesIO()
         np.save(buffer, image_sum.astype(np.uint32))
-        self.root.write(shard_key(shard), content).result()
+        if is_url(self.path):
+            self.root.write(shard_key(shard), b"".join(content)).result()
+        else:
+            write_local(f"{self.path}/{shard_key(shard)}", content, scratch=f"{self.path}/parts")
         self.root.write(_sum_key(shard), buffer.getvalue()).result()
         record = vars(part) | {"outer_sum": part.outer_sum.tolist()}
         self.root.write(_part_key(shard), json.dumps(record).encode()).result()

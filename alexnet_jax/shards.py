@@ -12,6 +12,7 @@ times slower (docs/data.md).
 import functools
 import os
 import resource
+import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,8 +55,11 @@ def checksum(data: np.ndarray | bytes) -> bytes:
     return crc32c(data).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def pack_shard(chunks: Sequence[np.ndarray | bytes | None]) -> bytes:
-    """Returns the content of a shard of these chunks; None leaves a place without an image."""
+def pack_shard(chunks: Sequence[np.ndarray | bytes | None]) -> list[memoryview | bytes]:
+    """Returns the content of a shard of these chunks, in pieces, so that no image is copied.
+
+    None leaves a place without an image.
+    """
     index = np.full(len(chunks), ABSENT, np.dtype("<u8")).repeat(2).view(INDEX_ENTRY)
     pieces, end = [], 0
     for place, chunk in enumerate(chunks):
@@ -64,7 +68,23 @@ def pack_shard(chunks: Sequence[np.ndarray | bytes | None]) -> bytes:
             index[place] = end, len(data) + CHECKSUM_BYTES
             pieces += data, checksum(data)
             end += len(data) + CHECKSUM_BYTES
-    return b"".join([*pieces, index.tobytes(), checksum(index.tobytes())])
+    return [*pieces, index.tobytes(), checksum(index.tobytes())]
+
+
+def write_local(path: str, pieces: Sequence[memoryview | bytes], scratch: str) -> None:
+    """Writes a file that is there whole or not at all.
+
+    Args:
+      scratch: a folder on the same file system, for what a kill may leave behind.
+    """
+    for folder in (scratch, os.path.dirname(path)):
+        os.makedirs(folder, exist_ok=True)
+    unfinished = f"{scratch}/{uuid.uuid4().hex}.unfinished"
+    with open(unfinished, "wb") as file:
+        file.writelines(pieces)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 def unpack_raw(data: np.ndarray, image: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import gc
 import hashlib
 import operator
 import os
@@ -187,6 +188,7 @@ def _load_tensorflow() -> None:
         import tensorflow as tf
 
         tf.config.set_visible_devices([], "GPU")
+    gc.freeze()  # else Python looks through TensorFlow's objects for garbage again and again
 
 
 @contextlib.contextmanager

@@ -222,7 +222,7 @@ class _Run:
 
     def train(self) -> TrainState:
         """Steps, evaluates and saves until the last step or a request to stop."""
-        with closing(self.report):
+        with closing(self.report), closing(self.batches):
             while True:
                 # A run that was stopped before an evaluation makes it up first.
                 if self.step in self.eval_steps and not (self.evaluated or self.stop.requested):

@@ -8,11 +8,15 @@ from images import encode, folder_config, mark, mark_number, photograph, write_m
 from PIL import Image
 
 from alexnet_jax import shards
-from alexnet_jax.shards import BatchBuffers, Damage, LocalShards, RemoteShards, pack_shard
+from alexnet_jax.shards import BatchBuffers, Damage, LocalShards, RemoteShards
 from alexnet_jax.store import open_kvstore, open_or_prepare
 
 SIDE, ROWS, IMAGES = 8, 16, 40
 STORED = IMAGES // ROWS + 1
+
+
+def write_shard(root, shard, chunks):
+    root.write(shards.shard_key(shard), b"".join(shards.pack_shard(chunks))).result()
 
 
 def marks(numbers):
@@ -30,7 +34,7 @@ def store(request, tmp_path):
     for shard in range(STORED):
         numbers = range(shard * ROWS, (shard + 1) * ROWS)
         chunks = [chunk(n) if n % ROWS != 5 and n < IMAGES else None for n in numbers]
-        root.write(shards.shard_key(shard), pack_shard(chunks)).result()
+        write_shard(root, shard, chunks)
     return tmp_path, unpack
 
 
@@ -89,7 +93,7 @@ def test_damage_is_named_and_the_other_shards_are_read(store, which, damage, row
 def test_a_jpeg_that_is_none_or_of_another_size_is_damage(tmp_path):
     root = open_kvstore(str(tmp_path))
     wrong = [b"no JPEG", encode(mark(0, 16), "JPEG"), encode(mark(1), "JPEG")[:200]]
-    root.write(shards.shard_key(0), pack_shard(wrong)).result()
+    write_shard(root, 0, wrong)
     for row in range(3):
         for reader in (LocalShards(str(tmp_path), 3), RemoteShards(root, 3)):
             with pytest.raises(Damage, match=f"image {row} of shard image/c/0/0/0/0: "):
@@ -136,7 +140,7 @@ def test_more_shards_than_a_process_may_open_files(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.resource, "getrlimit", lambda _: (40, 40))
     root = open_kvstore(str(tmp_path))
     for shard in range(60):
-        root.write(shards.shard_key(shard), pack_shard([mark(shard)])).result()
+        write_shard(root, shard, [mark(shard)])
     reader = LocalShards(str(tmp_path), 1)
     for _ in range(2):
         found = read(reader, shards.unpack_raw, range(60))
