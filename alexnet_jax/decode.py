@@ -9,6 +9,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from alexnet_jax.buffers import Buffers
+
 WHITE = (255, 255, 255, 255)
 # 400 MB of decoded pixels; a file that claims more is an attack or damaged.
 MAX_PIXELS = 2**27
@@ -16,6 +18,7 @@ Image.MAX_IMAGE_PIXELS = None  # which would warn for some and raise for others
 cv2.setNumThreads(1)  # the callers decode in as many threads as there are cores
 
 _scratch = threading.local()
+_images = Buffers()
 
 
 def decode_square(image: bytes | np.ndarray, size: int) -> np.ndarray:
@@ -63,7 +66,8 @@ def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:
         return None
     least = {"min_height": size, "min_width": size, "min_factor": 2}
     height, width, *_ = simplejpeg.decode_jpeg_header(image, **least)
-    pixels = simplejpeg.decode_jpeg(image, buffer=_scratch_bytes(height * width * 3), **least)
+    decoded, blurred = _scratch_bytes(2 * height * width * 3).reshape(2, -1)
+    pixels = simplejpeg.decode_jpeg(image, buffer=decoded, **least)
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = pixels[top : top + side, left : left + side]
@@ -71,9 +75,9 @@ def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:
     deviation = math.sqrt(((side / size) ** 2 - 1) / 6)
     if deviation > 0:
         taps = 2 * math.ceil(2 * deviation) + 1
-        square = cv2.GaussianBlur(square, (taps, taps), deviation)
-    # At scale 1 the result would be the scratch memory itself.
-    return cv2.resize(square, (size, size), dst=np.empty((size, size, 3), np.uint8))
+        blurred = blurred[: square.size].reshape(square.shape)
+        square = cv2.GaussianBlur(square, (taps, taps), deviation, dst=blurred)
+    return cv2.resize(square, (size, size), dst=_images.take((size, size, 3)))
 
 
 def _scratch_bytes(count: int) -> np.ndarray:

@@ -13,7 +13,6 @@ import functools
 import os
 import resource
 import uuid
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,6 @@ INDEX_ENTRY = np.dtype([("offset", "<u8"), ("length", "<u8")])
 ABSENT = 2**64 - 1
 INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 INDEX_CACHE_BYTES = 64 * 2**20  # of remote shards; ImageNet's indices take 20 MB
-ALIGNMENT = 64  # bytes; JAX takes arrays so aligned as they are on CPU, without a copy
 
 Unpack = Callable[[np.ndarray, np.ndarray], None]
 
@@ -99,36 +97,6 @@ def unpack_jpeg(data: np.ndarray, image: np.ndarray) -> None:
     decoded = simplejpeg.decode_jpeg(data, buffer=image)
     if decoded.shape != image.shape:
         raise ValueError(f"a JPEG of {decoded.shape} pixels and not of {image.shape}")
-
-
-class BatchBuffers:
-    """Memory for batches, used again when nobody holds a batch in it any more.
-
-    Fresh memory costs a page fault for each 4 KiB, which takes longer than reading into it.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[np.ndarray]] = {}
-
-    def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns an aligned uint8 array of any content, free again with its last view."""
-        count = int(np.prod(shape))
-        free = self._free.setdefault(count, [])
-        try:
-            buffer = free.pop()
-        except IndexError:
-            whole = np.empty(count + ALIGNMENT, np.uint8)
-            buffer = whole[-whole.ctypes.data % ALIGNMENT :][:count]
-        lease = _Lease(buffer)
-        weakref.finalize(lease, free.append, buffer).atexit = False
-        return np.asarray(lease).reshape(shape)
-
-
-class _Lease:
-    """What NumPy takes for the owner of a batch's memory: it lives as long as any view of it."""
-
-    def __init__(self, buffer: np.ndarray):
-        self.__array_interface__ = buffer.__array_interface__
 
 
 @dataclass

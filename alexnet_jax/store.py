@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from alexnet_jax.buffers import Buffers
 from alexnet_jax.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.shards import (
-    BatchBuffers,
     Damage,
     LocalShards,
     RemoteShards,
@@ -83,7 +83,7 @@ class Store:
     rows: np.ndarray = field(repr=False)
     shard_bytes: tuple[int, ...] = field(repr=False)
     shards: Shards = field(repr=False)
-    buffers: BatchBuffers = field(repr=False, default_factory=BatchBuffers)
+    buffers: Buffers = field(repr=False, default_factory=Buffers)
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Reads the examples at `indices` int[B], in that order.

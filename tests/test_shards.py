@@ -1,6 +1,5 @@
 """Shard files are zarr's, and both ways of reading them give the same images or name the damage."""
 
-import jax
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -8,7 +7,7 @@ from images import encode, folder_config, mark, mark_number, photograph, write_m
 from PIL import Image
 
 from alexnet_jax import shards
-from alexnet_jax.shards import BatchBuffers, Damage, LocalShards, RemoteShards
+from alexnet_jax.shards import Damage, LocalShards, RemoteShards
 from alexnet_jax.store import open_kvstore, open_or_prepare
 
 SIDE, ROWS, IMAGES = 8, 16, 40
@@ -145,31 +144,3 @@ def test_more_shards_than_a_process_may_open_files(tmp_path, monkeypatch):
     for _ in range(2):
         found = read(reader, shards.unpack_raw, range(60))
         assert mark_number(found).tolist() == list(range(60))
-
-
-def address(array):
-    return array.__array_interface__["data"][0]
-
-
-def test_a_batchs_memory_is_used_again_when_its_last_view_is_gone():
-    buffers = BatchBuffers()
-    batch = buffers.take((4, 8, 8, 3))
-    place, view = address(batch), batch[1:].reshape(3, -1)
-    assert place % 64 == 0
-    del batch
-    assert address(buffers.take((4, 8, 8, 3))) != place
-    del view
-    assert address(buffers.take((4, 8, 8, 3))) == place
-
-
-def test_arrays_that_jax_made_of_a_batch_keep_their_values():
-    """JAX does not copy an aligned array on CPU: it must hold the memory back itself."""
-    buffers = BatchBuffers()
-    for _ in range(3):
-        batch = buffers.take((4, 8, 8, 3))
-        batch[:] = 7
-        placed = jax.device_put(batch)
-        del batch
-        buffers.take((4, 8, 8, 3))[:] = 9
-        assert (np.asarray(placed) == 7).all()
-        del placed
