@@ -138,7 +138,7 @@ def save_plot(table: Mapping[str, Series], path: Path) -> None:
     axes.bar_label(bars, labels, padding=6)
     axes.invert_yaxis()  # the first on top, as in the table
     axes.set(xlabel=f"images/s on {CORES} cores  (× {TF_DATA})")
-    axes.margins(x=0.2)
+    axes.margins(x=0.28)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -110,3 +110,41 @@ def test_the_exif_orientation_is_ignored_as_in_2012():
 def test_bytes_that_are_no_whole_image_raise(broken):
     with pytest.raises(Exception, match="."):
         decode_square(broken, SIDE)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "mode"),
+    [
+        (375, 500, 256, "RGB"),
+        (400, 300, 256, "RGB"),
+        (300, 400, 256, "L"),
+        (257, 400, 256, "RGB"),
+        (427, 640, 100, "RGB"),
+        (427, 640, 32, "RGB"),
+    ],
+)
+def test_a_photographs_own_way_gives_about_the_image_of_pillows(height, width, size, mode):
+    """Nearer to one of Pillow's two smooth filters than these are to each other, or nearly so."""
+    jpeg = encode(photograph(0, height, width), "JPEG", mode, quality=95)
+    whole = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    bilinear, bicubic = (
+        np.asarray(
+            whole.resize((size, size), method, box=(left, top, left + side, top + side))
+        ).astype(int)
+        for method in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+    )
+    found = decode_square(jpeg, size)
+    nearest = min(np.abs(found - bilinear).mean(), np.abs(found - bicubic).mean())
+    assert nearest < 1 + 2 * np.abs(bilinear - bicubic).mean()
+    np.testing.assert_allclose(found.mean(axis=(0, 1)), bilinear.mean(axis=(0, 1)), atol=0.5)
+
+
+def test_images_decoded_before_keep_their_pixels():
+    """Decoders use their memory again, but not what somebody still holds."""
+    photos = [encode(photograph(n, 300, 400), "JPEG") for n in range(6)]
+    kept = [decode_square(photo, 256) for photo in photos]
+    alone = [decode_square(photo, 256).copy() for photo in photos]
+    for first, second in zip(kept, alone, strict=True):
+        np.testing.assert_array_equal(first, second)
