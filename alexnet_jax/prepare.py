@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from alexnet_jax.decode import decode_square
 from alexnet_jax.errors import UserError, explained_write_errors, one_line
+from alexnet_jax.pixel_statistics import outer_sum, statistics
 from alexnet_jax.shards import (
     INDEX_CODECS,
     pack_shard,
@@ -35,12 +36,15 @@ from alexnet_jax.shards import (
 from alexnet_jax.sources import Example, Source, open_source
 from alexnet_jax.store import (
     CORRUPT_LABEL,
+    FOLDER_PREFIX,
     FORMAT_VERSION,
+    RECORDS,
     array_kvstore,
     is_settled,
     is_url,
     open_kvstore,
     read_attributes,
+    remove_records,
 )
 
 CORRUPT_KEY = "corrupt.log"
@@ -92,10 +96,13 @@ def prepare_splits(
     """
     splits = {paths["train"]: config["train_split"], paths["eval"]: config["eval_split"]}
     folder = os.path.dirname(paths["train"])
-    with explained_write_errors(folder, "another data_dir"), contextlib.ExitStack() as locks:
-        with _lock(folder) if part != WHOLE else contextlib.nullcontext():
-            if part == WHOLE:
-                locks.enter_context(_lock(folder))
+
+    def lock(whole: bool) -> contextlib.AbstractContextManager:
+        """One host of several locks only what all of them do; one alone locks all the while."""
+        return _lock(folder) if whole == (part == WHOLE) else contextlib.nullcontext()
+
+    with explained_write_errors(folder, "another data_dir"), lock(whole=True):
+        with lock(whole=False):
             sources = {
                 path: open_source(config, split)  # all of them, before hours go into the first
                 for path, split in splits.items()
@@ -105,7 +112,7 @@ def prepare_splits(
         for work in works:
             with explained_write_errors(work.path, "another data_dir"):
                 work.make_shards()
-                with _lock(folder) if part != WHOLE else contextlib.nullcontext():
+                with lock(whole=False):
                     work.finish_if_all_shards_are_made()
 
 
@@ -141,10 +148,10 @@ class _Work:
         """Makes those shards of this host's share that are not made yet."""
         number, count = self.part
         share = range(self.num_shards * (number - 1) // count, self.num_shards * number // count)
-        missing = [shard for shard in share if shard not in self.parts]
+        missing = [shard for shard in share if shard not in self.parts or self._was_mended(shard)]
         bar = tqdm(
             total=sum(len(self._examples(shard)) for shard in share),
-            initial=sum(len(self._examples(shard)) for shard in share if shard in self.parts),
+            initial=sum(len(self._examples(shard)) for shard in share if shard not in missing),
             desc="/".join(self.path.split("/")[-2:]),
             unit=" images",
         )
@@ -176,8 +183,8 @@ class _Work:
         image_sum = np.zeros((self.size, self.size, 3), np.int64)
         for shard in range(self.num_shards):
             image_sum += np.load(io.BytesIO(self.root[_sum_key(shard)]))
-        outer_sum = np.sum([part.outer_sum for part in parts], axis=0)
-        found = statistics(num_examples, image_sum, outer_sum)
+        outer_sums = np.sum([part.outer_sum for part in parts], axis=0)
+        found = statistics(num_examples, image_sum, outer_sums)
         _write_image_metadata(self.root, self.identity)
         _write_array(self.root, "label", labels)
         _write_array(self.root, "mean_image", found.pop("mean_image").astype(np.float32))
@@ -191,7 +198,7 @@ class _Work:
                 "complete": True,
             },
         )
-        self.root.delete_range(_below("parts/")).result()
+        remove_records(self.root)
 
     def _start(self) -> None:
         """Goes on with a preparation of the same source, or clears the place for a new one."""
@@ -209,6 +216,16 @@ class _Work:
     def _examples(self, shard: int) -> range:
         first = shard * self.rows
         return range(first, min(first + self.rows, self.source.num_examples))
+
+    def _was_mended(self, shard: int) -> bool:
+        """Returns whether a file of a folder that was corrupt can be decoded by now."""
+        labelled = zip(self._examples(shard), self.parts[shard].labels, strict=True)
+        corrupt = [row for row, label in labelled if label == CORRUPT_LABEL]
+        return self.source.name.startswith(FOLDER_PREFIX) and any(
+            self._decode(example).image is not None
+            for row in corrupt
+            for example in self.source.read(row, row + 1)
+        )
 
     def _make_run(self, shards: range, pool: ThreadPoolExecutor, bar: tqdm) -> None:
         """Makes consecutive shards; each is written while the next one's images are decoded."""
@@ -244,6 +261,11 @@ class _Work:
             part.labels.append(example.label)
             cv2.accumulate(found.image, image_sum)
             part.outer_sum += outer_sum(found.image)
+        if len(chunks) < len(self._examples(shard)):
+            raise UserError(
+                f"{self.source.name} ends after {bar.n} examples and should have "
+                f"{self.source.num_examples}; its files are damaged: build it anew"
+            )
         chunks += [None] * (self.rows - len(chunks))
         content = pack_shard(chunks)
         part.num_bytes = sum(map(len, content))
@@ -278,9 +300,8 @@ class _Work:
         return [line for _, part in sorted(self.parts.items()) for line in part.corrupt]
 
     def _write_corrupt_log(self, lines: list[str]) -> None:
-        if lines:
-            log = "".join(f"{line}\n" for line in lines)
-            self.root.write(CORRUPT_KEY, log.encode()).result()
+        log = "".join(f"{line}\n" for line in lines).encode()
+        self.root.write(CORRUPT_KEY, log or None).result()  # None removes an older one
 
     def _check_label(self, example: Example) -> None:
         classes = len(self.source.class_names)
@@ -319,47 +340,6 @@ class _Work:
         return Decoded(simplejpeg.decode_jpeg(jpeg), jpeg)  # statistics are of what will be read
 
 
-def outer_sum(image: np.ndarray) -> np.ndarray:
-    """Returns the sum over the pixels of uint8[H, W, 3] of RGB's outer product, float64[3, 3].
-
-    Exact, and ten times as fast as a matrix product: OpenCV's sums of squares take uint8 as it is,
-    and 2ab = a² + b² - (a - b)².
-    """
-    channels = cv2.split(image)
-    squares = np.array([cv2.norm(channel, cv2.NORM_L2SQR) for channel in channels])
-    outer = np.diag(squares)
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        of_difference = cv2.norm(channels[a], channels[b], cv2.NORM_L2SQR)
-        outer[a, b] = outer[b, a] = (squares[a] + squares[b] - of_difference) / 2
-    return outer
-
-
-def statistics(count: int, image_sum: np.ndarray, outer_sum: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the mean image, mean RGB, and eigen-decomposition of the RGB covariance.
-
-    As in `store.Store`, in float64. The covariance is over all pixels of all images (2012 paper,
-    section 4.1).
-
-    Args:
-      count: of the images.
-      image_sum: int64[S, S, 3], their sum.
-      outer_sum: float64[3, 3], sum over all their pixels of RGB's outer product with itself.
-    """
-    mean_image = image_sum / count
-    pixels = count * mean_image.shape[0] * mean_image.shape[1]
-    mean = image_sum.sum(axis=(0, 1)) / pixels
-    eigenvalues, eigenvectors = np.linalg.eigh(outer_sum / pixels - np.outer(mean, mean))
-    eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0), eigenvectors[:, ::-1]
-    largest = np.abs(eigenvectors).argmax(axis=0)
-    eigenvectors = eigenvectors * np.sign(eigenvectors[largest, range(3)])
-    return {
-        "mean_image": mean_image,
-        "mean_channel": mean,
-        "eigenvalues": eigenvalues,
-        "eigenvectors": eigenvectors,
-    }
-
-
 def _consecutive_runs(numbers: list[int]) -> Iterator[range]:
     for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]
@@ -374,12 +354,8 @@ def _sum_key(shard: int) -> str:
     return f"parts/{shard}.npy"
 
 
-def _below(prefix: str) -> ts.KvStore.KeyRange:
-    return ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))
-
-
 def _read_parts(root: ts.KvStore, shards: range) -> dict[int, Part]:
-    found = {key.decode() for key in root.list(_below("parts/")).result()}
+    found = {key.decode() for key in root.list(RECORDS).result()}
     asked = {n: root.read(_part_key(n)) for n in shards if _part_key(n) in found}
     records = {n: json.loads(future.result().value) for n, future in asked.items()}
     return {

@@ -16,6 +16,7 @@ config, `… info …` tells what they hold, `… verify …` reads all of it ag
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -44,6 +45,7 @@ from alexnet_jax.shards import (
 FORMAT_VERSION = 2
 CORRUPT_LABEL = -1
 FOLDER_PREFIX = "folder:"
+RECORDS = ts.KvStore.KeyRange("parts/", "parts0")  # keys that begin with parts/
 PREPARE_COMMAND = "python -m alexnet_jax.store prepare --config CONFIG"
 UNPACK = {"raw": unpack_raw, "jpeg": unpack_jpeg}
 
@@ -57,6 +59,7 @@ class Store:
       source: what it was prepared from, e.g. "imagenet2012/5.1.0 train".
       storage: "raw" or "jpeg".
       num_examples, image_size: N and S.
+      num_corrupt: examples of the source that could not be decoded.
       class_names: the name of each label.
       mean_image: float32[S, S, 3], mean over the examples, in pixel units (0 to 255).
       mean_channel: float32[3], the mean image's mean over its pixels.
@@ -73,6 +76,7 @@ class Store:
     source: str
     storage: str
     num_examples: int
+    num_corrupt: int
     image_size: int
     class_names: tuple[str, ...] = field(repr=False)
     mean_image: np.ndarray = field(repr=False)
@@ -143,6 +147,7 @@ def open_store(path: str | os.PathLike) -> Store:
         source=attributes["source"],
         storage=attributes["storage"],
         num_examples=len(rows),
+        num_corrupt=num_rows - len(rows),
         image_size=size,
         class_names=tuple(attributes["class_names"]),
         mean_image=mean_image,
@@ -170,6 +175,10 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
 
         prepare.prepare_splits(config, paths)
     stores = {use: open_store(path) for use, path in paths.items()}
+    for path in paths.values():
+        # A kill may come between the mark of completion and this; who may not write leaves them.
+        with contextlib.suppress(ValueError):
+            remove_records(open_kvstore(path))
     if config["dataset"].startswith(FOLDER_PREFIX):
         from alexnet_jax.sources import check_folder_unchanged
 
@@ -257,6 +266,12 @@ def read_attributes(path: str) -> dict[str, Any] | None:
         raise _unreadable(path, error) from error
 
 
+def remove_records(root: ts.KvStore) -> None:
+    """Removes what a preparation knew of its shards, if it is there."""
+    if root.list(RECORDS).result():
+        root.delete_range(RECORDS).result()
+
+
 def _read_array(root: ts.KvStore, name: str) -> np.ndarray:
     spec = {
         "driver": "zarr3",
@@ -309,11 +324,10 @@ def damages(store: Store) -> Iterator[str]:
 def describe(store: Store) -> str:
     """Returns a table of what a store holds."""
     megabytes = sum(store.shard_bytes) / 1e6
-    corrupt = len(store.rows) and int(store.rows[-1]) + 1 - store.num_examples
     per_class = np.bincount(store.labels, minlength=len(store.class_names))
     lines = {
         "source": store.source,
-        "examples": f"{store.num_examples:,}, {corrupt} corrupt ones left out",
+        "examples": f"{store.num_examples:,}, {store.num_corrupt} corrupt ones left out",
         "classes": f"{len(store.class_names)}, of {per_class.min():,} to {per_class.max():,} each",
         "images": f"{store.image_size}x{store.image_size}, stored as {store.storage}",
         "size": f"{megabytes:,.1f} MB in {len(store.shard_bytes)} shards",

@@ -28,6 +28,7 @@ PASSES = 8  # over a reference's buffer in one hand-over to its threads
 
 TF_DATA, TORCH = "tf.data, from JPEG", "PyTorch DataLoader, from JPEG"
 HOST, DEVICE = "store, to host batches", "store, to device arrays"
+JPEG, TENSORSTORE = "jpeg store, to host batches", "store, through TensorStore"
 COPY_ONE, COPY_ALL = "memcpy, one thread", "memcpy, all cores"
 PREAD, CHECKSUM = "pread, all cores", "crc32c, one thread"
 REFERENCES = (COPY_ONE, COPY_ALL, PREAD, CHECKSUM)
@@ -40,6 +41,7 @@ class Data(NamedTuple):
     jpegs: Path  # a folder of JPEG files
     records: Path  # where tf.data's process writes its TFRecords
     store: str  # where the prepared store lies
+    jpeg_store: str  # ... and the one of storage=jpeg
     store_bytes: int  # in its shard files
 
 
@@ -53,7 +55,10 @@ def write_data(root: Path, images: int) -> Data:
     config.dataset, config.data_dir = f"folder:{root / 'jpegs'}", str(root / "stores")
     config.eval_split, config.image_size = "val", SIZE
     store = open_or_prepare(config)["train"]
-    return Data(root / "jpegs/train", root / "records", store.path, sum(store.shard_bytes))
+    config.storage = "jpeg"
+    jpeg_store = open_or_prepare(config)["train"]
+    paths = (root / "jpegs/train", root / "records", store.path, jpeg_store.path)
+    return Data(*paths, sum(store.shard_bytes))
 
 
 def makers(data: Data, batch_size: int) -> dict[str, Make]:
@@ -61,6 +66,8 @@ def makers(data: Data, batch_size: int) -> dict[str, Make]:
     functions = {
         TF_DATA: tf_data,
         TORCH: torch_loader,
+        JPEG: from_jpeg_store,
+        TENSORSTORE: tensorstore,
         HOST: partial(from_store, on_device=False),
         DEVICE: partial(from_store, on_device=True),
         COPY_ONE: partial(memcpy, threads=1),
@@ -168,6 +175,24 @@ def from_store(data: Data, batch_size: int, on_device: bool) -> Iterator[int]:
     place = {"place": jax.device_put} if on_device else {}
     for batch in train_batches(open_store(data.store), batch_size, 0, **place):
         yield len(jax.block_until_ready(batch)["label"])
+
+
+def from_jpeg_store(data: Data, batch_size: int) -> Iterator[int]:
+    """Ours again, from shards of JPEGs."""
+    return from_store(data._replace(store=data.jpeg_store), batch_size, on_device=False)
+
+
+def tensorstore(data: Data, batch_size: int) -> Iterator[int]:
+    """The raw store as any program opens it: a batch is one read, four are in flight."""
+    import tensorstore as ts
+
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{data.store}/image/"}}
+    images = ts.open(spec, open=True).result()
+    rng = np.random.default_rng(0)
+    reads = [images[rng.integers(images.shape[0], size=batch_size)].read() for _ in range(4)]
+    while True:
+        reads.append(images[rng.integers(images.shape[0], size=batch_size)].read())
+        yield len(reads.pop(0).result())
 
 
 def memcpy(data: Data, batch_size: int, threads: int) -> Iterator[int]:

@@ -27,38 +27,42 @@ from alexnet_jax.report import read_metrics  # noqa: E402
 from alexnet_jax.train import train_and_evaluate  # noqa: E402
 
 Span = tuple[float, float]  # begin and end, ms
-EVENTS = {
+LANES = {
     "ThunkExecutor::Execute": "steps",
     "read batch": "read batch",
     "place batch": "place batch",
 }
+STEP = "train"  # the trainer's annotation of a step's start
+WARM_UP = 8  # steps: the first is compiled, and the next ones find all buffers full
 WINDOW_STEPS = 6
 
 
 def traced_epoch(data_dir: Path, workdir: Path) -> dict[str, list[Span]]:
-    """Trains an epoch; returns the spans of each kind of event after the first steps."""
+    """Trains an epoch; returns the spans of each lane between the first steps and the last."""
     fields = {"data_dir": str(data_dir), "num_epochs": "1", "log_every_steps": "5"}
     config = configs.load(str(ROOT / "configs/quickstart.py"), list(fields.items()))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with jax.profiler.trace(workdir / "trace", profiler_options=options):
         train_and_evaluate(config, workdir)
-    spans = {name: [] for name in EVENTS.values()}
-    for name, begin, end in _events(next((workdir / "trace").rglob("*.xplane.pb"))):
-        spans[name].append((begin, end))
-    # While the first step is compiled, batches are read with nothing to be beside of.
-    begin = sorted(spans["place batch"])[8][0]
-    return {name: sorted(s for s in of if s[0] > begin) for name, of in spans.items()}
+    events = list(_events(next((workdir / "trace").rglob("*.xplane.pb"))))
+    starts = sorted(begin for name, begin, _ in events if name == STEP)
+    return {
+        lane: sorted(
+            (begin, end)
+            for name, begin, end in events
+            if name.startswith(prefix) and starts[WARM_UP] < begin < end < starts[-1]
+        )
+        for prefix, lane in LANES.items()
+    }
 
 
 def _events(trace: Path) -> Iterator[tuple[str, float, float]]:
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for line in plane.lines:
             for event in line.events:
-                for prefix, name in EVENTS.items():
-                    if event.name.startswith(prefix):
-                        begin = event.start_ns / 1e6
-                        yield name, begin, begin + event.duration_ns / 1e6
+                begin = event.start_ns / 1e6
+                yield event.name, begin, begin + event.duration_ns / 1e6
 
 
 def union(spans: list[Span]) -> list[Span]:

@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few images, two rounds")
     parser.add_argument("--scratch", type=Path, help="where stores are written; default: temporary")
     args = parser.parse_args()
-    BenchmarkPhotographs.count = 1024 if args.quick else 4096
+    BenchmarkPhotographs.count = 1024 if args.quick else 12_288
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory(dir=args.scratch) as s,
@@ -101,7 +101,7 @@ def main() -> None:
             "preparing a jpeg store": lambda: prepare(data_dir, Path(s), "jpeg"),
         }
         times = {what: [] for what in runs}
-        for number in range(3 if args.quick else 6):
+        for number in range(3 if args.quick else 4):
             for what, run in runs.items():
                 seconds = timed(run)
                 if number:  # the first round warms up

@@ -124,7 +124,7 @@ def test_bytes_that_are_no_whole_image_raise(broken):
     ],
 )
 def test_a_photographs_own_way_gives_about_the_image_of_pillows(height, width, size, mode):
-    """Nearer to one of Pillow's two smooth filters than these are to each other, or nearly so."""
+    """Differing from Pillow's smooth filters about as much as these do from each other."""
     jpeg = encode(photograph(0, height, width), "JPEG", mode, quality=95)
     whole = Image.open(io.BytesIO(jpeg)).convert("RGB")
     side = min(height, width)
@@ -137,8 +137,8 @@ def test_a_photographs_own_way_gives_about_the_image_of_pillows(height, width, s
     )
     found = decode_square(jpeg, size)
     nearest = min(np.abs(found - bilinear).mean(), np.abs(found - bicubic).mean())
-    assert nearest < 1 + 2 * np.abs(bilinear - bicubic).mean()
-    np.testing.assert_allclose(found.mean(axis=(0, 1)), bilinear.mean(axis=(0, 1)), atol=0.5)
+    assert nearest < 1.5 + 2 * np.abs(bilinear - bicubic).mean()
+    np.testing.assert_allclose(found.mean(axis=(0, 1)), bilinear.mean(axis=(0, 1)), atol=1.5)
 
 
 def test_images_decoded_before_keep_their_pixels():

@@ -14,6 +14,8 @@ from commands import ROOT, run
 from images import contents, encode, folder_config, mark, mark_number, prepare_command, write_marks
 
 from alexnet_jax.errors import UserError
+from alexnet_jax.prepare import prepare_store
+from alexnet_jax.sources import Example, Source
 from alexnet_jax.store import open_or_prepare, open_store, store_path
 
 COUNT = 2100  # three shards: 1024, 1024 and 52 images
@@ -204,6 +206,31 @@ def test_one_corrupt_image_too_many_stops_and_a_higher_limit_goes_on(folder, tmp
     assert contents(path) == contents(open_or_prepare(config)["train"].path)
 
 
+def test_images_that_were_mended_are_taken_up(folder, tmp_path):
+    expected = undisturbed(folder, tmp_path)
+    whole = {number: file_of(folder, number).read_bytes() for number in BAD}
+    spoil(folder)
+    config = folder_config(folder, tmp_path / "data")
+    config.max_corrupt = 1 / COUNT
+    path = store_path(config, "train")
+    with pytest.raises(UserError, match="mend them"):
+        open_or_prepare(config)
+    assert rows_done(path) == 1024  # with image 7 noted as corrupt
+    for number, content in whole.items():
+        file_of(folder, number).write_bytes(content)
+    open_or_prepare(config)
+    assert contents(path) == expected
+
+
+def test_a_source_that_ends_early_is_an_error(tmp_path):
+    def read(first, end):
+        return iter([Example(str(n), 0, lambda: mark(0)) for n in range(first, min(end, 5))])
+
+    source = Source("birds train", 8, ("a",), read)
+    with pytest.raises(UserError, match="birds train ends after 5 examples and should have 8"):
+        prepare_store(source, str(tmp_path), folder_config(tmp_path, tmp_path))
+
+
 def test_images_that_are_all_corrupt_are_an_error_under_any_limit(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "one").mkdir(parents=True)
@@ -290,3 +317,13 @@ def test_a_jpeg_store_killed_in_its_preparation_ends_with_the_same_bytes(folder,
     resumed = contents(path)
     config.data_dir = str(tmp_path / "undisturbed")
     assert resumed == contents(open_or_prepare(config)["train"].path)
+
+
+def test_records_that_a_kill_left_in_a_complete_store_are_removed(folder, tmp_path):
+    config = folder_config(folder, tmp_path / "data")
+    path = Path(open_or_prepare(config)["train"].path)
+    before = contents(path)
+    (path / "parts").mkdir(exist_ok=True)
+    (path / "parts" / "0.json").write_text("{}")
+    open_or_prepare(config)
+    assert contents(path) == before
