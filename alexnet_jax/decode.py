@@ -25,7 +25,7 @@ def decode_square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     """Decodes an image, scales its shorter side to `size` and keeps the centre square.
 
     Scaling antialiases when it shrinks. Colour and grey JPEGs that have to shrink, nearly all
-    there is in ImageNet, go a way of their own, three times as fast (see `_shrink_jpeg`). All else
+    there is in ImageNet, go a way of their own, twice as fast (see `_shrink_jpeg`). All else
     is Pillow's, with its bicubic filter, which widens with the scale. An EXIF orientation is not
     applied: the ImageNet preparations of 2012 and of tfds ignore it too.
 

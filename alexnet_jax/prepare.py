@@ -27,7 +27,7 @@ from alexnet_jax.decode import decode_square
 from alexnet_jax.errors import UserError, explained_write_errors, one_line
 from alexnet_jax.pixel_statistics import outer_sum, statistics
 from alexnet_jax.shards import (
-    INDEX_CODECS,
+    JPEG_QUALITY,
     pack_shard,
     rows_per_shard,
     shard_key,
@@ -39,17 +39,16 @@ from alexnet_jax.store import (
     FOLDER_PREFIX,
     FORMAT_VERSION,
     RECORDS,
-    array_kvstore,
     is_settled,
     is_url,
     open_kvstore,
     read_attributes,
     remove_records,
 )
+from alexnet_jax.zarr_files import write_array, write_attributes, write_image_metadata
 
 CORRUPT_KEY = "corrupt.log"
 DECODES_AHEAD = 256  # goes on while a shard is written
-JPEG_QUALITY = 95  # ImageNet then takes about 40 GB
 WHOLE = (1, 1)
 
 
@@ -185,10 +184,10 @@ class _Work:
             image_sum += np.load(io.BytesIO(self.root[_sum_key(shard)]))
         outer_sums = np.sum([part.outer_sum for part in parts], axis=0)
         found = statistics(num_examples, image_sum, outer_sums)
-        _write_image_metadata(self.root, self.identity)
-        _write_array(self.root, "label", labels)
-        _write_array(self.root, "mean_image", found.pop("mean_image").astype(np.float32))
-        _write_attributes(
+        write_image_metadata(self.root, self.size, self.source.num_examples, self.storage)
+        write_array(self.root, "label", labels)
+        write_array(self.root, "mean_image", found.pop("mean_image").astype(np.float32))
+        write_attributes(
             self.root,
             self.identity
             | {name: value.tolist() for name, value in found.items()}
@@ -211,7 +210,7 @@ class _Work:
                 "delete it before several hosts prepare it"
             )
         self.root.delete_range(ts.KvStore.KeyRange()).result()
-        _write_attributes(self.root, self.identity | {"complete": False})
+        write_attributes(self.root, self.identity | {"complete": False})
 
     def _examples(self, shard: int) -> range:
         first = shard * self.rows
@@ -362,50 +361,6 @@ def _read_parts(root: ts.KvStore, shards: range) -> dict[int, Part]:
         n: Part(**record | {"outer_sum": np.array(record["outer_sum"])})
         for n, record in records.items()
     }
-
-
-def _write_image_metadata(root: ts.KvStore, identity: dict[str, Any]) -> None:
-    """Describes the shards as a zarr array, which zarr and TensorStore open if they are raw."""
-    size = identity["image_size"]
-    jpeg = {"name": "jpeg", "configuration": {"quality": JPEG_QUALITY}}
-    sharding = {
-        "chunk_shape": [1, size, size, 3],
-        "codecs": INDEX_CODECS if identity["storage"] == "raw" else [jpeg, INDEX_CODECS[1]],
-        "index_codecs": INDEX_CODECS,
-        "index_location": "end",
-    }
-    grid = {"chunk_shape": [rows_per_shard(size), size, size, 3]}
-    array = {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": [identity["num_rows"], size, size, 3],
-        "data_type": "uint8",
-        "fill_value": 0,
-        "chunk_grid": {"name": "regular", "configuration": grid},
-        "chunk_key_encoding": {"name": "default"},
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-    root.write("image/zarr.json", json.dumps(array, indent=1).encode()).result()
-
-
-def _write_array(root: ts.KvStore, name: str, values: np.ndarray) -> None:
-    spec = {
-        "driver": "zarr3",
-        "kvstore": array_kvstore(root, name),
-        "store_data_equal_to_fill_value": True,
-        "metadata": {
-            "shape": values.shape,
-            "data_type": values.dtype.name,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": values.shape}},
-            "codecs": INDEX_CODECS,
-        },
-    }
-    ts.open(spec, create=True, open=True).result().write(values).result()
-
-
-def _write_attributes(root: ts.KvStore, attributes: dict[str, Any]) -> None:
-    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    root.write("zarr.json", json.dumps(group, indent=1).encode()).result()
 
 
 @contextlib.contextmanager

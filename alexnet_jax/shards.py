@@ -9,6 +9,7 @@ reads the same files everywhere else, allocates and copies every image twice, an
 times slower (docs/data.md).
 """
 
+import contextlib
 import functools
 import os
 import resource
@@ -25,6 +26,7 @@ from alexnet_jax.errors import one_line
 MAX_ROWS = 1024
 MAX_BYTES = 256 * 2**20
 CHECKSUM_BYTES = 4
+JPEG_QUALITY = 95  # ImageNet then takes about 40 GB
 INDEX_ENTRY = np.dtype([("offset", "<u8"), ("length", "<u8")])
 ABSENT = 2**64 - 1
 INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -78,11 +80,16 @@ def write_local(path: str, pieces: Sequence[memoryview | bytes], scratch: str) -
     for folder in (scratch, os.path.dirname(path)):
         os.makedirs(folder, exist_ok=True)
     unfinished = f"{scratch}/{uuid.uuid4().hex}.unfinished"
-    with open(unfinished, "wb") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unfinished)  # a full disk needs the room
+        raise
 
 
 def unpack_raw(data: np.ndarray, image: np.ndarray) -> None:

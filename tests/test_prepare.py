@@ -148,6 +148,7 @@ def test_a_full_disk_is_a_sentence_and_the_work_goes_on_when_there_is_room(folde
         with pytest.raises(UserError, match=f"cannot write {path}: no space left on device; make"):
             open_or_prepare(config)
         assert rows_done(path) == 1024
+        assert not list(Path(path).rglob("*.unfinished"))
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
         open_or_prepare(config)
         assert contents(path) == expected

@@ -320,3 +320,19 @@ def test_verify_names_every_damaged_image(folder, tmp_path):
         for shard, image in ((0, 5), (0, 1023), (1, 0))
     ]
     assert f"the store at {path} is damaged: 3 of its 1100 images cannot be read" in ran.stderr
+
+
+def test_verify_goes_on_behind_a_missing_shard(folder, tmp_path):
+    path = Path(open_or_prepare(folder_config(folder, tmp_path))["train"].path)
+    (path / "image/c/0/0/0/0").unlink()
+    last = path / "image/c/1/0/0/0"
+    content = bytearray(last.read_bytes())
+    content[0] ^= 128
+    last.write_bytes(content)
+    ran = store_command("verify", folder, tmp_path)
+    assert ran.returncode == 2
+    assert ran.stdout.splitlines() == [
+        "shard image/c/0/0/0/0 is missing",
+        "image 0 of shard image/c/1/0/0/0 does not have its checksum",
+    ]
+    assert "is damaged: 1025 of its 1100 images cannot be read" in ran.stderr
