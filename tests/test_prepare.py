@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -33,15 +32,14 @@ def file_of(folder: Path, number: int) -> Path:
     return next((folder / "train").rglob(f"{number:05d}.png"))
 
 
-def start_preparing(folder: Path, data_dir: Path, more=(), **options) -> subprocess.Popen:
+def start_preparing(folder: Path, data_dir: Path, more=(), before=()) -> subprocess.Popen:
     """Starts the command that prepares a folder."""
     return subprocess.Popen(
-        [sys.executable, *prepare_command(folder, data_dir), *more],
+        [*before, sys.executable, *prepare_command(folder, data_dir), *more],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
@@ -119,15 +117,14 @@ def test_two_processes_at_once_prepare_one_store(folder, tmp_path):
     assert contents(path) == expected
 
 
-def limit_file_size() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+LIMITED = ("bash", "-c", 'ulimit -f 98 && exec "$@"', "bash")  # KiB a file
 
 
 def test_a_file_size_limit_is_a_sentence_and_the_work_goes_on_without_it(folder, tmp_path):
     expected = undisturbed(folder, tmp_path)
     data_dir = tmp_path / "data"
     path = store_path(folder_config(folder, data_dir), "train")
-    process = start_preparing(folder, data_dir, preexec_fn=limit_file_size)
+    process = start_preparing(folder, data_dir, before=LIMITED)
     _, output = process.communicate(timeout=60)
     assert process.returncode == 2
     assert output.splitlines()[-1].startswith(f"error: cannot write {path}: file too large; make")
