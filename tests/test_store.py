@@ -251,11 +251,15 @@ def test_missing_and_shortened_files_are_found_at_opening(copy, name, kept, said
     assert "delete it and prepare it again" in refusal(copy)
 
 
+def flip_a_bit(path: Path, shard: int, image: int) -> None:
+    file = path / f"image/c/{shard}/0/0/0"
+    content = bytearray(file.read_bytes())
+    content[image * (8 * 8 * 3 + 4) + 17] ^= 1
+    file.write_bytes(content)
+
+
 def test_a_flipped_bit_is_an_error_when_its_image_is_read(copy):
-    shard = copy / "image/c/0/0/0/0"
-    content = bytearray(shard.read_bytes())
-    content[5 * (8 * 8 * 3 + 4) + 17] ^= 1  # within image 5
-    shard.write_bytes(content)
+    flip_a_bit(copy, shard=0, image=5)
     store = open_store(copy)
     assert mark_number(store.read(np.array([4, 6]))["image"]).tolist() == [4, 6]
     with pytest.raises(UserError, match="image 5 of shard image/c/0/0/0/0 does not have its"):
@@ -304,15 +308,9 @@ def test_looking_at_a_store_that_is_not_there_makes_none(folder, tmp_path, what)
 
 def test_verify_names_every_damaged_image(folder, tmp_path):
     path = Path(open_or_prepare(folder_config(folder, tmp_path))["train"].path)
-    shard = path / "image/c/0/0/0/0"
-    content = bytearray(shard.read_bytes())
-    for image in (5, 1023):
-        content[image * (8 * 8 * 3 + 4) + 17] ^= 1
-    shard.write_bytes(content)
-    last = path / "image/c/1/0/0/0"
-    content = bytearray(last.read_bytes())
-    content[0] ^= 128
-    last.write_bytes(content)
+    flip_a_bit(path, shard=0, image=5)
+    flip_a_bit(path, shard=0, image=1023)
+    flip_a_bit(path, shard=1, image=0)
     ran = store_command("verify", folder, tmp_path)
     assert ran.returncode == 2
     assert ran.stdout.splitlines() == [
@@ -325,10 +323,7 @@ def test_verify_names_every_damaged_image(folder, tmp_path):
 def test_verify_goes_on_behind_a_missing_shard(folder, tmp_path):
     path = Path(open_or_prepare(folder_config(folder, tmp_path))["train"].path)
     (path / "image/c/0/0/0/0").unlink()
-    last = path / "image/c/1/0/0/0"
-    content = bytearray(last.read_bytes())
-    content[0] ^= 128
-    last.write_bytes(content)
+    flip_a_bit(path, shard=1, image=0)
     ran = store_command("verify", folder, tmp_path)
     assert ran.returncode == 2
     assert ran.stdout.splitlines() == [
