@@ -1,4 +1,4 @@
-"""The prepared store: square uint8 images and labels as zarr arrays, read by TensorStore.
+"""The prepared store: square uint8 images and labels, as zarr arrays.
 
 A store is the folder (or gs:// prefix) `<data_dir>/<dataset>_<image_size>/<split>/`:
 
@@ -371,17 +371,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", metavar="I/N", help="prepare the I-th of N parts, one a host")
     config, args = parse(argv, parser)
     check_bounds(config)
+    if args.part and args.what != "prepare":
+        raise UserError(f"--part goes with prepare and not with {args.what}")
+    paths = store_paths(config).values()
+    if args.what == "verify":
+        for path in paths:
+            _verify(path)
+        return
     if args.part:
         from alexnet_jax import prepare
 
         prepare.prepare_splits(config, store_paths(config), _part(args.part))
+        stores = [open_store(path) for path in paths if is_settled(path)]
     elif args.what == "prepare":
-        open_or_prepare(config)
-    for path in store_paths(config).values():
-        if args.what == "verify":
-            _verify(path)
-        elif args.part is None or is_settled(path):
-            print(describe(open_store(path)))
+        stores = open_or_prepare(config).values()
+    else:
+        stores = map(open_store, paths)
+    for store in stores:
+        print(describe(store))
 
 
 if __name__ == "__main__":

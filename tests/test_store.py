@@ -306,6 +306,15 @@ def test_looking_at_a_store_that_is_not_there_makes_none(folder, tmp_path, what)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("what", ["info", "verify"])
+def test_looking_at_a_part_is_refused_and_prepares_nothing(folder, tmp_path, what):
+    module, name, *rest = prepare_command(folder, tmp_path)
+    ran = run(sys.executable, module, name, what, *rest, "--part=1/2")
+    assert ran.returncode == 2
+    assert ran.stderr == f"error: --part goes with prepare and not with {what}\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_verify_names_every_damaged_image(folder, tmp_path):
     path = Path(open_or_prepare(folder_config(folder, tmp_path))["train"].path)
     flip_a_bit(path, shard=0, image=5)
