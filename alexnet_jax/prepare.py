@@ -20,19 +20,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import simplejpeg
 import tensorstore as ts
 from tqdm import tqdm
 
 from alexnet_jax.decode import decode_square
 from alexnet_jax.errors import UserError, explained_write_errors, one_line
 from alexnet_jax.pixel_statistics import outer_sum, statistics
-from alexnet_jax.shards import (
-    JPEG_QUALITY,
-    pack_shard,
-    rows_per_shard,
-    shard_key,
-    write_local,
-)
+from alexnet_jax.shards import pack_jpeg, pack_shard, rows_per_shard, shard_key, write_local
 from alexnet_jax.sources import Example, Source, open_source
 from alexnet_jax.store import (
     CORRUPT_LABEL,
@@ -333,9 +328,7 @@ class _Work:
             return Decoded(None, None, one_line(error))
         if self.storage == "raw":
             return Decoded(image, image)
-        import simplejpeg
-
-        jpeg = simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
+        jpeg = pack_jpeg(image)
         return Decoded(simplejpeg.decode_jpeg(jpeg), jpeg)  # statistics are of what will be read
 
 

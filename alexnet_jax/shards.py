@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
 import tensorstore as ts
 from crc32c import crc32c
 
@@ -97,10 +98,13 @@ def unpack_raw(data: np.ndarray, image: np.ndarray) -> None:
     image.reshape(-1)[:] = data
 
 
+def pack_jpeg(image: np.ndarray) -> bytes:
+    """Returns the JPEG of uint8[S, S, 3] that a shard holds under storage=jpeg."""
+    return simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
+
+
 def unpack_jpeg(data: np.ndarray, image: np.ndarray) -> None:
     """Decodes the JPEG bytes of a chunk into uint8[S, S, 3]."""
-    import simplejpeg
-
     decoded = simplejpeg.decode_jpeg(data, buffer=image)
     if decoded.shape != image.shape:
         raise ValueError(f"a JPEG of {decoded.shape} pixels and not of {image.shape}")
