@@ -8,16 +8,15 @@ flipping them is a part of the training step.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import contenders
 from contenders import CHECKSUM, COPY_ALL, DEVICE, HOST, ON_ONE_CORE, PREAD, REFERENCES, TF_DATA
+from rows import row, write
 from turns import CORES, Turn, take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -39,8 +38,8 @@ def main() -> None:
     table = {name: series(name, found) for name in found}
     print_table(table)
     print_sentences(found, data.store_bytes)
-    if args.json:
-        args.json.write_text(json.dumps(rows(table, args.batch_size), indent=2) + "\n")
+    figures = [(name, unit, values[unit]) for name, values in table.items() for unit in values]
+    write([row(name, of, unit, args.batch_size) for name, unit, of in figures], args.json)
     if args.plot:
         save_plot(table, args.plot)
 
@@ -109,16 +108,6 @@ def print_sentences(found: Found, store_bytes: int) -> None:
     print(f"An image takes {whole:.1f} µs of a core: {split}.")
     less = (of[TF_DATA].user + of[TF_DATA].kernel) / worked
     print(f"It is {less:.1f} times less work for the processor than in tf.data.")
-
-
-def rows(table: Mapping[str, Series], batch_size: int) -> list[dict[str, Any]]:
-    return [
-        {"what": name, "batch": batch_size, "dtype": "uint8", "unit": unit}
-        | {"value": median(numbers), "median": median(numbers)}
-        | {"min": min(numbers), "max": max(numbers)}
-        for name, values in table.items()
-        for unit, numbers in values.items()
-    ]
 
 
 def save_plot(table: Mapping[str, Series], path: Path) -> None:

@@ -8,9 +8,7 @@ step was being executed.
 """
 
 import argparse
-import json
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402  (it must find the variable above)
+from rows import row, write  # noqa: E402
 
 from alexnet_jax import config as configs  # noqa: E402
 from alexnet_jax.report import read_metrics  # noqa: E402
@@ -122,21 +121,13 @@ def main() -> None:
         f"{name} beside a step": share_inside(spans[name], spans["steps"])
         for name in ("read batch", "place batch")
     }
-    shares["data wait"] = statistics.median(waits)
-    rows = [
-        {
-            **{"what": what, "batch": 64, "dtype": "uint8", "unit": "share of its time"},
-            **{"value": value, "min": value, "median": value, "max": value},
-        }
-        for what, value in shares.items()
-    ]
-    rows[-1] |= {"unit": "share of the run", "min": min(waits), "max": max(waits)}
-    for row in rows:
-        print(f"{row['what']:28} {row['value']:6.1%} of {row['unit'].removeprefix('share of ')}")
+    rows = [row(what, [share], "share of its time", batch=64) for what, share in shares.items()]
+    rows.append(row("data wait", waits, "share of the run", batch=64))
+    for of in rows:
+        print(f"{of['what']:28} {of['value']:6.1%} of {of['unit'].removeprefix('share of ')}")
     if args.plot:
         save_timeline(spans, args.plot)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write(rows, args.json)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ the store to DIR; tf.data throws its images away.
 
 import argparse
 import io
-import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -24,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tensorflow_datasets as tfds  # noqa: E402  (it must find the variable above)
 from photographs import jpegs  # noqa: E402
+from rows import row, write  # noqa: E402
 
 from alexnet_jax.config import default_config  # noqa: E402
 from alexnet_jax.prepare import prepare_store  # noqa: E402
@@ -110,22 +109,15 @@ def main() -> None:
     for what, seconds in times.items():
         rates = [BenchmarkPhotographs.count / wall for wall, _ in seconds]
         cpu = [1e3 * busy / BenchmarkPhotographs.count for _, busy in seconds]
-        for values, unit in ((rates, "images/s"), (cpu, "CPU ms/image")):
-            median = statistics.median(values)
-            rows.append(
-                {
-                    **{"what": what, "batch": 1, "dtype": "uint8", "unit": unit, "value": median},
-                    **{"min": min(values), "median": median, "max": max(values)},
-                }
-            )
-    bare = {row["unit"]: row["median"] for row in rows[:2]}
-    for row in rows:
+        rows.append(row(what, rates, "images/s", batch=1))
+        rows.append(row(what, cpu, "CPU ms/image", batch=1))
+    bare = {of["unit"]: of["median"] for of in rows[:2]}
+    for of in rows:
         print(
-            f"{row['what']:24} {row['median']:8.2f} {row['unit']:13} ({row['min']:.2f} to "
-            f"{row['max']:.2f})  {row['median'] / bare[row['unit']]:.2f} times tf.data's"
+            f"{of['what']:24} {of['median']:8.2f} {of['unit']:13} ({of['min']:.2f} to "
+            f"{of['max']:.2f})  {of['median'] / bare[of['unit']]:.2f} times tf.data's"
         )
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write(rows, args.json)
 
 
 if __name__ == "__main__":

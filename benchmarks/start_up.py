@@ -7,14 +7,14 @@ a filled compilation cache. The data is prepared before.
 """
 
 import argparse
-import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from rows import row, write
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,18 +51,13 @@ def main() -> None:
             for times in seconds.values():
                 times.append(first_step_after(data_dir, Path(folder, f"cache{number}")))
     rows = [
-        {
-            **{"what": f"first step, {what}", "batch": 64, "dtype": "float32", "unit": "s"},
-            **{"value": statistics.median(times), "median": statistics.median(times)},
-            **{"min": min(times), "max": max(times)},
-        }
+        row(f"first step, {what}", times, "s", batch=64, dtype="float32")
         for what, times in seconds.items()
     ]
-    for row in rows:
-        print(f"{row['what']:26} {row['median']:5.1f} s  ({row['min']:.1f} to {row['max']:.1f})")
+    for of in rows:
+        print(f"{of['what']:26} {of['median']:5.1f} s  ({of['min']:.1f} to {of['max']:.1f})")
     print(f"{'ratio':26} {rows[0]['median'] / rows[1]['median']:5.1f}")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write(rows, args.json)
 
 
 if __name__ == "__main__":

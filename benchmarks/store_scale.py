@@ -7,8 +7,6 @@ looks at every shard file; it is timed in processes of their own, imports left o
 """
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rows import Row, row, write
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -84,7 +83,7 @@ def pipeline_kilobytes(store: Store) -> float:
     return peak / 1e3
 
 
-def measure(count: int, path: Path, rounds: int) -> list[dict[str, Any]]:
+def measure(count: int, path: Path, rounds: int) -> list[Row]:
     """Returns the rows of one size."""
     store = open_store(path)
     late = {
@@ -96,18 +95,10 @@ def measure(count: int, path: Path, rounds: int) -> list[dict[str, Any]]:
         f"resume in epoch {EPOCHS}": ("ms", lambda: 1e3 * first_batch_seconds(store, late)),
         "memory of the pipeline": ("kB", lambda: pipeline_kilobytes(store)),
     }
-    rows = []
-    for what, (unit, figure) in figures.items():
-        values = [figure() for _ in range(rounds)]
-        median = statistics.median(values)
-        rows.append(
-            {
-                **{"what": f"{what}, {count} examples", "batch": BATCH, "dtype": "uint8"},
-                **{"unit": unit, "value": median, "median": median},
-                **{"min": min(values), "max": max(values)},
-            }
-        )
-    return rows
+    return [
+        row(f"{what}, {count} examples", [figure() for _ in range(rounds)], unit, BATCH)
+        for what, (unit, figure) in figures.items()
+    ]
 
 
 def main() -> None:
@@ -121,11 +112,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             make_store(count, Path(folder))
             rows += measure(count, Path(folder), 3 if args.quick else ROUNDS)
-    for row in sorted(rows, key=lambda row: row["what"].split(",")[0]):
-        spread = f"({row['min']:.1f} to {row['max']:.1f})"
-        print(f"{row['what']:44} {row['median']:8.1f} {row['unit']}  {spread}")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    for of in sorted(rows, key=lambda of: of["what"].split(",")[0]):
+        spread = f"({of['min']:.1f} to {of['max']:.1f})"
+        print(f"{of['what']:44} {of['median']:8.1f} {of['unit']}  {spread}")
+    write(rows, args.json)
 
 
 if __name__ == "__main__":
