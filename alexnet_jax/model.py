@@ -12,6 +12,7 @@ from jax import Array
 from alexnet_jax.errors import UserError
 from alexnet_jax.layers import (
     ceil_padding,
+    conv,
     local_response_norm,
     max_pool,
     paper_dropout,
@@ -258,6 +259,7 @@ class AlexNet(nn.Module):
             dtype=self.dtype,
             kernel_init=self._kernel_init(variant.conv_stds[number - 1]),
             bias_init=self._bias_init(f"conv{number}"),
+            conv_general_dilated=conv,
             name=f"conv{number}",
         )(x)
 

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from alexnet_jax.layers import (
     ceil_padding,
+    conv,
     local_response_norm,
     max_pool,
     paper_dropout,
@@ -101,6 +103,52 @@ def test_pooling_clips_its_windows_at_the_edge():
     assert got.shape == (2, 4, 3, 3)
     for b, y, x, c in np.ndindex(got.shape):
         assert got[b, y, x, c] == a[b, 2 * y : 2 * y + 3, 2 * x : 2 * x + 3, c].max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 55, 55, 3), (2, 13, 13, 8), (3, 8, 7, 2), (1, 6, 10, 1)])
+def test_pooling_and_its_gradient_are_flax_s_to_the_bit(shape, dtype):
+    """Of few different whole numbers, so that ties are many and sums exact in any order."""
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.randint(keys[0], shape, -2, 3).astype(dtype)
+    pads = [ceil_padding(length, 3, 2) for length in shape[1:3]]
+    want, flax_vjp = jax.vjp(lambda x: nn.max_pool(x, (3, 3), (2, 2), pads), x)
+    got, vjp = jax.vjp(max_pool, x)
+    dy = jax.random.randint(keys[1], want.shape, -8, 9).astype(dtype)
+    for ours, flax in ((got, want), (*vjp(dy), *flax_vjp(dy))):
+        assert ours.dtype == flax.dtype
+        assert jnp.array_equal(ours, flax)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride", "padding", "groups"),
+    [
+        ((2, 224, 224, 3), (11, 11, 3, 8), 4, [(2, 2), (2, 2)], 1),
+        ((2, 227, 227, 3), (11, 11, 3, 8), 4, [(0, 0), (0, 0)], 1),
+        ((2, 66, 63, 4), (11, 11, 4, 8), 4, [(0, 1), (0, 0)], 1),
+        ((2, 64, 71, 1), (11, 11, 1, 8), 4, [(2, 2), (0, 0)], 1),
+        ((2, 27, 27, 8), (5, 5, 4, 6), 1, [(2, 2), (2, 2)], 2),
+        ((2, 13, 13, 8), (3, 3, 8, 6), 1, [(1, 1), (1, 1)], 1),
+    ],
+    ids=str,
+)
+def test_convolutions_are_jax_s(shape, kernel, stride, padding, groups):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, kernel))
+    settings = {
+        "feature_group_count": groups,
+        "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+    }
+
+    def with_vjp(f):
+        return jax.vjp(lambda x, k: f(x, k, (stride, stride), padding, **settings), x, kernel)
+
+    want, jax_vjp = with_vjp(jax.lax.conv_general_dilated)
+    got, vjp = with_vjp(conv)
+    dy = jnp.asarray(rng.normal(size=want.shape), jnp.float32)
+    for ours, plain in ((got, want), *zip(vjp(dy), jax_vjp(dy), strict=True)):
+        assert ours.shape == plain.shape
+        np.testing.assert_allclose(ours, plain, atol=1e-4 * float(jnp.abs(plain).max()))
 
 
 @pytest.mark.parametrize(

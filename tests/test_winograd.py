@@ -1,0 +1,93 @@
+"""Winograd's convolution against the plain one, in values, gradients, digits and products."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alexnet_jax.winograd import MAX_TAPS, tiling, winograd_conv
+
+SHAPES = [  # height, width, channels, filters, taps, padding
+    (13, 13, 24, 16, 3, 1),  # conv3 to conv5
+    (27, 27, 12, 8, 5, 2),  # conv2
+    (57, 57, 48, 8, 3, 0),  # conv1 after space to depth
+    (6, 11, 3, 5, 3, 1),
+    (5, 3, 4, 4, 5, 2),
+    (9, 8, 2, 3, 1, 0),
+    (12, 7, 2, 3, 2, 0),
+]
+
+
+def plain_conv(x, kernel, padding):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def operands(height, width, channels, filters, taps, padding, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = (2, height, width, channels), (taps, taps, channels, filters)
+    return *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes), padding
+
+
+def relative_error(got, want):
+    """Root mean square of the error over that of what is wanted."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.sqrt(((got - want) ** 2).mean() / (want**2).mean())
+
+
+@pytest.mark.parametrize("taps", range(1, MAX_TAPS + 1))
+@pytest.mark.parametrize("length", [1, 2, 3, 13, 27, 55])
+def test_a_tiling_covers_its_axis_and_filters_exactly(length, taps):
+    tiles = tiling(length, taps)
+    assert (tiles.count - 1) * tiles.outputs < length <= tiles.count * tiles.outputs
+    rng = np.random.default_rng(0)
+    x, f = rng.normal(size=tiles.outputs + taps - 1), rng.normal(size=taps)
+    got = tiles.output @ ((tiles.kernel @ f) * (tiles.input @ x))
+    np.testing.assert_allclose(got, np.correlate(x, f), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("length", "taps", "products"), [(13, 3, 21), (27, 5, 63), (55, 3, 77), (3, 3, 5)]
+)
+def test_products_along_an_axis(length, taps, products):
+    tiles = tiling(length, taps)
+    assert tiles.count * (tiles.outputs + taps - 1) == products
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_are_those_of_the_plain_convolution(shape):
+    x, kernel, padding = operands(*shape)
+    want, plain_vjp = jax.vjp(lambda x, k: plain_conv(x, k, padding), x, kernel)
+    got, vjp = jax.vjp(lambda x, k: winograd_conv(x, k, padding), x, kernel)
+    assert got.shape == want.shape
+    assert relative_error(got, want) < 2e-5
+    dy = jax.random.normal(jax.random.key(0), want.shape)
+    for ours, plain in zip(vjp(dy), plain_vjp(dy), strict=True):
+        assert ours.shape == plain.shape
+        assert relative_error(ours, plain) < 2e-5
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_digits_lost_against_float64(shape):
+    x, kernel, padding = operands(*shape)
+    with jax.enable_x64(True):
+        exact = plain_conv(x.astype(jnp.float64), kernel.astype(jnp.float64), padding)
+    assert relative_error(winograd_conv(x, kernel, padding), exact) < 1e-5
+
+
+def test_bfloat16_rounds_only_the_result():
+    x, kernel, padding = operands(*SHAPES[0], dtype=jnp.bfloat16)
+    got = winograd_conv(x, kernel, padding)
+    assert got.dtype == jnp.bfloat16
+    wide = winograd_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
+    assert jnp.array_equal(got, wide.astype(jnp.bfloat16))
+
+
+def test_it_takes_far_fewer_operations_than_the_plain_convolution():
+    x, kernel, padding = operands(27, 27, 64, 192, 5, 2)
+    ours, plain = (
+        jax.jit(conv, static_argnums=2).lower(x, kernel, padding).cost_analysis()["flops"]
+        for conv in (winograd_conv, plain_conv)
+    )
+    assert ours < plain / 3
