@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from alexnet_jax import config as configs
+from alexnet_jax import runtime
 from alexnet_jax.errors import EXIT_STOPPED, exits_cleanly
-from alexnet_jax.train import Stopped, train_and_evaluate, use_compilation_cache
+from alexnet_jax.train import Stopped, train_and_evaluate
 
 
 @exits_cleanly
@@ -18,7 +19,7 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, help="default: runs/<config name>")
     config, args = configs.parse(sys.argv[1:], parser)
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file is never behind
-    use_compilation_cache()
+    runtime.set_up()
     try:
         train_and_evaluate(config, args.workdir or Path("runs") / config.name)
     except Stopped as stopped:

@@ -7,9 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
 from jax import Array
 
 from alexnet_jax.winograd import winograd_conv
+
+LEAST_CHANNELS = 20  # inputs · outputs / (inputs + outputs) of a group
 
 
 def _window_sum(x: Array, size: int, axis: int) -> Array:
@@ -20,6 +24,11 @@ def _window_sum(x: Array, size: int, axis: int) -> Array:
     padded = jnp.pad(x, pad)
     length = x.shape[axis]
     return sum(jax.lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
+def _lrn(x: Array, k: float, alpha: float, beta: float, size: int, groups: int) -> Array:
+    return (x * _power(k + alpha * _channel_sum(jnp.square(x), size, groups), beta)).astype(x.dtype)
 
 
 def local_response_norm(
@@ -36,10 +45,49 @@ def local_response_norm(
     Returns:
       float[..., C] in x's dtype; the sum is taken in float32 or wider.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    towers = wide.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    energy = _window_sum(jnp.square(towers), size, axis=-1 % towers.ndim)
-    return (towers * (k + alpha * energy) ** -beta).reshape(x.shape).astype(x.dtype)
+    return _lrn(x.astype(_wide(x)), k, alpha, beta, size, groups).astype(x.dtype)
+
+
+def _lrn_forward(x: Array, *constants: Any) -> tuple[Array, Array]:
+    return _lrn(x, *constants), x
+
+
+def _lrn_backward(
+    k: float, alpha: float, beta: float, size: int, groups: int, x: Array, dy: Array
+) -> tuple[Array]:
+    base = k + alpha * _channel_sum(jnp.square(x), size, groups)
+    scaled = dy * _power(base, beta)
+    others = _channel_sum(scaled * x / base, size, groups)
+    return (scaled - 2 * alpha * beta * x * others,)
+
+
+_lrn.defvjp(_lrn_forward, _lrn_backward)
+
+
+def _power(base: Array, beta: float) -> Array:
+    """base^-beta; the paper's beta by two roots, which take a tenth of a power's time on CPU."""
+    if beta != 0.75:
+        return base**-beta
+    root = jax.lax.rsqrt(base)
+    return root * jnp.sqrt(root)
+
+
+def _channel_sum(x: Array, size: int, groups: int) -> Array:
+    """Sum over windows of an odd number of channels that do not leave their tower."""
+    tower = x.shape[-1] // groups
+
+    def by_slices(x: Array) -> Array:
+        towers = x.reshape(*x.shape[:-1], groups, tower)
+        return _window_sum(towers, size, axis=towers.ndim - 1).reshape(x.shape)
+
+    def by_matrix(x: Array) -> Array:  # what a TPU does best
+        channels = np.arange(x.shape[-1])
+        near = abs(np.subtract.outer(channels, channels)) <= size // 2
+        same_tower = np.equal.outer(channels // tower, channels // tower)
+        band = jnp.asarray(near & same_tower, x.dtype)
+        return jnp.einsum("...c,cd->...d", x, band, precision=jax.lax.Precision.HIGHEST)
+
+    return jax.lax.platform_dependent(x, cpu=by_slices, default=by_matrix)
 
 
 def within_map_norm(
@@ -55,7 +103,7 @@ def within_map_norm(
     Returns:
       float[B, H, W, C] in x's dtype; the sum is taken in float32 or wider.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(_wide(x))
     energy = _window_sum(_window_sum(jnp.square(wide), size, axis=1), size, axis=2)
     return (wide * (1.0 + alpha * energy) ** -beta).astype(x.dtype)
 
@@ -73,24 +121,56 @@ def conv(
     padding: Sequence[tuple[int, int]],
     *,
     feature_group_count: int = 1,
+    pool: bool = False,
     **others: Any,
 ) -> Array:
-    """`jax.lax.conv_general_dilated` of [B, H, W, C] and [R, R, C / groups, D].
+    """`jax.lax.conv_general_dilated` of [B, H, W, C] and [R, R, C / groups, D]; maybe max_pool.
 
-    On CPU a convolution that is large enough for it goes by `winograd_conv`.
+    On CPU it is in float32 to the end, since there bfloat16 only costs conversions, and goes by
+    `winograd_conv` where there are enough channels for the products to outweigh the additions.
     """
-    plain = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=strides,
-        padding=padding,
-        feature_group_count=feature_group_count,
-        **others,
-    )
-    stride = strides[0]
-    fewer_products = functools.partial(
-        _strided_winograd_conv, stride=stride, padding=padding, groups=feature_group_count
-    )
-    return jax.lax.platform_dependent(x, kernel, cpu=fewer_products, default=plain)
+
+    def convolved(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            strides,
+            padding,
+            feature_group_count=feature_group_count,
+            **others,
+        )
+
+    def plain(x: Array, kernel: Array) -> Array:
+        y = convolved(x, kernel)
+        return _flax_max_pool(y) if pool else y
+
+    def on_cpu(x: Array, kernel: Array) -> Array:
+        inputs = strides[0] ** 2 * kernel.shape[2]
+        outputs = kernel.shape[3] // feature_group_count
+        if inputs * outputs / (inputs + outputs) < LEAST_CHANNELS:
+            y = convolved(x.astype(_wide(x)), kernel)
+        else:
+            y = _strided_winograd_conv(x, kernel, strides[0], padding, feature_group_count)
+        return (_separable_max_pool(y) if pool else y).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+
+
+def dot_general(x: Array, kernel: Array, dimensions: Any, **others: Any) -> Array:
+    """`jax.lax.dot_general` in x's dtype, but on CPU in float32, as `conv`."""
+
+    def plain(x: Array, kernel: Array) -> Array:
+        return jax.lax.dot_general(x, kernel.astype(x.dtype), dimensions, **others)
+
+    def on_cpu(x: Array, kernel: Array) -> Array:
+        return plain(x.astype(kernel.dtype), kernel).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+
+
+def promote_all_but_kernel(x: Array, kernel: Array, bias: Array | None, *, dtype: Any):
+    """Flax's `promote_dtype` for a layer of `conv` or `dot_general`, which cast the kernel."""
+    return x.astype(dtype), kernel, bias if bias is None else bias.astype(dtype)
 
 
 def _strided_winograd_conv(
@@ -137,18 +217,37 @@ def max_pool(x: Array) -> Array:
     Returns:
       float[B, ceil((H - 3) / 2) + 1, ceil((W - 3) / 2) + 1, C].
     """
-    pads = [ceil_padding(length, 3, 2) for length in x.shape[1:3]]
-    x = jnp.pad(x, [(0, 0), *pads, (0, 0)], constant_values=-jnp.inf)
-    return _max_pool(x)
+    return jax.lax.platform_dependent(
+        x,
+        cpu=lambda x: _separable_max_pool(x.astype(_wide(x))).astype(x.dtype),
+        default=_flax_max_pool,
+    )
+
+
+def _wide(x: Array) -> Any:
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _pool_padding(x: Array) -> list[tuple[int, int]]:
+    return [ceil_padding(length, 3, 2) for length in x.shape[1:3]]
+
+
+def _flax_max_pool(x: Array) -> Array:
+    return nn.max_pool(x, (3, 3), (2, 2), _pool_padding(x))
+
+
+def _separable_max_pool(x: Array) -> Array:
+    pads = [(0, 0), *_pool_padding(x), (0, 0)]
+    return _pool_whole_windows(jnp.pad(x, pads, constant_values=-jnp.inf))
 
 
 @jax.custom_vjp
-def _max_pool(x: Array) -> Array:
+def _pool_whole_windows(x: Array) -> Array:
     return _pool_axis(_pool_axis(x, 2), 1)
 
 
 def _pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    y = _max_pool(x)
+    y = _pool_whole_windows(x)
     return y, (x, y)
 
 
@@ -158,33 +257,33 @@ def _pool_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
     return (_unpool_axis(x, rows, _unpool_axis(rows, y, dy, 1), 2),)
 
 
-_max_pool.defvjp(_pool_forward, _pool_backward)
+_pool_whole_windows.defvjp(_pool_forward, _pool_backward)
 
 
-def _thirds(x: Array, axis: int) -> list[Array]:
-    """The first, second and third elements of all windows along an axis of odd length."""
+def _of_windows(x: Array, axis: int) -> list[Array]:
+    """The first, the second and the third elements of all windows along an axis."""
     end = x.shape[axis] - 2
     return [jax.lax.slice_in_dim(x, i, end + i, 2, axis) for i in range(3)]
 
 
 def _pool_axis(x: Array, axis: int) -> Array:
-    return functools.reduce(jnp.maximum, _thirds(x, axis))
+    return functools.reduce(jnp.maximum, _of_windows(x, axis))
 
 
 def _unpool_axis(x: Array, y: Array, dy: Array, axis: int) -> Array:
-    """Sends each window's gradient to the first of its elements that has the window's maximum."""
-    first, second, third = _thirds(x, axis)
-    to_first = first == y
-    to_second = ~to_first & (second == y)
-    to_third = ~(to_first | to_second)
-    one_more = [(0, 0)] * x.ndim
-    one_more[axis] = (0, 1)
-    one_before = [(0, 0)] * x.ndim
-    one_before[axis] = (1, 0)
-    even = jnp.pad(jnp.where(to_first, dy, 0), one_more) + jnp.pad(
-        jnp.where(to_third, dy, 0), one_before
-    )
-    odd = jnp.pad(jnp.where(to_second, dy, 0), one_more)
+    """Sends each window's gradient to the first of its elements that is its maximum.
+
+    An even element is the first of one window and the third of the one before.
+    """
+    first, second, _ = (part == y for part in _of_windows(x, axis))
+    to_first, to_second, to_third = first, ~first & second, ~(first | second)
+
+    def sent(chosen: Array, *pad: int) -> Array:
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = pad
+        return jnp.pad(jnp.where(chosen, dy, 0), pads)
+
+    even, odd = sent(to_first, 0, 1) + sent(to_third, 1, 0), sent(to_second, 0, 1)
     both = jnp.stack([even, odd], axis + 1)
     both = both.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
     return jax.lax.slice_in_dim(both, 0, x.shape[axis], axis=axis)

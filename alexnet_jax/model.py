@@ -1,5 +1,6 @@
 """AlexNet and its variants, as one Flax module driven by a table."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.layers import (
     ceil_padding,
     conv,
+    dot_general,
     local_response_norm,
     max_pool,
     paper_dropout,
+    promote_all_but_kernel,
     within_map_norm,
 )
 
@@ -37,6 +40,8 @@ HIDDEN_BIAS_LAYERS = ("conv2", "conv4", "conv5", "fc6", "fc7")
 Ops = tuple[str, ...]
 PLAIN: Ops = ("conv", "relu")
 POOLED: Ops = ("conv", "relu", "pool")
+# The same values, since bias and ReLU are monotone, of a quarter as many elements.
+POOLED_EARLY: Ops = ("conv_and_pool", "relu")
 NORMED: Ops = ("conv", "relu", "lrn", "pool")
 BN_PLAIN: Ops = ("conv", "bn", "relu")
 BN_POOLED: Ops = ("conv", "bn", "relu", "pool")
@@ -195,6 +200,8 @@ class AlexNet(nn.Module):
         found: dict[str, Array] = {}
         x = x.astype(self.dtype)
         for number, ops in enumerate(variant.blocks, start=1):
+            if ops == POOLED and f"conv{number}" not in features:
+                ops = POOLED_EARLY
             x = self._block(ops, number, x, train, found)
         x = x.reshape(x.shape[0], -1)
         for number, ops in ((6, variant.hidden), (7, variant.hidden), (8, ("fc",))):
@@ -210,8 +217,8 @@ class AlexNet(nn.Module):
         feature = None
         for op in ops:
             x = self._apply_op(op, number, x, train)
-            if op in ("conv", "pool", "fc"):
-                feature = f"{op}{number}"
+            if op in ("conv", "pool", "fc", "conv_and_pool"):
+                feature = f"{op.removeprefix('conv_and_')}{number}"
             elif op not in ("bn", "relu"):
                 feature = None
             if feature:
@@ -223,6 +230,8 @@ class AlexNet(nn.Module):
         match op:
             case "conv":
                 return self._conv(number, x)
+            case "conv_and_pool":
+                return self._conv(number, x, pool=True)
             case "fc":
                 return self._dense(number, x)
             case "relu":
@@ -246,7 +255,7 @@ class AlexNet(nn.Module):
                 return self._dropout(x, train)
         raise ValueError(f"no operation {op!r}")
 
-    def _conv(self, number: int, x: Array) -> Array:
+    def _conv(self, number: int, x: Array, pool: bool = False) -> Array:
         variant = VARIANTS[self.variant]
         size = KERNEL_SIZES[number - 1]
         return nn.Conv(
@@ -259,7 +268,8 @@ class AlexNet(nn.Module):
             dtype=self.dtype,
             kernel_init=self._kernel_init(variant.conv_stds[number - 1]),
             bias_init=self._bias_init(f"conv{number}"),
-            conv_general_dilated=conv,
+            promote_dtype=promote_all_but_kernel,
+            conv_general_dilated=functools.partial(conv, pool=pool),
             name=f"conv{number}",
         )(x)
 
@@ -276,6 +286,8 @@ class AlexNet(nn.Module):
             dtype=self.dtype,
             kernel_init=self._kernel_init(0.01),
             bias_init=self._bias_init(f"fc{number}"),
+            promote_dtype=promote_all_but_kernel,
+            dot_general=dot_general,
             name=f"fc{number}",
         )(x)
 

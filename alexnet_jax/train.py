@@ -5,7 +5,6 @@ import fcntl
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -49,14 +48,6 @@ def build_model(config: ConfigDict) -> AlexNet:
         width=fields.width,
         batch_norm_axis=parallel.axis_name(config),
     )
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in ~/.cache/alexnet_jax, or $JAX_COMPILATION_CACHE_DIR if set."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path("~/.cache/alexnet_jax").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:

@@ -36,19 +36,22 @@ class Turn(NamedTuple):
     peak_bytes: int
 
 
-def take_turns(makers: Mapping[str, Make], rounds: int, seconds: float) -> dict[str, list[Turn]]:
+def take_turns(
+    makers: Mapping[str, Make], rounds: int, seconds: float, warm_up: int = WARM_UP
+) -> dict[str, list[Turn]]:
     """Measures each contender in a child process of its own, for so long in each round.
 
     Args:
       makers: picklable functions that return endless generators, which yield how many images they
         have just delivered.
+      warm_up: batches before each turn that are not counted.
     """
     context = multiprocessing.get_context("spawn")
     pipes, found = {}, {name: [] for name in makers}
     with contextlib.ExitStack() as stack:
         for name, make in makers.items():
             pipes[name], other_end = context.Pipe()
-            process = context.Process(target=_serve, args=(other_end, make))
+            process = context.Process(target=_serve, args=(other_end, make, warm_up))
             process.start()
             other_end.close()
             stack.callback(_stop, pipes[name], process)
@@ -70,7 +73,7 @@ def _stop(pipe: Connection, process: BaseProcess) -> None:
     process.terminate()
 
 
-def _serve(pipe: Connection, make: Make) -> None:
+def _serve(pipe: Connection, make: Make, warm_up: int) -> None:
     """Runs one contender: a turn whenever the pipe gives seconds, until it is closed."""
     batches = make()
     next(batches)
@@ -78,15 +81,15 @@ def _serve(pipe: Connection, make: Make) -> None:
     pipe.send("ready")
     with contextlib.suppress(EOFError):
         while True:
-            turn = _measure(batches, pipe.recv())
+            turn = _measure(batches, pipe.recv(), warm_up)
             _wait_until_idle()
             pipe.send(turn)
     batches.close()  # ends its workers
 
 
-def _measure(batches: Iterator[int], seconds: float) -> Turn:
+def _measure(batches: Iterator[int], seconds: float, warm_up: int) -> Turn:
     """Warms up, and takes batches in groups of one a core, since workers finish theirs together."""
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         next(batches)
     images, before, started = 0, _cpu_seconds(), time.perf_counter()
     for number in count(1):

@@ -64,6 +64,24 @@ def test_lrn_of_ones_counts_the_channels_in_its_window(
         assert value == pytest.approx((2 + 2e-5 * terms) ** -0.75, rel=1e-12)
 
 
+@pytest.mark.parametrize("beta", [0.75, 0.5])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_gradient_of_lrn_is_that_of_the_formula(float64, beta, groups):
+    a = jnp.asarray(activations((2, 3, 3, 12)))
+    dy = jnp.asarray(activations((2, 3, 3, 12), scale=1.0)[::-1])
+
+    def formula(a):
+        index = np.arange(12)
+        near = abs(np.subtract.outer(index, index)) <= 2
+        same = np.equal.outer(index // (12 // groups), index // (12 // groups))
+        return a / (2 + 1e-4 * (a**2 @ (near & same).astype(float))) ** beta
+
+    _, vjp = jax.vjp(
+        lambda a: local_response_norm(a, k=2.0, alpha=1e-4, beta=beta, groups=groups), a
+    )
+    np.testing.assert_allclose(vjp(dy)[0], jax.vjp(formula, a)[1](dy)[0], rtol=1e-9, atol=1e-12)
+
+
 def test_within_map_norm_is_the_formula(float64):
     a = activations((2, 7, 6, 3), scale=500.0)
     want = np.zeros_like(a)
@@ -123,12 +141,12 @@ def test_pooling_and_its_gradient_are_flax_s_to_the_bit(shape, dtype):
 @pytest.mark.parametrize(
     ("shape", "kernel", "stride", "padding", "groups"),
     [
-        ((2, 224, 224, 3), (11, 11, 3, 8), 4, [(2, 2), (2, 2)], 1),
-        ((2, 227, 227, 3), (11, 11, 3, 8), 4, [(0, 0), (0, 0)], 1),
-        ((2, 66, 63, 4), (11, 11, 4, 8), 4, [(0, 1), (0, 0)], 1),
+        ((2, 224, 224, 3), (11, 11, 3, 48), 4, [(2, 2), (2, 2)], 1),
+        ((2, 227, 227, 3), (11, 11, 3, 48), 4, [(0, 0), (0, 0)], 1),
+        ((2, 66, 63, 4), (11, 11, 4, 32), 4, [(0, 1), (0, 0)], 1),
         ((2, 64, 71, 1), (11, 11, 1, 8), 4, [(2, 2), (0, 0)], 1),
-        ((2, 27, 27, 8), (5, 5, 4, 6), 1, [(2, 2), (2, 2)], 2),
-        ((2, 13, 13, 8), (3, 3, 8, 6), 1, [(1, 1), (1, 1)], 1),
+        ((2, 27, 27, 80), (5, 5, 40, 96), 1, [(2, 2), (2, 2)], 2),
+        ((2, 13, 13, 48), (3, 3, 48, 40), 1, [(1, 1), (1, 1)], 1),
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax.winograd import MAX_TAPS, tiling, winograd_conv
+from alexnet_jax.winograd import MAX_TAPS, PART, tiling, winograd_conv
 
 SHAPES = [  # height, width, channels, filters, taps, padding
     (13, 13, 24, 16, 3, 1),  # conv3 to conv5
@@ -24,9 +24,20 @@ def plain_conv(x, kernel, padding):
     )
 
 
-def operands(height, width, channels, filters, taps, padding, dtype=jnp.float32):
+def with_gradients(conv, x, kernel, padding, dy):
+    """The output of a convolution, and the gradients of x and kernel that belong to dy."""
+
+    @jax.jit
+    def both(x, kernel, dy):
+        y, vjp = jax.vjp(lambda x, kernel: conv(x, kernel, padding), x, kernel)
+        return y, *vjp(dy)
+
+    return both(x, kernel, dy)
+
+
+def operands(height, width, channels, filters, taps, padding, dtype=jnp.float32, batch=2):
     rng = np.random.default_rng(0)
-    shapes = (2, height, width, channels), (taps, taps, channels, filters)
+    shapes = (batch, height, width, channels), (taps, taps, channels, filters)
     return *(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes), padding
 
 
@@ -58,13 +69,22 @@ def test_products_along_an_axis(length, taps, products):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients_are_those_of_the_plain_convolution(shape):
     x, kernel, padding = operands(*shape)
-    want, plain_vjp = jax.vjp(lambda x, k: plain_conv(x, k, padding), x, kernel)
-    got, vjp = jax.vjp(lambda x, k: winograd_conv(x, k, padding), x, kernel)
-    assert got.shape == want.shape
-    assert relative_error(got, want) < 2e-5
-    dy = jax.random.normal(jax.random.key(0), want.shape)
-    for ours, plain in zip(vjp(dy), plain_vjp(dy), strict=True):
+    dy = jax.random.normal(jax.random.key(0), plain_conv(x, kernel, padding).shape)
+    for ours, plain in zip(
+        *(with_gradients(conv, x, kernel, padding, dy) for conv in (winograd_conv, plain_conv)),
+        strict=True,
+    ):
         assert ours.shape == plain.shape
+        assert relative_error(ours, plain) < 2e-5
+
+
+def test_a_batch_of_several_parts_is_like_its_parts():
+    x, kernel, padding = operands(5, 5, 2, 3, 3, 1, batch=PART + 3)
+    dy = jax.random.normal(jax.random.key(0), (PART + 3, 5, 5, 3))
+    for ours, plain in zip(
+        *(with_gradients(conv, x, kernel, padding, dy) for conv in (winograd_conv, plain_conv)),
+        strict=True,
+    ):
         assert relative_error(ours, plain) < 2e-5
 
 
@@ -76,12 +96,13 @@ def test_digits_lost_against_float64(shape):
     assert relative_error(winograd_conv(x, kernel, padding), exact) < 1e-5
 
 
-def test_bfloat16_rounds_only_the_result():
+def test_bfloat16_is_read_and_nothing_is_rounded_to_it():
     x, kernel, padding = operands(*SHAPES[0], dtype=jnp.bfloat16)
-    got = winograd_conv(x, kernel, padding)
-    assert got.dtype == jnp.bfloat16
+    got, vjp = jax.vjp(lambda x, k: winograd_conv(x, k, padding), x, kernel)
+    assert got.dtype == jnp.float32
     wide = winograd_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
-    assert jnp.array_equal(got, wide.astype(jnp.bfloat16))
+    assert jnp.array_equal(got, wide)
+    assert [gradient.dtype for gradient in vjp(got)] == [x.dtype, kernel.dtype]
 
 
 def test_it_takes_far_fewer_operations_than_the_plain_convolution():

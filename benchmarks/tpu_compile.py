@@ -1,0 +1,208 @@
+"""What the TPU compiler says of the training step, ours beside plain Flax's; needs no TPU.
+
+    python benchmarks/tpu_compile.py
+
+Compiles variant owt for one chip with libtpu, in a minute or so for each line. The figures are the
+compiler's model of the chip, not measurements: they tell what to look at, not how fast it is. Both
+steps take the same float32 images, so that ours is compiled without its augmentation.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from rows import Row, row, write
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ |= {  # libtpu would look for a TPU of its own
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import plain_flax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from alexnet_jax import step  # noqa: E402
+from alexnet_jax.augment import Statistics  # noqa: E402
+from alexnet_jax.config import default_config  # noqa: E402
+from alexnet_jax.model import AlexNet  # noqa: E402
+from alexnet_jax.optim import make_schedule  # noqa: E402
+
+CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}  # the smallest topologies there are
+BATCHES = (128, 256, 512)
+VARIANT, DTYPE, SIDE = "owt", "bfloat16", 224
+CAVEAT = "the compiler's model of the chip, nothing was measured"
+SHOWN = 10
+LARGE = 100_000  # elements: an operation on fewer may go without cycles
+FREE = {  # the rest that has none: it does nothing, or copies while others compute
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call", "broadcast"),
+    *("copy-start", "copy-done", "slice-start", "slice-done", "async-start", "async-done"),
+}
+OPERATION = re.compile(r"\s*(?:ROOT )?%(?P<name>\S+) = (?P<type>.*?) (?P<opcode>[\w-]+)\(")
+CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+ORIGIN = re.compile(r'op_name="([^"]*)"')
+
+Inputs = tuple[Any, ...]
+MakeStep = Callable[[int], tuple[Callable, Inputs]]
+
+
+class Operation(NamedTuple):
+    """One that the chip runs, with what it comes from in the program."""
+
+    cycles: int
+    name: str
+    origin: str
+
+
+class Cost(NamedTuple):
+    """What the compiler expects of one step; `unknown` are the opcodes it gives no cycles for."""
+
+    cycles: int
+    flops: float
+    bytes_accessed: float
+    temporary_bytes: int
+    operations: list[Operation]
+    unknown: Counter[str]
+
+
+def images(batch: int) -> Inputs:
+    return (
+        jax.ShapeDtypeStruct((batch, SIDE, SIDE, 3), jnp.float32),
+        jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+
+
+def ours(batch: int) -> tuple[Callable, Inputs]:
+    """Returns the training step without its augmentation, and what it takes."""
+    config = default_config()
+    model = AlexNet(variant=VARIANT, dtype=DTYPE)
+    stats = Statistics(np.zeros(3, np.float32), np.zeros((3, 3), np.float32))
+    whole_step = step.make_train_step(model, config, stats, make_schedule(config, 5000))
+
+    def train_step(state: step.TrainState, pixels: jax.Array, labels: jax.Array):
+        with mock.patch.object(step, "augmented", lambda key, number, given, *_: given):
+            return whole_step(state, {"image": pixels, "label": labels})
+
+    return train_step, (jax.eval_shape(lambda: step.init_state(model, config)), *images(batch))
+
+
+def plain(batch: int) -> tuple[Callable, Inputs]:
+    """Returns plain Flax's training step, and what it takes."""
+    model = plain_flax.PlainAlexNet(VARIANT, dtype=DTYPE)
+    state = jax.eval_shape(lambda: plain_flax.init_state(model))
+    return plain_flax.train_step, (
+        *(state, *images(batch)),
+        jax.eval_shape(lambda: jax.random.key(0)),
+    )
+
+
+def cost(chip: str, train_step: Callable, inputs: Inputs) -> Cost:
+    """Compiles a step for one chip and reads what the compiler says of it."""
+    device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
+    placed = jax.sharding.SingleDeviceSharding(device)
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), inputs)
+    compiled = jax.jit(train_step, donate_argnums=0).lower(*inputs).compile()
+    operations, unknown = entry_operations(compiled.as_text())
+    analysis = compiled.cost_analysis()
+    return Cost(
+        sum(operation.cycles for operation in operations),
+        analysis["flops"],
+        analysis["bytes accessed"],
+        compiled.memory_analysis().temp_size_in_bytes,
+        operations,
+        unknown,
+    )
+
+
+def entry_operations(text: str) -> tuple[list[Operation], Counter[str]]:
+    """Returns the operations that have cycles, the costliest first, and how many have none.
+
+    Only those of the entry computation count: a fusion's cycles include what is inside of it.
+    """
+    entry = text[text.index("\nENTRY ") :]
+    operations, unknown = [], Counter()
+    for line in entry[: entry.index("\n}")].splitlines()[2:]:
+        head, cycles, origin = OPERATION.match(line), CYCLES.search(line), ORIGIN.search(line)
+        if cycles:
+            operations.append(Operation(int(cycles[1]), head["name"], origin[1] if origin else ""))
+        elif head["opcode"] not in FREE and _elements(head["type"]) >= LARGE:
+            unknown[head["opcode"]] += 1
+    return sorted(operations, reverse=True), unknown
+
+
+def _elements(shapes: str) -> int:
+    """Returns how many elements the largest array has, of one or more such as bf16[8,128]{1,0}."""
+    lengths = re.findall(r"\w\[([\d,]*)\]", shapes)
+    return max((math.prod(map(int, filter(None, of.split(",")))) for of in lengths), default=0)
+
+
+def report(what: str, batch: int, found: Cost) -> list[Row]:
+    """Prints what was found of one step, and returns it as rows."""
+    print(
+        f"\n{what}, {batch} images a chip: {found.cycles / 1e6:.2f} M cycles, "
+        f"{found.flops / 1e12:.3f} TFLOP, {found.bytes_accessed / 1e9:.2f} GB accessed, "
+        f"{found.temporary_bytes / 1e6:.0f} MB temporary ({CAVEAT})",
+        flush=True,
+    )
+    for cycles, name, origin in found.operations[:SHOWN]:
+        print(f"{cycles:11,}  {name:30.30}  {origin[-86:]}")
+    if found.unknown:
+        listed = ", ".join(f"{count} {opcode}" for opcode, count in found.unknown.items())
+        print(f"{'not counted':>11}  {listed}")
+    figures = {
+        "estimated cycles": found.cycles,
+        "FLOPs": found.flops,
+        "bytes accessed": found.bytes_accessed,
+        "temporary bytes": found.temporary_bytes,
+    }
+    return [row(what, [value], unit, batch, DTYPE) for unit, value in figures.items()]
+
+
+def main() -> None:
+    """Prints what the compiler says of each step, and writes it as rows if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--quick", action="store_true", help="only v5e with 128 images a chip")
+    args = parser.parse_args()
+    check_libtpu()
+    steps: dict[str, MakeStep] = {"ours": ours, "plain Flax": plain}
+    rows, summary = [], []
+    for chip in ("v5e",) if args.quick else CHIPS:
+        for batch in BATCHES[:1] if args.quick else BATCHES:
+            cycles = []
+            for name, make in steps.items():
+                found = cost(chip, *make(batch))
+                rows += report(f"{name} on {chip}", batch, found)
+                cycles.append(found.cycles)
+            ratio = cycles[0] / cycles[1]
+            summary.append(f"{chip} {batch:4} images: {ratio:.2f} times plain Flax's cycles")
+    print(f"\nOurs ({CAVEAT}):", *summary, sep="\n")
+    write(rows, args.json)
+
+
+def check_libtpu() -> None:
+    """Ends the program if libtpu is missing, with the version that this JAX works with."""
+    if importlib.util.find_spec("libtpu"):
+        return
+    wanted = [need for need in importlib.metadata.requires("jax") or [] if "libtpu" in need]
+    spec = wanted[0].partition(";")[0].strip() if wanted else "libtpu"
+    sys.exit(f"libtpu, which compiles for TPUs, is not installed: pip install '{spec}'")
+
+
+if __name__ == "__main__":
+    main()
