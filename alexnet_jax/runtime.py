@@ -4,8 +4,6 @@ import ctypes
 import os
 from pathlib import Path
 
-import jax
-
 # More of a TPU's vector memory for one fusion than the 16 MiB that it gets by default: the
 # compiler then overlaps more of it with transfers (docs/performance.md).
 TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
@@ -36,6 +34,8 @@ def keep_freed_memory() -> None:
 
 def _keep_compiled_programs() -> None:
     """In ~/.cache/alexnet_jax, or $JAX_COMPILATION_CACHE_DIR if set."""
+    import jax  # here, so that a process without JAX can keep its memory too
+
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path("~/.cache/alexnet_jax").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 from rows import Row, row, write
 
@@ -32,20 +31,13 @@ os.environ |= {  # libtpu would look for a TPU of its own
 }
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import our_step  # noqa: E402
 import plain_flax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from alexnet_jax import step  # noqa: E402
-from alexnet_jax.augment import Statistics  # noqa: E402
-from alexnet_jax.config import default_config  # noqa: E402
-from alexnet_jax.model import AlexNet  # noqa: E402
-from alexnet_jax.optim import make_schedule  # noqa: E402
-
 CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}  # the smallest topologies there are
 BATCHES = (128, 256, 512)
-VARIANT, DTYPE, SIDE = "owt", "bfloat16", 224
+VARIANT, DTYPE = "owt", "bfloat16"
 CAVEAT = "the compiler's model of the chip, nothing was measured"
 SHOWN = 10
 LARGE = 100_000  # elements: an operation on fewer may go without cycles
@@ -81,24 +73,13 @@ class Cost(NamedTuple):
 
 
 def images(batch: int) -> Inputs:
-    return (
-        jax.ShapeDtypeStruct((batch, SIDE, SIDE, 3), jnp.float32),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-    )
+    return jax.eval_shape(lambda: our_step.inputs(batch))
 
 
 def ours(batch: int) -> tuple[Callable, Inputs]:
     """Returns the training step without its augmentation, and what it takes."""
-    config = default_config()
-    model = AlexNet(variant=VARIANT, dtype=DTYPE)
-    stats = Statistics(np.zeros(3, np.float32), np.zeros((3, 3), np.float32))
-    whole_step = step.make_train_step(model, config, stats, make_schedule(config, 5000))
-
-    def train_step(state: step.TrainState, pixels: jax.Array, labels: jax.Array):
-        with mock.patch.object(step, "augmented", lambda key, number, given, *_: given):
-            return whole_step(state, {"image": pixels, "label": labels})
-
-    return train_step, (jax.eval_shape(lambda: step.init_state(model, config)), *images(batch))
+    state = jax.eval_shape(lambda: our_step.init_state(VARIANT, DTYPE))
+    return our_step.train_step(VARIANT, DTYPE), (state, *images(batch))
 
 
 def plain(batch: int) -> tuple[Callable, Inputs]:

@@ -16,9 +16,10 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,24 +39,12 @@ GEMM_SIZE = 2048
 
 def ours(variant: str, batch: int, dtype: str, train: bool) -> Iterator[int]:
     """Our network, and its step without the augmentation."""
-    import jax
     import our_step
-    from flax import linen as nn
 
     runtime.set_up()
-    train_step, state, images, labels = our_step.step_and_inputs(variant, batch, dtype)
-    if train:
-        step = jax.jit(train_step, donate_argnums=0)
-    else:
-        model: nn.Module = our_step.network(variant, dtype)
-        forward = jax.jit(lambda params, images: model.apply({"params": params}, images))
-    while True:
-        if train:
-            state, metrics = step(state, images, labels)
-            metrics["loss"].block_until_ready()
-        else:
-            forward(state.params, images).block_until_ready()
-        yield batch
+    model = our_step.network(variant, dtype)
+    step, state, *examples = our_step.step_and_inputs(variant, batch, dtype)
+    return jax_steps(model, step, state, examples, train)
 
 
 def plain_flax(variant: str, batch: int, dtype: str, train: bool) -> Iterator[int]:
@@ -67,16 +56,26 @@ def plain_flax(variant: str, batch: int, dtype: str, train: bool) -> Iterator[in
     runtime.keep_freed_memory()
     model = plain.PlainAlexNet(variant, dtype=dtype)
     state = jax.jit(lambda: plain.init_state(model))()
-    images, labels = our_step.inputs(batch)
-    step = jax.jit(plain.train_step, donate_argnums=0)
+    examples = [*our_step.inputs(batch), jax.random.key(1)]
+    return jax_steps(model, plain.train_step, state, examples, train)
+
+
+def jax_steps(
+    model: Any, train_step: Callable, state: Any, examples: Sequence[Any], train: bool
+) -> Iterator[int]:
+    """Yields the batch size after each finished step, or each forward pass."""
+    import jax
+
+    images = examples[0]
+    step = jax.jit(train_step, donate_argnums=0)
     forward = jax.jit(lambda params, images: model.apply({"params": params}, images))
     while True:
         if train:
-            state, loss = step(state, images, labels, jax.random.key(1))
-            loss.block_until_ready()
+            state, metrics = step(state, *examples)
+            jax.block_until_ready(metrics)
         else:
             forward(state.params, images).block_until_ready()
-        yield batch
+        yield len(images)
 
 
 def pytorch(
