@@ -28,7 +28,7 @@ def _window_sum(x: Array, size: int, axis: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
 def _lrn(x: Array, k: float, alpha: float, beta: float, size: int, groups: int) -> Array:
-    return (x * _power(k + alpha * _channel_sum(jnp.square(x), size, groups), beta)).astype(x.dtype)
+    return x * _power(k + alpha * _channel_sum(jnp.square(x), size, groups), beta)
 
 
 def local_response_norm(
@@ -140,9 +140,11 @@ def conv(
             **others,
         )
 
+    def pooled(y: Array) -> Array:
+        return max_pool(y) if pool else y
+
     def plain(x: Array, kernel: Array) -> Array:
-        y = convolved(x, kernel)
-        return _flax_max_pool(y) if pool else y
+        return pooled(convolved(x, kernel))
 
     def on_cpu(x: Array, kernel: Array) -> Array:
         inputs = strides[0] ** 2 * kernel.shape[2]
@@ -151,7 +153,7 @@ def conv(
             y = convolved(x.astype(_wide(x)), kernel)
         else:
             y = _strided_winograd_conv(x, kernel, strides[0], padding, feature_group_count)
-        return (_separable_max_pool(y) if pool else y).astype(x.dtype)
+        return pooled(y).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
 
@@ -193,11 +195,11 @@ def _space_to_depth(
     """
     size = kernel.shape[0]
     taps = -(-size // stride)
-    pads = [(0, 0)]
+    pads = []
     for length, (before, after) in zip(x.shape[1:3], padding, strict=True):
         outputs = (before + length + after - size) // stride + 1
         pads.append((before, (outputs - 1 + taps) * stride - length - before, 0))
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads[1:], (0, 0, 0)])
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
     end = (0, taps * stride - size)
     kernel = jnp.pad(kernel, (end, end, (0, 0), (0, 0)))
     batch, height, width, channels = x.shape
@@ -217,28 +219,21 @@ def max_pool(x: Array) -> Array:
     Returns:
       float[B, ceil((H - 3) / 2) + 1, ceil((W - 3) / 2) + 1, C].
     """
-    return jax.lax.platform_dependent(
-        x,
-        cpu=lambda x: _separable_max_pool(x.astype(_wide(x))).astype(x.dtype),
-        default=_flax_max_pool,
-    )
+    pads = [ceil_padding(length, 3, 2) for length in x.shape[1:3]]
+
+    def on_cpu(x: Array) -> Array:
+        wide = x.astype(_wide(x))
+        whole = jnp.pad(wide, [(0, 0), *pads, (0, 0)], constant_values=-jnp.inf)
+        return _pool_whole_windows(whole).astype(x.dtype)
+
+    def plain(x: Array) -> Array:
+        return nn.max_pool(x, (3, 3), (2, 2), pads)
+
+    return jax.lax.platform_dependent(x, cpu=on_cpu, default=plain)
 
 
 def _wide(x: Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _pool_padding(x: Array) -> list[tuple[int, int]]:
-    return [ceil_padding(length, 3, 2) for length in x.shape[1:3]]
-
-
-def _flax_max_pool(x: Array) -> Array:
-    return nn.max_pool(x, (3, 3), (2, 2), _pool_padding(x))
-
-
-def _separable_max_pool(x: Array) -> Array:
-    pads = [(0, 0), *_pool_padding(x), (0, 0)]
-    return _pool_whole_windows(jnp.pad(x, pads, constant_values=-jnp.inf))
 
 
 @jax.custom_vjp

@@ -45,6 +45,7 @@ POOLED_EARLY: Ops = ("conv_and_pool", "relu")
 NORMED: Ops = ("conv", "relu", "lrn", "pool")
 BN_PLAIN: Ops = ("conv", "bn", "relu")
 BN_POOLED: Ops = ("conv", "bn", "relu", "pool")
+FEATURE_OF = {"conv": "conv", "pool": "pool", "conv_and_pool": "pool", "fc": "fc"}
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,8 @@ class AlexNet(nn.Module):
         feature = None
         for op in ops:
             x = self._apply_op(op, number, x, train)
-            if op in ("conv", "pool", "fc", "conv_and_pool"):
-                feature = f"{op.removeprefix('conv_and_')}{number}"
+            if op in FEATURE_OF:
+                feature = f"{FEATURE_OF[op]}{number}"
             elif op not in ("bn", "relu"):
                 feature = None
             if feature:
