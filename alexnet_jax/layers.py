@@ -165,9 +165,28 @@ def dot_general(x: Array, kernel: Array, dimensions: Any, **others: Any) -> Arra
         return jax.lax.dot_general(x, kernel.astype(x.dtype), dimensions, **others)
 
     def on_cpu(x: Array, kernel: Array) -> Array:
-        return plain(x.astype(kernel.dtype), kernel).astype(x.dtype)
+        return plain(*_gradients_in_turn(x.astype(kernel.dtype), kernel)).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+
+
+@jax.custom_vjp
+def _gradients_in_turn(x: Array, kernel: Array) -> tuple[Array, Array]:
+    """Returns both; the kernel's gradient is ready only when x's is, so that nothing reads it.
+
+    An update in place must come after the last use of the kernel, the gradient of x. XLA's CPU
+    backend copies the kernel before unless a value depends on that gradient: it takes
+    `optimization_barrier` away too early.
+    """
+    return x, kernel
+
+
+def _in_turn_backward(_: None, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+    dx, d_kernel = gradients
+    return dx, d_kernel + 0.0 * dx[(0,) * dx.ndim]
+
+
+_gradients_in_turn.defvjp(lambda x, kernel: ((x, kernel), None), _in_turn_backward)
 
 
 def promote_all_but_kernel(x: Array, kernel: Array, bias: Array | None, *, dtype: Any):

@@ -98,11 +98,12 @@ def test_digits_lost_against_float64(shape):
 
 def test_bfloat16_is_read_and_nothing_is_rounded_to_it():
     x, kernel, padding = operands(*SHAPES[0], dtype=jnp.bfloat16)
-    got, vjp = jax.vjp(lambda x, k: winograd_conv(x, k, padding), x, kernel)
+    dy = jnp.ones((2, 13, 13, 16))
+    got, *gradients = with_gradients(winograd_conv, x, kernel, padding, dy)
     assert got.dtype == jnp.float32
-    wide = winograd_conv(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
-    assert jnp.array_equal(got, wide)
-    assert [gradient.dtype for gradient in vjp(got)] == [x.dtype, kernel.dtype]
+    wide = [x.astype(jnp.float32) for x in (x, kernel)]
+    assert jnp.array_equal(got, with_gradients(winograd_conv, *wide, padding, dy)[0])
+    assert [gradient.dtype for gradient in gradients] == [x.dtype, kernel.dtype]
 
 
 def test_it_takes_far_fewer_operations_than_the_plain_convolution():
