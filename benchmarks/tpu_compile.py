@@ -4,7 +4,8 @@
 
 Compiles variant owt for one chip with libtpu, in a minute or so for each line. The figures are the
 compiler's model of the chip, not measurements: they tell what to look at, not how fast it is. Both
-steps take the same float32 images, so that ours is compiled without its augmentation.
+steps take the same bfloat16 images, which our augmentation ends in; ours is compiled without that,
+and with the compiler options that train.py sets.
 """
 
 import argparse
@@ -31,9 +32,12 @@ os.environ |= {  # libtpu would look for a TPU of its own
 }
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import our_step  # noqa: E402
 import plain_flax  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
+
+from alexnet_jax import runtime  # noqa: E402
 
 CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}  # the smallest topologies there are
 BATCHES = (128, 256, 512)
@@ -50,7 +54,14 @@ CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 ORIGIN = re.compile(r'op_name="([^"]*)"')
 
 Inputs = tuple[Any, ...]
-MakeStep = Callable[[int], tuple[Callable, Inputs]]
+
+
+class Step(NamedTuple):
+    """A step to compile, what it takes, and what the compiler is told."""
+
+    function: Callable
+    inputs: Inputs
+    options: dict[str, str]
 
 
 class Operation(NamedTuple):
@@ -72,32 +83,36 @@ class Cost(NamedTuple):
     unknown: Counter[str]
 
 
-def images(batch: int) -> Inputs:
-    return jax.eval_shape(lambda: our_step.inputs(batch))
+def batch_of(size: int) -> Inputs:
+    images, labels = jax.eval_shape(lambda: our_step.inputs(size))
+    return images.update(dtype=jnp.dtype(DTYPE)), labels
 
 
-def ours(batch: int) -> tuple[Callable, Inputs]:
-    """Returns the training step without its augmentation, and what it takes."""
+def ours(batch_size: int) -> Step:
+    """Our training step without its augmentation."""
     state = jax.eval_shape(lambda: our_step.init_state(VARIANT, DTYPE))
-    return our_step.train_step(VARIANT, DTYPE), (state, *images(batch))
+    inputs = (state, *batch_of(batch_size))
+    return Step(our_step.train_step(VARIANT, DTYPE), inputs, runtime.TPU_OPTIONS)
 
 
-def plain(batch: int) -> tuple[Callable, Inputs]:
-    """Returns plain Flax's training step, and what it takes."""
+def plain(batch_size: int) -> Step:
+    """Plain Flax's training step."""
     model = plain_flax.PlainAlexNet(VARIANT, dtype=DTYPE)
     state = jax.eval_shape(lambda: plain_flax.init_state(model))
-    return plain_flax.train_step, (
-        *(state, *images(batch)),
-        jax.eval_shape(lambda: jax.random.key(0)),
-    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Step(plain_flax.train_step, (state, *batch_of(batch_size), key), {})
 
 
-def cost(chip: str, train_step: Callable, inputs: Inputs) -> Cost:
+def cost(chip: str, step: Step) -> Cost:
     """Compiles a step for one chip and reads what the compiler says of it."""
     device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
     placed = jax.sharding.SingleDeviceSharding(device)
-    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), inputs)
-    compiled = jax.jit(train_step, donate_argnums=0).lower(*inputs).compile()
+    inputs = jax.tree.map(lambda x: x.update(sharding=placed), step.inputs)
+    compiled = (
+        jax.jit(step.function, donate_argnums=0)
+        .lower(*inputs)
+        .compile(compiler_options=step.options)
+    )
     operations, unknown = entry_operations(compiled.as_text())
     analysis = compiled.cost_analysis()
     return Cost(
@@ -161,13 +176,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only v5e with 128 images a chip")
     args = parser.parse_args()
     check_libtpu()
-    steps: dict[str, MakeStep] = {"ours": ours, "plain Flax": plain}
+    steps = {"ours": ours, "plain Flax": plain}
     rows, summary = [], []
     for chip in ("v5e",) if args.quick else CHIPS:
         for batch in BATCHES[:1] if args.quick else BATCHES:
             cycles = []
             for name, make in steps.items():
-                found = cost(chip, *make(batch))
+                found = cost(chip, make(batch))
                 rows += report(f"{name} on {chip}", batch, found)
                 cycles.append(found.cycles)
             ratio = cycles[0] / cycles[1]
