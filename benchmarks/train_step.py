@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py
 
-Every contender has a process of its own, as many threads as the machine has cores, and memory that
-malloc keeps (ours asks for that itself). They take turns; a figure is the median of its turns.
+Every contender has a process of its own and as many threads as the machine has cores. They take
+turns; a figure is the median of its turns.
 "Of the peak" counts the operations of the plain convolutions against the best matrix product that
 any of the libraries did here: Winograd's convolution takes fewer, so that it can pass 100 %.
 PyTorch takes part if it is installed (requirements-torch.txt).
@@ -27,19 +27,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from rows import Row, row, write  # noqa: E402
 from turns import CORES, Make, take_turns  # noqa: E402
 
-from alexnet_jax import runtime  # noqa: E402
-
 VARIANTS = ("owt", "paper")
 BATCHES = (32, 64, 128, 256)
 DTYPES = ("float32", "bfloat16")
 MODES = ("forward", "train")
-ROUNDS, SECONDS = 5, 3.0
+ROUNDS, SECONDS = 3, 3.0
+ONE_BY_ONE = {"warm_up": 1, "together": 1}
 GEMM_SIZE = 2048
 
 
 def ours(variant: str, batch: int, dtype: str, train: bool) -> Iterator[int]:
     """Our network, and its step without the augmentation."""
     import our_step
+
+    from alexnet_jax import runtime
 
     runtime.set_up()
     model = our_step.network(variant, dtype)
@@ -53,7 +54,6 @@ def plain_flax(variant: str, batch: int, dtype: str, train: bool) -> Iterator[in
     import our_step
     import plain_flax as plain
 
-    runtime.keep_freed_memory()
     model = plain.PlainAlexNet(variant, dtype=dtype)
     state = jax.jit(lambda: plain.init_state(model))()
     examples = [*our_step.inputs(batch), jax.random.key(1)]
@@ -82,7 +82,6 @@ def pytorch(
     variant: str, batch: int, dtype: str, train: bool, channels_last: bool, compiled: bool = False
 ) -> Iterator[int]:
     """PyTorch's own parts."""
-    runtime.keep_freed_memory()
     import torch
     import torch_alexnet
 
@@ -129,7 +128,7 @@ def peak_gflops(dtype: str, has_torch: bool, rounds: int, seconds: float) -> flo
     makers = {"JAX": functools.partial(jax_product, dtype)}
     if has_torch:
         makers["PyTorch"] = functools.partial(torch_product, dtype)
-    found = take_turns(makers, rounds, seconds, warm_up=1)
+    found = take_turns(makers, rounds, seconds, **ONE_BY_ONE)
     return max(median(turn.rate for turn in turns) for turns in found.values()) / 1e3
 
 
@@ -152,10 +151,10 @@ def measure(cell: tuple[str, int, str, str], args: argparse.Namespace, peak: flo
     rounds, seconds = (2, 0.1) if args.quick else (ROUNDS, SECONDS)
     print(f"\n{variant}, batch {batch}, {dtype}, {mode}: images a second")
     rows = []
-    for name, turns in take_turns(makers, rounds, seconds, warm_up=1).items():
+    for name, turns in take_turns(makers, rounds, seconds, **ONE_BY_ONE).items():
         what = f"{name}, {variant} {mode}"
         rates = row(what, [turn.rate for turn in turns], "images/s", batch, dtype)
-        memory = row(f"{what}, memory", [turns[-1].peak_bytes / 1e6], "MB", batch, dtype)
+        memory = row(what, [turns[-1].peak_bytes / 1e6], "MB", batch, dtype)
         share = rates["value"] * plain_gflop(variant, train) / peak
         print(
             f"{what:40} {rates['value']:8.1f}  ({rates['min']:.1f} to {rates['max']:.1f})  "

@@ -37,7 +37,11 @@ class Turn(NamedTuple):
 
 
 def take_turns(
-    makers: Mapping[str, Make], rounds: int, seconds: float, warm_up: int = WARM_UP
+    makers: Mapping[str, Make],
+    rounds: int,
+    seconds: float,
+    warm_up: int = WARM_UP,
+    together: int = CORES,
 ) -> dict[str, list[Turn]]:
     """Measures each contender in a child process of its own, for so long in each round.
 
@@ -45,13 +49,14 @@ def take_turns(
       makers: picklable functions that return endless generators, which yield how many images they
         have just delivered.
       warm_up: batches before each turn that are not counted.
+      together: batches are counted in groups of so many, which workers finish at once.
     """
     context = multiprocessing.get_context("spawn")
     pipes, found = {}, {name: [] for name in makers}
     with contextlib.ExitStack() as stack:
         for name, make in makers.items():
             pipes[name], other_end = context.Pipe()
-            process = context.Process(target=_serve, args=(other_end, make, warm_up))
+            process = context.Process(target=_serve, args=(other_end, make, warm_up, together))
             process.start()
             other_end.close()
             stack.callback(_stop, pipes[name], process)
@@ -73,7 +78,7 @@ def _stop(pipe: Connection, process: BaseProcess) -> None:
     process.terminate()
 
 
-def _serve(pipe: Connection, make: Make, warm_up: int) -> None:
+def _serve(pipe: Connection, make: Make, warm_up: int, together: int) -> None:
     """Runs one contender: a turn whenever the pipe gives seconds, until it is closed."""
     batches = make()
     next(batches)
@@ -81,21 +86,21 @@ def _serve(pipe: Connection, make: Make, warm_up: int) -> None:
     pipe.send("ready")
     with contextlib.suppress(EOFError):
         while True:
-            turn = _measure(batches, pipe.recv(), warm_up)
+            turn = _measure(batches, pipe.recv(), warm_up, together)
             _wait_until_idle()
             pipe.send(turn)
     batches.close()  # ends its workers
 
 
-def _measure(batches: Iterator[int], seconds: float, warm_up: int) -> Turn:
-    """Warms up, and takes batches in groups of one a core, since workers finish theirs together."""
+def _measure(batches: Iterator[int], seconds: float, warm_up: int, together: int) -> Turn:
+    """Warms up, and takes batches in groups for at least so many seconds."""
     for _ in range(warm_up):
         next(batches)
     images, before, started = 0, _cpu_seconds(), time.perf_counter()
     for number in count(1):
         images += next(batches)
         elapsed = time.perf_counter() - started
-        if elapsed >= seconds and number % CORES == 0:
+        if elapsed >= seconds and number % together == 0:
             worked = (1e6 * (b - a) / images for a, b in zip(before, _cpu_seconds(), strict=True))
             return Turn(images / elapsed, *worked, _peak_bytes())
 
