@@ -16,7 +16,7 @@ from statistics import median
 
 import contenders
 from contenders import CHECKSUM, COPY_ALL, DEVICE, HOST, ON_ONE_CORE, PREAD, REFERENCES, TF_DATA
-from rows import row, write
+from rows import options, row, write
 from turns import CORES, Turn, take_turns
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -45,13 +45,11 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser = options(__doc__, quick="half a minute: less of everything")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bars there")
     parser.add_argument("--images", type=int, metavar="N", help="training images (4096)")
     parser.add_argument("--batch-size", type=int, metavar="B", help="(128)")
     parser.add_argument("--seconds", type=float, metavar="S", help="of each turn (4)")
-    parser.add_argument("--quick", action="store_true", help="half a minute: less of everything")
     quick = parser.parse_known_args()[0].quick
     sizes = (128, 16, 0.2) if quick else (4096, 128, 4.0)
     parser.set_defaults(**dict(zip(("images", "batch_size", "seconds"), sizes, strict=True)))

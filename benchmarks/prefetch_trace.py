@@ -7,7 +7,6 @@ profiler, and adds up from the trace which part of the time of "read batch" and 
 step was being executed.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -19,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402  (it must find the variable above)
-from rows import row, write  # noqa: E402
+from rows import options, row, write  # noqa: E402
 
 from alexnet_jax import config as configs  # noqa: E402
 from alexnet_jax.report import read_metrics  # noqa: E402
@@ -108,10 +107,8 @@ def save_timeline(spans: dict[str, list[Span]], path: Path) -> None:
 
 def main() -> None:
     """Prints the shares, and writes rows and a timeline if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser = options(__doc__, quick="the same: it takes under a minute")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a timeline there")
-    parser.add_argument("--quick", action="store_true", help="the same: it takes under a minute")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder, "run")

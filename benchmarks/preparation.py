@@ -7,7 +7,6 @@ by turn in one process. Preparing is decoding, scaling to 256x256, statistics, c
 the store to DIR; tf.data throws its images away.
 """
 
-import argparse
 import io
 import os
 import shutil
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tensorflow_datasets as tfds  # noqa: E402  (it must find the variable above)
 from photographs import jpegs  # noqa: E402
-from rows import row, write  # noqa: E402
+from rows import options, row, write  # noqa: E402
 
 from alexnet_jax.config import default_config  # noqa: E402
 from alexnet_jax.prepare import prepare_store  # noqa: E402
@@ -82,9 +81,7 @@ def timed(run: Callable[[], None]) -> tuple[float, float]:
 
 def main() -> None:
     """Prints a table of medians, and writes it as rows if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="few images, two rounds")
+    parser = options(__doc__, quick="few images, two rounds")
     parser.add_argument("--scratch", type=Path, help="where stores are written; default: temporary")
     args = parser.parse_args()
     BenchmarkPhotographs.count = 1024 if args.quick else 12_288

@@ -1,5 +1,6 @@
-"""What benchmarks write with --json: a list of rows, one for each thing measured in one unit."""
+"""What benchmarks write: a list of rows, one for each thing measured in one unit."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,14 @@ from statistics import median
 from typing import Any
 
 Row = dict[str, Any]
+
+
+def options(doc: str, quick: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options of all benchmarks; `quick` tells what --quick leaves."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
 
 
 def row(what: str, values: Sequence[float], unit: str, batch: int, dtype: str = "uint8") -> Row:

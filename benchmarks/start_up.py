@@ -6,7 +6,6 @@ Trains one epoch of the quickstart in processes of their own, turn by turn with 
 a filled compilation cache. The data is prepared before.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -14,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rows import row, write
+from rows import options, row, write
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,10 +38,7 @@ def first_step_after(data_dir: Path, cache: Path) -> float:
 
 def main() -> None:
     """Prints a table of medians, and writes it as rows if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="one round")
-    args = parser.parse_args()
+    args = options(__doc__, quick="one round").parse_args()
     seconds = {"empty cache": [], "filled cache": []}
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder, "data")

@@ -6,7 +6,6 @@ Prepares stores of very small images, up to as many as ImageNet has. Opening rea
 looks at every shard file; it is timed in processes of their own, imports left out.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rows import Row, row, write
+from rows import Row, options, row, write
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -103,10 +102,7 @@ def measure(count: int, path: Path, rounds: int) -> list[Row]:
 
 def main() -> None:
     """Prints a table of medians, and writes it as rows if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="smaller stores, fewer rounds")
-    args = parser.parse_args()
+    args = options(__doc__, quick="smaller stores, fewer rounds").parse_args()
     rows = []
     for count in QUICK_SIZES if args.quick else SIZES:
         with tempfile.TemporaryDirectory() as folder:

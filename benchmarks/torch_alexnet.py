@@ -3,23 +3,21 @@
 from collections.abc import Iterator
 
 import torch
+from shapes import FILTERS, GROUPS, NORMED, POOLED, SIZES
 from torch import nn
-
-FILTERS = {"owt": (64, 192, 384, 256, 256), "paper": (96, 256, 384, 384, 256)}
-GROUPS = {"owt": (1, 1, 1, 1, 1), "paper": (1, 2, 1, 2, 2)}
 
 
 def network(variant: str) -> nn.Sequential:
     """Returns variant `owt` or `paper` for float[B, 3, 224, 224]."""
     layers, channels = [], 3
-    settings = zip(FILTERS[variant], (11, 5, 3, 3, 3), GROUPS[variant], strict=True)
+    settings = zip(FILTERS[variant], SIZES, GROUPS[variant], strict=True)
     for number, (filters, size, groups) in enumerate(settings, start=1):
         stride, padding = (4, 2) if number == 1 else (1, size // 2)
         layers += [nn.Conv2d(channels, filters, size, stride, padding, groups=groups)]
         layers += [nn.ReLU(inplace=True)]
-        if variant == "paper" and number <= 2:
+        if variant == "paper" and number in NORMED:
             layers += [nn.LocalResponseNorm(5, alpha=5e-4, k=2.0)]  # it divides alpha by 5
-        if number in (1, 2, 5):
+        if number in POOLED:
             layers += [nn.MaxPool2d(3, 2)]
         channels = filters
     hidden = [

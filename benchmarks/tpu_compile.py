@@ -8,7 +8,6 @@ steps take the same bfloat16 images, which our augmentation ends in; ours is com
 and with the compiler options that train.py sets.
 """
 
-import argparse
 import importlib.metadata
 import importlib.util
 import math
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rows import Row, row, write
+from rows import Row, options, row, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {  # libtpu would look for a TPU of its own
@@ -171,10 +170,7 @@ def report(what: str, batch: int, found: Cost) -> list[Row]:
 
 def main() -> None:
     """Prints what the compiler says of each step, and writes it as rows if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="only v5e with 128 images a chip")
-    args = parser.parse_args()
+    args = options(__doc__, quick="only v5e with 128 images a chip").parse_args()
     check_libtpu()
     steps = {"ours": ours, "plain Flax": plain}
     rows, summary = [], []

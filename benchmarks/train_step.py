@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from rows import Row, row, write  # noqa: E402
+from rows import Row, options, row, write  # noqa: E402
 from turns import CORES, Make, take_turns  # noqa: E402
 
 VARIANTS = ("owt", "paper")
@@ -173,13 +173,12 @@ def plot(rows: list[Row], path: Path) -> None:
     for axes, (what, dtype) in zip(
         figure.subplots(1, len(cells), squeeze=False)[0], cells, strict=True
     ):
-        for name in contenders(True):
+        for name in dict.fromkeys(r["what"].split(", ")[0] for r in rows):
             line = [r for r in rows if r["what"] == f"{name}, {what}" and r["dtype"] == dtype]
             line.sort(key=lambda r: r["batch"])
-            if line:
-                x = [r["batch"] for r in line]
-                spread = [[abs(r["value"] - r[end]) for r in line] for end in ("min", "max")]
-                axes.errorbar(x, [r["value"] for r in line], spread, marker="o", label=name)
+            x = [r["batch"] for r in line]
+            spread = [[abs(r["value"] - r[end]) for r in line] for end in ("min", "max")]
+            axes.errorbar(x, [r["value"] for r in line], spread, marker="o", label=name)
         axes.set(xscale="log", title=f"{what}, {dtype}", xlabel="batch", ylabel="images/s", ylim=0)
         axes.set_xticks(BATCHES, map(str, BATCHES), minor=False)
         axes.minorticks_off()
@@ -189,10 +188,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     """Prints a table for each cell, and writes rows and plot if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser = options(__doc__, quick="one small cell, without PyTorch")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there")
-    parser.add_argument("--quick", action="store_true", help="one small cell, without PyTorch")
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--batch", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)

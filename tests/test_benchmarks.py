@@ -12,8 +12,8 @@ from PIL import Image
 from benchmarks import photographs
 
 BENCHMARKS = (
-    *("input_pipeline.py", "preparation.py", "store_scale.py", "prefetch_trace.py"),
-    *("train_step.py",),
+    *("input_pipeline.py", "preparation.py", "store_scale.py"),
+    *("prefetch_trace.py", "train_step.py"),
 )
 PLOTTING = ("input_pipeline.py", "prefetch_trace.py", "train_step.py")
 ROW = {"what", "batch", "dtype", "value", "unit", "min", "median", "max"}
