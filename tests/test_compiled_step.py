@@ -1,5 +1,6 @@
 """What XLA makes of the whole training step of `owt`: what is timed nowhere must not creep back."""
 
+import functools
 import math
 import re
 from collections import Counter
@@ -9,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, optim, runtime, step
+from alexnet_jax import augment, optim, parallel, runtime, step, train
 from alexnet_jax.config import default_config
-from alexnet_jax.model import AlexNet
 
 BATCH = 128
 # Beside the state: what gradients need of the activations (580 MB), and one gradient of fc6 (151).
@@ -24,16 +24,21 @@ PRODUCTS = 3 + 3 + 3
 def step_and_inputs(dtype="float32"):
     """The training step as train.py compiles it, and the shapes of what it takes."""
     config = default_config()
-    config.model.variant, config.model.dtype = "owt", dtype
-    model = AlexNet("owt", dtype=dtype)
+    config.model.variant, config.model.dtype, config.parallel = "owt", dtype, "jit"
+    model = train.build_model(config)
     stats = augment.Statistics(np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
-    train_step = step.make_train_step(model, config, stats, optim.make_schedule(config, 100.0))
+    schedule = optim.make_schedule(config, 100.0)
+    steps = parallel.compile_steps(
+        config,
+        functools.partial(step.make_train_step, model, config, stats, schedule),
+        functools.partial(step.make_eval_step, model, config, stats),
+    )
     state = jax.eval_shape(lambda: step.init_state(model, config))
     batch = {
         "image": jax.ShapeDtypeStruct((BATCH, 256, 256, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
     }
-    return jax.jit(train_step, donate_argnums=0), state, batch
+    return steps.train_step, state, batch
 
 
 @pytest.fixture(scope="module")
