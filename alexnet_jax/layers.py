@@ -74,20 +74,23 @@ def _power(base: Array, beta: float) -> Array:
 
 def _channel_sum(x: Array, size: int, groups: int) -> Array:
     """Sum over windows of an odd number of channels that do not leave their tower."""
-    tower = x.shape[-1] // groups
-
-    def by_slices(x: Array) -> Array:
-        towers = x.reshape(*x.shape[:-1], groups, tower)
-        return _window_sum(towers, size, axis=towers.ndim - 1).reshape(x.shape)
-
-    def by_matrix(x: Array) -> Array:  # what a TPU does best
-        channels = np.arange(x.shape[-1])
-        near = abs(np.subtract.outer(channels, channels)) <= size // 2
-        same_tower = np.equal.outer(channels // tower, channels // tower)
-        band = jnp.asarray(near & same_tower, x.dtype)
-        return jnp.einsum("...c,cd->...d", x, band, precision=jax.lax.Precision.HIGHEST)
-
+    by_slices = functools.partial(channel_sum_by_slices, size=size, groups=groups)
+    by_matrix = functools.partial(channel_sum_by_matrix, size=size, groups=groups)
     return jax.lax.platform_dependent(x, cpu=by_slices, default=by_matrix)
+
+
+def channel_sum_by_slices(x: Array, size: int, groups: int) -> Array:
+    towers = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    return _window_sum(towers, size, axis=towers.ndim - 1).reshape(x.shape)
+
+
+def channel_sum_by_matrix(x: Array, size: int, groups: int) -> Array:
+    """What a TPU does best."""
+    channels = np.arange(x.shape[-1])
+    towers = channels // (x.shape[-1] // groups)
+    near = abs(np.subtract.outer(channels, channels)) <= size // 2
+    band = jnp.asarray(near & np.equal.outer(towers, towers), x.dtype)
+    return jnp.einsum("...c,cd->...d", x, band, precision=jax.lax.Precision.HIGHEST)
 
 
 def within_map_norm(
@@ -172,11 +175,11 @@ def dot_general(x: Array, kernel: Array, dimensions: Any, **others: Any) -> Arra
 
 @jax.custom_vjp
 def _gradients_in_turn(x: Array, kernel: Array) -> tuple[Array, Array]:
-    """Returns both; the kernel's gradient is ready only when x's is, so that nothing reads it.
+    """Returns both as they are; the kernel's gradient waits for that of x, its last reader.
 
-    An update in place must come after the last use of the kernel, the gradient of x. XLA's CPU
-    backend copies the kernel before unless a value depends on that gradient: it takes
-    `optimization_barrier` away too early.
+    So an update that needs the former can be in place. Otherwise XLA's CPU backend copies the
+    kernel first: it takes `optimization_barrier` away before it decides, so that only a value
+    which depends on the other gradient makes it wait.
     """
     return x, kernel
 
