@@ -32,14 +32,17 @@ BOUNDS = {
     "learning_rate": (0, INFINITY),
     "log_every_steps": (1, INFINITY),
     "max_corrupt": (0, 1),
+    "hybrid_group": (1, INFINITY),
     "model.num_classes": (1, INFINITY),
     "model.width": (TINY, INFINITY),
     "model.dropout": (0, 1 - TINY),
     "image_size": (1, INFINITY),
     "augment.color_noise": (0, INFINITY),
     "augment.pixel_scale": (TINY, INFINITY),
+    "optimizer.trust_coefficient": (TINY, INFINITY),
     "optimizer.momentum": (0, 1),
     "optimizer.clip_norm": (0, INFINITY),
+    "schedule.scaling_batch_size": (1, INFINITY),
     "schedule.warmup_epochs": (0, INFINITY),
     "schedule.factor": (TINY, 1 - TINY),
     "schedule.patience": (1, INFINITY),
@@ -55,7 +58,10 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
     c.name = ""  # set by `load` to the config file's name
     c.seed = 0
-    c.parallel = "auto"  # "jit", "pmap", or "auto": pmap where there are several devices
+    # "jit", "pmap", "mesh.data", "mesh.zero", "mesh.hybrid" (docs/pods.md), or "auto": mesh.data
+    # where there are several devices.
+    c.parallel = "auto"
+    c.hybrid_group = 8  # mesh.hybrid: devices that share the fc layers of one copy
 
     c.dataset = "imagenet2012"  # a tfds name, or "folder:PATH" of class folders
     c.data_dir = "~/tensorflow_datasets"  # where tfds and the prepared stores lie
@@ -91,15 +97,20 @@ def default_config() -> ConfigDict:
     c.augment.pixel_scale = 1.0  # multiplies the mean-subtracted pixels (0 to 255 in the paper)
 
     c.optimizer = ConfigDict()
+    c.optimizer.kind = "sgd"  # or "lars": a rate for every weight array, for large batches
+    c.optimizer.trust_coefficient = 0.001  # lars: multiplies the weights' norm over the step's
     c.optimizer.momentum = 0.9
     c.optimizer.weight_decay = 0.0005  # of the weights
     c.optimizer.bias_weight_decay = 0.0
     c.optimizer.bias_learning_rate = 1.0  # biases' rate as a multiple of learning_rate
     c.optimizer.clip_norm = 0.0  # largest global norm of the gradients; 0: no clipping
     c.optimizer.accumulate_steps = 1  # a batch's gradients in so many parts, to save memory
+    c.optimizer.gradient_dtype = "float32"  # of gradients on their way between devices; "bfloat16"
 
     c.schedule = ConfigDict()
     c.schedule.kind = "constant"  # "constant", "steps", "plateau", "cosine", "polynomial"
+    c.schedule.scaling = "none"  # learning_rate grows with batch_size: "linear", or as its "sqrt"
+    c.schedule.scaling_batch_size = 256  # linear and sqrt: where learning_rate is as it stands
     c.schedule.warmup_epochs = 0.0  # linear from 0, under any kind
     c.schedule.step_epochs = (30.0, 60.0)  # steps: epochs at which the rate is multiplied ...
     c.schedule.factor = 0.1  # steps and plateau: ... by this

@@ -1,4 +1,4 @@
-"""The paper's SGD as an Optax chain, and every field that changes while training runs.
+"""The paper's SGD and LARS as Optax chains, and every field that changes while training runs.
 
 A config's schedule is data: a kind ("steps", "plateau", …) that drives `learning_rate`, and a log
 of changes, each (epoch, layer, field, value), that overrides it from that epoch on.
@@ -14,12 +14,20 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from alexnet_jax.config import check_bounds
 from alexnet_jax.errors import UserError
 from alexnet_jax.model import LAYERS
 
 Params = dict[str, Any]
 ReduceOnPlateauState = Any
 
+OPTIMIZERS = ("sgd", "lars")
+# What multiplies the learning rate, as a function of k = batch_size / scaling_batch_size.
+SCALINGS: dict[str, Callable[[float], float]] = {
+    "none": lambda k: 1.0,
+    "linear": lambda k: k,
+    "sqrt": math.sqrt,
+}
 CHANGEABLE = {
     "learning_rate": ("all", *LAYERS),
     "bias_learning_rate": ("all", *LAYERS),
@@ -49,8 +57,10 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> Schedule:
     """Returns `schedule(step, plateau_scale) -> Scheduled`, a pure function.
 
     `step` is int32[], `plateau_scale` the float32[] of the plateau state. Raises UserError for an
-    unknown kind, and for a change that names what does not exist.
+    unknown kind of schedule, scaling or optimizer, for a number out of its bounds, and for a
+    change that names what does not exist.
     """
+    check(config)
     base = _base_rate(config, steps_per_epoch)
     for change in config.schedule.changes:
         _check_change(change)
@@ -79,8 +89,29 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> Schedule:
     return schedule
 
 
+def check(config: ConfigDict) -> None:
+    """Raises UserError for an unknown optimizer or scaling, or a number out of its bounds."""
+    check_bounds(config)  # first: batch sizes of 0 or less cannot be divided by, or have no root
+    for name, kind, kinds in (
+        ("optimizer.kind", config.optimizer.kind, OPTIMIZERS),
+        ("schedule.scaling", config.schedule.scaling, SCALINGS),
+    ):
+        if kind not in kinds:
+            raise UserError(f"{name}={kind!r}; it can be {', '.join(kinds)}")
+
+
+def scaled_rate(config: ConfigDict) -> float:
+    """Returns `learning_rate`, which holds at `scaling_batch_size` images, for `batch_size`.
+
+    Krizhevsky 2014 (arXiv 1404.5997), section 5: a batch k times as large asks for √k times the
+    rate in theory, and for k times in practice. Goyal et al. 2017 (arXiv 1706.02677) take k.
+    """
+    times = config.batch_size / config.schedule.scaling_batch_size
+    return config.learning_rate * SCALINGS[config.schedule.scaling](times)
+
+
 def _base_rate(config: ConfigDict, steps_per_epoch: float) -> Callable[[jax.Array], jax.Array]:
-    fields, rate = config.schedule, config.learning_rate
+    fields, rate = config.schedule, scaled_rate(config)
     if not all(isinstance(epoch, int | float) for epoch in fields.step_epochs):
         raise UserError(f"schedule.step_epochs={fields.step_epochs} must be numbers")
     warmup_steps = round(fields.warmup_epochs * steps_per_epoch)
@@ -141,14 +172,22 @@ def sgd(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
 
     The learning rate ε is inside the velocity, and scales the weight decay with it. `update` takes
     `rates`, the ε of every layer's weights and biases (`Scheduled.rates`).
+
+    The kind "lars" is the same with every weight array's ε times a ratio of its own, 0.001 ‖w‖ /
+    ‖∇ + 0.0005 w‖: optax.lars, after You, Gitman, Ginsburg 2017 (arXiv 1708.03888), who divide by
+    ‖∇‖ + 0.0005 ‖w‖, which is never less. Biases and batch norm go without the ratio.
     """
     fields = config.optimizer
+    trust = optax.masked(
+        optax.scale_by_trust_ratio(trust_coefficient=fields.trust_coefficient), _is_weight
+    )
     return optax.chain(
         optax.clip_by_global_norm(fields.clip_norm) if fields.clip_norm else optax.identity(),
         optax.add_decayed_weights(fields.weight_decay, mask=_is_weight),
         optax.add_decayed_weights(
             fields.bias_weight_decay, mask=lambda p: jax.tree.map(lambda w: not w, _is_weight(p))
         ),
+        *([trust] if fields.kind == "lars" else []),
         _momentum(fields.momentum),
     )
 

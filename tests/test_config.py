@@ -66,6 +66,29 @@ def test_imagenet_is_the_paper_as_written():
     assert {name: configs.flat(config)[name] for name in PAPER} == PAPER
 
 
+LARS_PAPER = {
+    "batch_size": 32_768,
+    "num_epochs": 100,
+    "learning_rate": 22.0,
+    "optimizer.kind": "lars",
+    "optimizer.trust_coefficient": 0.001,
+    "optimizer.momentum": 0.9,
+    "optimizer.weight_decay": 0.0005,
+    "schedule.kind": "polynomial",
+    "schedule.power": 2.0,
+    "schedule.warmup_epochs": 5.0,
+    "schedule.scaling": "none",  # 22 is the rate at 32,768 images, not at another batch size
+    "model.variant": "bn",
+    "model.dtype": "bfloat16",
+    "parallel": "auto",
+}
+
+
+def test_imagenet_pod_is_the_lars_papers_alexnet_bn_at_32k():
+    config = configs.load("configs/imagenet_pod.py")
+    assert {name: configs.flat(config)[name] for name in LARS_PAPER} == LARS_PAPER
+
+
 OVERRIDES = [
     (["--config.batch_size=64"], "batch_size", 64),
     (["--config.batch_size", "64"], "batch_size", 64),
@@ -183,6 +206,10 @@ BAD_VALUES = [
     ("model.init", "xavier", "xavier.*paper, he"),
     ("parallel", "tpu", "auto, jit, pmap"),
     ("schedule.kind", "stairs", "steps"),
+    ("schedule.scaling", "square", "none, linear, sqrt"),
+    ("schedule.scaling_batch_size", "0", "scaling_batch_size=0"),
+    ("optimizer.kind", "adam", "sgd, lars"),
+    ("optimizer.trust_coefficient", "0", "trust_coefficient=0.0"),
     ("num_epochs", "0", "num_epochs=0"),
     ("checkpoint.keep", "1", "checkpoint.keep=1"),
     ("eval.every_epochs", "0", "every_epochs"),

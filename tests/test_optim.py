@@ -94,6 +94,77 @@ def test_clipping_limits_the_global_norm_of_the_gradients():
     assert moved == pytest.approx(0.01, rel=1e-4)
 
 
+def weights_only(tree):
+    return {layer: {"kernel": True, "bias": False} for layer in tree}
+
+
+def test_lars_is_optax_lars_of_the_weights_and_plain_momentum_of_the_biases():
+    c = default_config()
+    c.learning_rate = 2.0
+    c.optimizer.kind = "lars"
+    ours = optim.sgd(c)
+    theirs = optax.lars(
+        2.0,
+        weight_decay=0.0005,
+        weight_decay_mask=weights_only,
+        trust_coefficient=0.001,
+        trust_ratio_mask=weights_only,
+        momentum=0.9,
+    )
+    rng = np.random.default_rng(0)
+
+    def draw():
+        shapes = {"conv1": ((3, 3, 2, 4), 4), "fc6": ((8, 5), 5)}
+        return {
+            layer: {
+                "kernel": jnp.float32(rng.normal(size=kernel)),
+                "bias": jnp.float32(rng.normal(size=bias)),
+            }
+            for layer, (kernel, bias) in shapes.items()
+        }
+
+    w = expected = draw()
+    state, expected_state = ours.init(w), theirs.init(w)
+    for _ in range(5):
+        grads = draw()
+        steps, state = ours.update(grads, state, w, rates=scheduled(c, 0).rates)
+        w = optax.apply_updates(w, steps)
+        steps, expected_state = theirs.update(grads, expected_state, expected)
+        expected = optax.apply_updates(expected, steps)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), w, expected)
+
+
+def test_a_step_of_lars_by_hand():
+    c = default_config()
+    c.learning_rate = 2.0
+    c.optimizer.kind = "lars"
+    c.optimizer.weight_decay = 0.1
+    w = {"fc6": {"kernel": jnp.array([3.0, 4.0]), "bias": jnp.array([3.0, 4.0])}}
+    grads = {"fc6": {"kernel": jnp.array([-0.4, 0.3]), "bias": jnp.array([-0.4, 0.3])}}
+    optimizer = optim.sgd(c)
+    steps, _ = optimizer.update(grads, optimizer.init(w), w, rates=scheduled(c, 0).rates)
+    # ∇ + 0.1 w = (−0.1, 0.7), its norm √0.5; the ratio is 0.001 · 5 / √0.5 = 0.00707107
+    expected = [2 * 0.00707107 * 0.1, -2 * 0.00707107 * 0.7]
+    np.testing.assert_allclose(steps["fc6"]["kernel"], expected, rtol=1e-6)
+    np.testing.assert_allclose(steps["fc6"]["bias"], [0.8, -0.6], rtol=1e-6)
+
+
+def test_lars_moves_weights_by_the_same_share_of_them_whatever_the_gradients_size():
+    c = default_config()
+    c.optimizer.kind = "lars"
+    c.optimizer.trust_coefficient = 0.02
+    for gradient, start in ((1e-3, 1.0), (1e3, 1.0), (1.0, 50.0)):
+        ((after, _),) = updates_of(c, [gradient], start)
+        assert after["fc6"]["kernel"][0] == pytest.approx(start * (1 - 0.01 * 0.02), rel=1e-6)
+
+
+def test_velocity_of_plain_sgd_lies_where_it_lay_before_there_was_lars():
+    """A checkpoint holds the chain's states by their place in it."""
+    states = optim.sgd(default_config()).init(params())
+    assert len(states) == 4
+    assert isinstance(states[3], optax.TraceState)
+
+
 RUN_145 = [
     # epoch, layer, epsW, epsB, colour noise: the facts of the released log
     (0, "conv1", 1e-2, 0.02, 0.1),
@@ -142,6 +213,48 @@ def test_kinds_of_schedule(kind, fields, rates):
         assert now.rates["conv3"]["learning_rate"] == now.learning_rate
 
 
+SCALINGS = [
+    # scaling, batch_size, scaling_batch_size, what 0.01 becomes
+    ("none", 1024, 256, 0.01),
+    ("linear", 256, 256, 0.01),
+    ("linear", 1024, 256, 0.04),
+    ("sqrt", 1024, 256, 0.02),
+    ("linear", 64, 256, 0.0025),
+    ("linear", 1024, 128, 0.08),
+]
+
+
+@pytest.mark.parametrize(("scaling", "batch_size", "at", "rate"), SCALINGS)
+def test_learning_rate_grows_with_the_batch_size(scaling, batch_size, at, rate):
+    c = default_config()
+    c.batch_size = batch_size
+    c.schedule.scaling, c.schedule.scaling_batch_size = scaling, at
+    c.optimizer.bias_learning_rate = 2.0
+    now = scheduled(c, 1)
+    assert now.learning_rate == pytest.approx(rate)
+    assert now.rates["fc6"]["learning_rate"] == pytest.approx(rate)
+    assert now.rates["fc6"]["bias_learning_rate"] == pytest.approx(2 * rate)
+
+
+def test_scaling_holds_under_a_warm_up_and_not_for_a_change_to_an_absolute_value():
+    c = default_config()
+    c.batch_size = 1024
+    c.schedule.scaling = "linear"
+    c.schedule.warmup_epochs = 10.0
+    c.schedule.changes = ((20.0, "all", "learning_rate", 0.003),)
+    rates = {epoch: float(scheduled(c, epoch).learning_rate) for epoch in (5, 10, 19, 20)}
+    assert rates == pytest.approx({5: 0.02, 10: 0.04, 19: 0.04, 20: 0.003})
+
+
+def test_the_pods_rate_warms_up_to_22_and_falls_as_a_square():
+    """LARS paper: 22 at 32K images, γ (1 − t/T)², here over the 95 epochs after the warm-up."""
+    c = configs.load("configs/imagenet_pod.py")
+    for epoch, rate in {1: 4.4, 5: 22.0, 52.5: 5.5, 100: 0.0}.items():
+        now = scheduled(c, epoch)
+        assert now.learning_rate == pytest.approx(rate, abs=1e-5), epoch
+        assert now.rates["fc8"]["bias_learning_rate"] == pytest.approx(rate * 0.3 / 22, abs=1e-6)
+
+
 def test_plateau_divides_by_ten_three_times_when_error_stops_improving():
     c = default_config()
     c.schedule.kind = "plateau"
@@ -173,8 +286,17 @@ def test_a_change_of_what_does_not_exist_is_refused(change, told):
         optim.make_schedule(c, STEPS_PER_EPOCH)
 
 
-def test_unknown_kind_is_refused():
+UNKNOWN = [
+    ("schedule.kind", "cosin", "cosine"),
+    ("schedule.scaling", "square", "none, linear, sqrt"),
+    ("optimizer.kind", "adam", "sgd, lars"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "told"), UNKNOWN)
+def test_unknown_kind_is_refused(field, value, told):
     c = default_config()
-    c.schedule.kind = "cosin"
-    with pytest.raises(UserError, match="cosine"):
+    part, name = field.split(".")
+    c[part][name] = value
+    with pytest.raises(UserError, match=f"{field}='{value}'.*{told}"):
         optim.make_schedule(c, STEPS_PER_EPOCH)
