@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from alexnet_jax import config as configs
-from alexnet_jax import runtime
+from alexnet_jax import hosts, runtime
 from alexnet_jax.errors import EXIT_STOPPED, exits_cleanly
 from alexnet_jax.train import Stopped, train_and_evaluate
 
@@ -20,11 +20,12 @@ def main() -> int:
     config, args = configs.parse(sys.argv[1:], parser)
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file is never behind
     runtime.set_up()
-    try:
-        train_and_evaluate(config, args.workdir or Path("runs") / config.name)
-    except Stopped as stopped:
-        print(f"{stopped}; the same command goes on from there", file=sys.stderr)
-        return EXIT_STOPPED
+    with hosts.joined():
+        try:
+            train_and_evaluate(config, args.workdir or Path("runs") / config.name)
+        except Stopped as stopped:
+            print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+            return EXIT_STOPPED
     return 0
 
 

@@ -2,17 +2,17 @@
 
 import json
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
+from alexnet_jax import hosts
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.step import TrainState
 
@@ -21,7 +21,7 @@ class Restored(NamedTuple):
     """A checkpoint's content.
 
     Attributes:
-      state: on the host or the default device, not yet placed.
+      state: at rest, not yet placed (see `parallel.Compiled`).
       position: the Grain iterator's state.
     """
 
@@ -33,7 +33,8 @@ class Checkpoints:
     """The checkpoints of one run: the latest `config.checkpoint.keep`, and the best by top-1.
 
     Writing goes on beside the training; `wait` and `close` return when all is on disk. Each
-    checkpoint is a folder that gets its final name only when it is whole.
+    checkpoint is a folder that gets its final name only when it is whole. All hosts of a run call
+    the same methods in the same order; each writes the shards that it alone has.
 
     Raises UserError if the workdir cannot be written or holds a run of another config.
     """
@@ -76,7 +77,7 @@ class Checkpoints:
         """Starts saving; the arrays are copied before this returns.
 
         Args:
-          state: of one copy, as `Compiled.fetch` gives it.
+          state: at rest, as `Compiled.unplace` gives it.
           position: the Grain iterator's state after the batch of the state's last step.
           top1: of an evaluation of this very state, 0 to 1.
         """
@@ -89,14 +90,14 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                progress=ocp.args.JsonSave({"position": position, "crc32": _crc32(state)}),
+                progress=ocp.args.JsonSave({"position": position, "checksums": _checksums(state)}),
                 config=ocp.args.JsonSave(json.loads(configs.to_json(self._config))),
             ),
             metrics=None if top1 is None else {"top1": top1},
         )
 
     def restore_latest(
-        self, like: TrainState, warn: Callable[[str], None] = print
+        self, like: TrainState, warn: Callable[[str], None] = hosts.say
     ) -> Restored | None:
         """Returns the newest checkpoint that can be read, None if the run has none.
 
@@ -107,7 +108,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 restored = self.restore(step, like)
-            except Exception as error:  # whatever Orbax or TensorStore make of the damage
+            except ValueError as error:
                 damaged[step] = one_line(error)[:200]
                 continue
             for damaged_step, reason in damaged.items():
@@ -123,18 +124,22 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, like: TrainState) -> Restored:
-        """Returns the checkpoint of one step; `like` gives the shapes and dtypes.
+        """Returns the checkpoint of one step; `like` gives shapes, dtypes and shardings.
 
-        Raises what Orbax raises, and ValueError if the arrays are not those that were saved.
+        Raises ValueError, on all hosts, if one of them cannot read it or the arrays are not those
+        that were saved.
         """
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
-                progress=ocp.args.JsonRestore(),
-            ),
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
         )
-        if _crc32(restored["state"]) != restored["progress"]["crc32"]:
+        restored, fault = None, None
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # whatever Orbax or TensorStore make of the damage
+            fault = error
+        if hosts.any_host(fault is not None):
+            raise ValueError(one_line(fault) if fault else "another host cannot read it") from fault
+        if _checksums(restored["state"]) != restored["progress"]["checksums"]:
             raise ValueError("its checksum is not that of what was saved")
         return Restored(restored["state"], restored["progress"]["position"])
 
@@ -148,9 +153,11 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> Path:
         place = self._folder.parent / "damaged" / str(step)
-        place.parent.mkdir(exist_ok=True)
-        shutil.rmtree(place, ignore_errors=True)
-        (self._folder / str(step)).rename(place)
+        if hosts.is_first():
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            (self._folder / str(step)).rename(place)
+        hosts.wait_for_all(f"set aside {step}")
         self._manager.reload()
         return place
 
@@ -159,9 +166,24 @@ def _top1(metrics: dict[str, float]) -> float:
     return metrics["top1"]
 
 
-def _crc32(state: TrainState) -> int:
+def _checksums(state: TrainState) -> list[int]:
     """TensorStore reads a flipped bit of a parameter back without a word, so we look ourselves."""
-    crc = 0
-    for leaf in jax.tree.leaves(state):
-        crc = zlib.crc32(np.ascontiguousarray(leaf).data, crc)
-    return crc
+    return [int(checksum) for checksum in jax.tree.leaves(_checksum_leaves(state))]
+
+
+@jax.jit
+def _checksum_leaves(state: TrainState) -> Any:
+    """Sums of whole numbers are the same in any order, so for any sharding of the arrays.
+
+    Each 32-bit word is multiplied by an odd number of its place's own, so that no change of one
+    word, nor two words in each other's places, go unseen.
+    """
+
+    def of_leaf(x: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, length in enumerate(x.shape):
+            place = place * length + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(words * (place * jnp.uint32(2654435769) * 2 + 1), dtype=jnp.uint32)
+
+    return jax.tree.map(of_leaf, state)

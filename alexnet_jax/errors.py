@@ -5,13 +5,15 @@ import functools
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # BSD's EX_TEMPFAIL: saved on request, run the same command to go on
+EXIT_PEER_LOST = 76  # another process of the run is gone: run the same command on all to go on
 EXIT_KILLED_BY_CTRL_C = 130
 
 
@@ -38,12 +40,26 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
             sys.exit(main(*args, **kwargs))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-            sys.exit(EXIT_USER_ERROR)
+            _leave(EXIT_USER_ERROR)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
-            sys.exit(EXIT_KILLED_BY_CTRL_C)
+            _leave(EXIT_KILLED_BY_CTRL_C)
+        except Exception:
+            traceback.print_exc()
+            _leave(1)
 
     return command
+
+
+def _leave(code: int) -> NoReturn:
+    """At a usual exit JAX would wait for the run's other processes, which wait for this one."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _quiet_libraries() -> None:

@@ -306,17 +306,57 @@ def _unpool_axis(x: Array, y: Array, dy: Array, axis: int) -> Array:
     return jax.lax.slice_in_dim(both, 0, x.shape[axis], axis=axis)
 
 
-def paper_dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Dropout as in paper §4.2: zeros with no rescaling in training, x * (1 - rate) at test.
+def dropout_mask(key: Array, rate: float, first: Array | int, shape: tuple[int, int]) -> Array:
+    """Returns which units are kept, bool[B, D], each with probability 1 - rate.
 
-    Its expectation over masks equals its test output, as with inverted dropout (`nn.Dropout`);
-    but what the next layer sees is (1 - rate) times as large, which matters next to a given
-    weight decay and learning rate.
+    An image's draws come from the key and its place in the batch alone, so that they are the same
+    however many devices share the batch.
 
     Args:
-      x: float[...].
-      key: a PRNG key in training, None at test.
+      first: the place of the first image in the whole batch.
+      shape: (B, D).
     """
-    if key is None:
-        return x * jnp.asarray(1.0 - rate, x.dtype)
-    return x * jax.random.bernoulli(key, 1.0 - rate, x.shape).astype(x.dtype)
+    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(shape[0]))
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape[1:]))(keys)
+
+
+def inverted_dropout(x: Array, rate: float, kept: Array | None) -> Array:
+    """Zeros, and the rest divided by 1 - rate, so that nothing is to be done at test.
+
+    Args:
+      kept: bool[...] of x's shape in training, None at test.
+    """
+    return x if kept is None else jnp.where(kept, x / (1.0 - rate), 0)
+
+
+def paper_dropout(x: Array, rate: float, kept: Array | None) -> Array:
+    """Dropout as in paper §4.2: zeros with no rescaling in training, x * (1 - rate) at test.
+
+    Its expectation over masks equals its test output, as with inverted dropout; but what the next
+    layer sees is (1 - rate) times as large, which matters next to a given weight decay and
+    learning rate.
+
+    Args:
+      kept: bool[...] of x's shape in training, None at test.
+    """
+    return x * jnp.asarray(1.0 - rate, x.dtype) if kept is None else x * kept.astype(x.dtype)
+
+
+def to_rows_of_group(x: Array, axis: str) -> Array:
+    """[b, D] of each device's images -> [m b, D / m]: all m devices' images, a share of the units.
+
+    The devices along a mapped axis exchange what they have; that moves each value at most once.
+    """
+    return jax.lax.all_to_all(x, axis, split_axis=1, concat_axis=0, tiled=True)
+
+
+def split_dot_general(
+    x: Array, kernel: Array, dimensions: Any, *, axis: str, scatter: int, **others: Any
+) -> Array:
+    """`dot_general` of shares of the inputs, [m b, D / m] and [D / m, E], added over a mapped axis.
+
+    Returns the share of the sum along dimension `scatter` that is this device's: [b, E] or
+    [m b, E / m].
+    """
+    partial = dot_general(x, kernel, dimensions, **others)
+    return jax.lax.psum_scatter(partial, axis, scatter_dimension=scatter, tiled=True)

@@ -15,10 +15,14 @@ from alexnet_jax.layers import (
     ceil_padding,
     conv,
     dot_general,
+    dropout_mask,
+    inverted_dropout,
     local_response_norm,
     max_pool,
     paper_dropout,
     promote_all_but_kernel,
+    split_dot_general,
+    to_rows_of_group,
     within_map_norm,
 )
 
@@ -151,7 +155,10 @@ class AlexNet(nn.Module):
       initializer: "paper", N(0, 0.01²) but for `original`, or "he", He normal by fan-in.
       hidden_bias: initial bias in conv2, conv4, conv5, fc6, fc7 (0 elsewhere).
       width: factor on all filter counts and on the 4096s, rounded to multiples of 8.
-      batch_norm_axis: mapped axis over which `bn` averages its statistics.
+      batch_axes: mapped axes over which the batch is split: `bn` averages its statistics over them.
+      fc_axis: the one of them along which the fc layers are split too, as in "One weird trick"
+        (arXiv 1404.5997): their kernels are a device's share of the inputs, [D / m, E], and
+        their features a share of the units for the images of all m devices, [m B, E / m].
 
     Raises:
       UserError: an attribute, a feature name or an image size that does not exist here.
@@ -164,7 +171,8 @@ class AlexNet(nn.Module):
     initializer: str = "paper"
     hidden_bias: float = 1.0
     width: float = 1.0
-    batch_norm_axis: str | None = None
+    batch_axes: tuple[str, ...] = ()
+    fc_axis: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("model variant", self.variant, tuple(VARIANTS))
@@ -205,6 +213,8 @@ class AlexNet(nn.Module):
                 ops = POOLED_EARLY
             x = self._block(ops, number, x, train, found)
         x = x.reshape(x.shape[0], -1)
+        if axis := self._split_axis():
+            x = to_rows_of_group(x, axis)
         for number, ops in ((6, variant.hidden), (7, variant.hidden), (8, ("fc",))):
             x = self._block(ops, number, x, train, found)
         logits = found["fc8"] = x.astype(jnp.float32)
@@ -249,7 +259,7 @@ class AlexNet(nn.Module):
                     use_running_average=not train,
                     momentum=0.9,
                     dtype=self.dtype,
-                    axis_name=self.batch_norm_axis,
+                    axis_name=self.batch_axes or None,
                     name=f"bn{number}",
                 )(x)
             case "dropout":
@@ -282,21 +292,43 @@ class AlexNet(nn.Module):
         return [(0, 0) if (length - 11) % 4 == 0 else (2, 2) for length in x.shape[1:3]]
 
     def _dense(self, number: int, x: Array) -> Array:
+        product, promote = dot_general, promote_all_but_kernel
+        if axis := self._split_axis():
+            last = number == 8
+            product = functools.partial(split_dot_general, axis=axis, scatter=0 if last else 1)
+            promote = promote_all_but_kernel if last else self._promote_share_of_bias
         return nn.Dense(
             self.num_classes if number == 8 else self._scaled(HIDDEN_UNITS),
             dtype=self.dtype,
             kernel_init=self._kernel_init(0.01),
             bias_init=self._bias_init(f"fc{number}"),
-            promote_dtype=promote_all_but_kernel,
-            dot_general=dot_general,
+            promote_dtype=promote,
+            dot_general=product,
             name=f"fc{number}",
         )(x)
 
+    def _promote_share_of_bias(self, x: Array, kernel: Array, bias: Array, *, dtype: str):
+        x, kernel, bias = promote_all_but_kernel(x, kernel, bias, dtype=dtype)
+        share = len(bias) // jax.lax.axis_size(self.fc_axis)
+        start = jax.lax.axis_index(self.fc_axis) * share
+        return x, kernel, jax.lax.dynamic_slice_in_dim(bias, start, share)
+
     def _dropout(self, x: Array, train: bool) -> Array:
-        if not VARIANTS[self.variant].paper_dropout:
-            return nn.Dropout(self.dropout, deterministic=not train)(x)
-        needs_key = train and self.dropout > 0
-        return paper_dropout(x, self.dropout, self.make_rng("dropout") if needs_key else None)
+        dropout = paper_dropout if VARIANTS[self.variant].paper_dropout else inverted_dropout
+        return dropout(x, self.dropout, self._kept(x.shape) if train and self.dropout else None)
+
+    def _kept(self, shape: tuple[int, int]) -> Array:
+        key = self.make_rng("dropout")
+        axis = self._split_axis()
+        parts = jax.lax.axis_size(axis) if axis else 1
+        own = shape[0] // parts, shape[1] * parts
+        first = jax.lax.axis_index(self.batch_axes) * own[0] if self.batch_axes else 0
+        kept = dropout_mask(key, self.dropout, first, own)
+        return to_rows_of_group(kept, axis) if axis else kept
+
+    def _split_axis(self) -> str | None:
+        """Parameters are made whole, where no axis is mapped."""
+        return None if self.is_initializing() else self.fc_axis
 
     def _scaled(self, units: int) -> int:
         return max(8, 8 * round(units * self.width / 8))

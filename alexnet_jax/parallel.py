@@ -1,68 +1,114 @@
-"""How the pure steps are compiled and where their arrays lie: jit on one device, pmap on several.
+"""How the pure steps are compiled and where their arrays lie: one device, several, or a pod.
 
-Each kind is a function that returns the same five functions, so that the training loop does not
-know which one drives it.
+What a device has besides its share of the batch:
+
+    jit          everything: there is but one device
+    pmap         all parameters
+    mesh.data    all parameters
+    mesh.zero    a share of each large parameter and of its velocity; parameters are gathered for
+                 each step (ZeRO, arXiv 1910.02054)
+    mesh.hybrid  conv1 to conv5, and a share of fc6 to fc8 ("One weird trick", arXiv 1404.5997)
+
+Each kind is a function that returns the same `Compiled`, so that the training loop does not know
+which one drives it.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from alexnet_jax.errors import UserError
-from alexnet_jax.step import EvalStep, Metrics, TrainState, TrainStep
+from alexnet_jax.model import LayerRow
+from alexnet_jax.step import EvalStep, Spread, TrainState, TrainStep
 
 HostBatch = dict[str, np.ndarray]
 PlacedBatch = dict[str, jax.Array]
-MakeTrainStep = Callable[[str | None], TrainStep]
-MakeEvalStep = Callable[[str | None], EvalStep]
+MakeTrainStep = Callable[[Spread], TrainStep]
+MakeEvalStep = Callable[[Spread], EvalStep]
+Devices = list[jax.Device]
+Tree = Any
 
 PMAP_AXIS = "devices"
+DATA_AXIS = "data"  # groups of devices that each have a whole copy of the parameters
+GROUP_AXIS = "group"  # the devices of one group, which share the fc layers
+SPLIT_LAYERS = ("fc6", "fc7", "fc8")
+# Smaller arrays are not worth a message of their own.
+LEAST_SHARDED = 2**14
+GRADIENT_DTYPES = ("float32", "bfloat16")
+WHOLE = PartitionSpec()
 
 
 class Compiled(NamedTuple):
     """Compiled steps and how to bring arrays to and from them.
 
+    At rest, which is outside of the steps and in checkpoints, the state is one copy, of global
+    arrays: whole on every device, or sharded.
+
     Attributes:
       train_step: (placed state, placed batch) -> (placed state, placed metrics); the state
         passed in is donated.
       eval_step: (placed state, placed batch) -> placed sums.
-      place: TrainState or a part of one -> the same on the devices.
+      shardings: of the state at rest, a tree like it.
+      place, unplace: a state at rest, or a part of one -> the same as the steps take it; and back.
+      batch_sharding: of a batch.
       place_batch: this host's part of a batch -> the same on its devices; returns while the
         transfer goes on.
-      fetch: placed state or metrics -> the same as one copy, without the device axis.
+      own_places: which places of every global batch are this host's, int64[share], rising.
     """
 
     train_step: Callable
     eval_step: Callable
-    place: Callable[[Any], Any]
+    shardings: Tree
+    place: Callable[[Tree], Tree]
+    unplace: Callable[[Tree], Tree]
+    batch_sharding: Sharding
     place_batch: Callable[[HostBatch], PlacedBatch]
-    fetch: Callable[[TrainState | Metrics], TrainState | Metrics]
-
-
-def axis_name(config: ConfigDict) -> str | None:
-    """Returns the name of the mapped axis, None where the step is not mapped."""
-    return PMAP_AXIS if kind(config) == "pmap" else None
+    own_places: np.ndarray
 
 
 def compile_steps(
-    config: ConfigDict, make_train_step: MakeTrainStep, make_eval_step: MakeEvalStep
+    config: ConfigDict,
+    make_train_step: MakeTrainStep,
+    make_eval_step: MakeEvalStep,
+    abstract_state: TrainState,
+    devices: Devices | None = None,
 ) -> Compiled:
     """Compiles both steps as config.parallel asks.
 
-    Raises UserError if the kind does not exist, or the batch size does not divide.
+    Args:
+      abstract_state: shapes and dtypes, as `jax.eval_shape` gives them.
+      devices: all of them, over all hosts, by default those that there are.
+
+    Raises UserError as `check` does.
     """
-    check(config)
-    compiled = KINDS[kind(config)](make_train_step, make_eval_step)
+    devices = devices or jax.devices()
+    check(config, len(devices))
+    compiled = KINDS[kind(config)](config, make_train_step, make_eval_step, abstract_state, devices)
     seen_in_traces = jax.profiler.annotate_function(compiled.place_batch, name="place batch")
     return compiled._replace(place_batch=seen_in_traces)
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError if the kind does not exist, or the batch size does not divide."""
-    devices = jax.device_count() if kind(config) == "pmap" else 1
+def check(config: ConfigDict, devices: int | None = None) -> None:
+    """Raises UserError if the kind does not exist, or the batch or the devices do not divide."""
+    chosen = kind(config)
+    devices = devices or jax.device_count()
+    if chosen == "jit":
+        if jax.process_count() > 1:
+            raise UserError("parallel=jit runs on one process alone; take --config.parallel=auto")
+        devices = 1
+    if config.optimizer.gradient_dtype not in GRADIENT_DTYPES:
+        raise UserError(
+            f"optimizer.gradient_dtype={config.optimizer.gradient_dtype!r}; it can be "
+            f"{', '.join(GRADIENT_DTYPES)}"
+        )
     parts = devices * config.optimizer.accumulate_steps
     if config.batch_size <= 0 or config.optimizer.accumulate_steps <= 0:
         raise UserError("batch_size and optimizer.accumulate_steps must be at least 1")
@@ -73,47 +119,277 @@ def check(config: ConfigDict) -> None:
             f"{config.optimizer.accumulate_steps} accumulation step(s); try "
             f"--config.batch_size={below + parts}"
         )
+    if chosen == "mesh.hybrid" and devices % _group_size(config, devices):
+        raise UserError(
+            f"{devices} devices do not divide into groups of hybrid_group={config.hybrid_group}"
+        )
+
+
+def check_layers(config: ConfigDict, layers: list[LayerRow]) -> None:
+    """Raises UserError if a group of devices cannot share the fc layers evenly."""
+    parts = fc_parts(config)
+    for row in layers:
+        units = math.prod(row.output_shape)
+        if row.name in ("pool5", "fc6", "fc7") and units % parts:
+            raise UserError(
+                f"the {units} values of {row.name} cannot be split over groups of {parts} "
+                "devices; set another --config.hybrid_group"
+            )
 
 
 def kind(config: ConfigDict) -> str:
     """Returns the key of KINDS that config.parallel means. Raises UserError if there is none."""
     if config.parallel == "auto":
-        return "pmap" if jax.device_count() > 1 else "jit"
+        return "mesh.data" if jax.device_count() > 1 else "jit"
     if config.parallel not in KINDS:
         raise UserError(f"parallel={config.parallel!r}; it can be auto, {', '.join(KINDS)}")
     return config.parallel
 
 
-def _jit(make_train_step: MakeTrainStep, make_eval_step: MakeEvalStep) -> Compiled:
+def batch_axes(config: ConfigDict) -> tuple[str, ...]:
+    """Returns the mapped axes over which the batch is split; none where the step is not mapped."""
+    return {
+        "jit": (),
+        "pmap": (PMAP_AXIS,),
+        "mesh.data": (DATA_AXIS,),
+        "mesh.zero": (DATA_AXIS,),
+        "mesh.hybrid": (DATA_AXIS, GROUP_AXIS),
+    }[kind(config)]
+
+
+def fc_axis(config: ConfigDict) -> str | None:
+    """Returns the one of `batch_axes` over which the fc layers are split as well."""
+    return GROUP_AXIS if kind(config) == "mesh.hybrid" else None
+
+
+def fc_parts(config: ConfigDict, devices: int | None = None) -> int:
+    """Returns how many devices share the fc layers of one copy of the network."""
+    return _group_size(config, devices or jax.device_count()) if fc_axis(config) else 1
+
+
+def whole(tree: Tree) -> Tree:
+    """Returns global arrays at rest as numpy arrays, the same on every host."""
+    return jax.tree.map(lambda x: np.asarray(_gathered(x)), tree)
+
+
+def replicated(tree: Tree, like: Tree) -> Tree:
+    """Returns numpy arrays that every host has alike as global arrays, which lie as `like` do."""
+
+    def placed(x: np.ndarray, like: jax.Array) -> jax.Array:
+        x = np.asarray(x, like.dtype)
+        return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
+
+    return jax.tree.map(placed, tree, like)
+
+
+def _gathered(x: jax.Array) -> jax.Array:
+    if not isinstance(x, jax.Array) or x.is_fully_replicated:
+        return x
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, WHOLE))(x)
+
+
+def _group_size(config: ConfigDict, devices: int) -> int:
+    return min(config.hybrid_group, devices)
+
+
+def _jit(
+    config: ConfigDict,
+    make_train_step: MakeTrainStep,
+    make_eval_step: MakeEvalStep,
+    state: TrainState,
+    devices: Devices,
+) -> Compiled:
+    sharding = SingleDeviceSharding(devices[0])
     return Compiled(
-        train_step=jax.jit(make_train_step(None), donate_argnums=0),
-        eval_step=jax.jit(make_eval_step(None)),
-        place=jax.device_put,
-        place_batch=jax.device_put,
-        fetch=lambda tree: tree,
+        train_step=jax.jit(make_train_step(Spread()), donate_argnums=0),
+        eval_step=jax.jit(make_eval_step(Spread())),
+        shardings=jax.tree.map(lambda _: sharding, state),
+        place=lambda tree: tree,
+        unplace=lambda tree: tree,
+        batch_sharding=sharding,
+        place_batch=lambda batch: jax.device_put(batch, sharding),
+        own_places=np.arange(config.batch_size),
     )
 
 
-def _pmap(make_train_step: MakeTrainStep, make_eval_step: MakeEvalStep) -> Compiled:
-    devices = jax.local_devices()
-    mesh = jax.sharding.Mesh(np.array(devices), (PMAP_AXIS,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(PMAP_AXIS))
+def _pmap(
+    config: ConfigDict,
+    make_train_step: MakeTrainStep,
+    make_eval_step: MakeEvalStep,
+    state: TrainState,
+    devices: Devices,
+) -> Compiled:
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    mesh = Mesh(np.array(devices), (PMAP_AXIS,))
+    at_rest = NamedSharding(mesh, WHOLE)
+    on_local = NamedSharding(Mesh(np.array(local), (PMAP_AXIS,)), PartitionSpec(PMAP_AXIS))
+    mean = functools.partial(
+        _mean, axes=(PMAP_AXIS,), dtype=config.optimizer.gradient_dtype, devices=len(devices)
+    )
+    spread = Spread(mean=lambda gradients: jax.tree.map(mean, gradients))
 
     def place_batch(batch: HostBatch) -> PlacedBatch:
-        shares = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), batch)
-        return jax.device_put(shares, sharding)
+        shares = jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), batch)
+        return jax.device_put(shares, on_local)
 
-    def place(state: Any) -> Any:
-        copies = jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), state)
-        return jax.device_put(copies, sharding)
+    def place(x: jax.Array) -> jax.Array:
+        copies = {shard.device: shard.data[None] for shard in x.addressable_shards}
+        return jax.make_array_from_single_device_arrays(
+            (len(local), *x.shape), on_local, [copies[device] for device in local]
+        )
+
+    def unplace(x: jax.Array) -> jax.Array:
+        copies = [shard.data[0] for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape[1:], at_rest, copies)
 
     return Compiled(
-        train_step=jax.pmap(make_train_step(PMAP_AXIS), PMAP_AXIS, donate_argnums=0),
-        eval_step=jax.pmap(make_eval_step(PMAP_AXIS), PMAP_AXIS),
-        place=place,
+        train_step=jax.pmap(make_train_step(spread), PMAP_AXIS, devices=devices, donate_argnums=0),
+        eval_step=jax.pmap(make_eval_step(spread), PMAP_AXIS, devices=devices),
+        shardings=jax.tree.map(lambda _: at_rest, state),
+        place=functools.partial(jax.tree.map, place),
+        unplace=functools.partial(jax.tree.map, unplace),
+        batch_sharding=on_local,
         place_batch=place_batch,
-        fetch=lambda tree: jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree),
+        own_places=_own_places(NamedSharding(mesh, PartitionSpec(PMAP_AXIS)), config.batch_size),
     )
 
 
-KINDS = {"jit": _jit, "pmap": _pmap}
+def _mesh(
+    config: ConfigDict,
+    make_train_step: MakeTrainStep,
+    make_eval_step: MakeEvalStep,
+    state: TrainState,
+    devices: Devices,
+) -> Compiled:
+    mesh = make_mesh(config, devices)
+    axes = batch_axes(config)
+    of_batch = PartitionSpec(axes)
+    specs = parameter_specs(config, state.params, mesh)
+    # ZeRO's gradients leave the devices as shards; its parameters reach them whole.
+    inside = jax.tree.map(lambda _: WHOLE, specs) if kind(config) == "mesh.zero" else specs
+
+    def mean(gradient: jax.Array, spec: PartitionSpec, spec_inside: PartitionSpec) -> jax.Array:
+        held = jax.tree.leaves(tuple(spec_inside))
+        over = tuple(axis for axis in axes if axis not in held)
+        scatter = None if spec == spec_inside else spec.index(DATA_AXIS)
+        dtype = config.optimizer.gradient_dtype
+        return _mean(gradient, over, dtype, mesh.size, scatter)
+
+    spread_out = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+    in_specs = (inside, of_batch, WHOLE)
+    spread = Spread(
+        gradients=functools.partial(spread_out, in_specs=in_specs, out_specs=(specs, WHOLE)),
+        sums=functools.partial(spread_out, in_specs=in_specs, out_specs=WHOLE),
+        mean=lambda gradients: jax.tree.map(mean, gradients, specs, inside),
+    )
+    shardings = _like_parameters(state, specs, mesh)
+    batch_sharding = NamedSharding(mesh, of_batch)
+    replicated = NamedSharding(mesh, WHOLE)
+    own = _own_places(batch_sharding, config.batch_size)
+
+    def place(x: np.ndarray) -> jax.Array:
+        def share(index: tuple[slice, ...]) -> np.ndarray:
+            rows = range(config.batch_size)[index[0]]
+            start = int(np.searchsorted(own, rows.start))
+            return x[start : start + len(rows)]
+
+        return jax.make_array_from_callback(
+            (config.batch_size, *x.shape[1:]), batch_sharding, share
+        )
+
+    return Compiled(
+        train_step=jax.jit(
+            make_train_step(spread),
+            in_shardings=(shardings, batch_sharding),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(
+            make_eval_step(spread),
+            in_shardings=(shardings, batch_sharding),
+            out_shardings=replicated,
+        ),
+        shardings=shardings,
+        place=lambda tree: tree,
+        unplace=lambda tree: tree,
+        batch_sharding=batch_sharding,
+        place_batch=functools.partial(jax.tree.map, place),
+        own_places=own,
+    )
+
+
+KINDS = {"jit": _jit, "pmap": _pmap, "mesh.data": _mesh, "mesh.zero": _mesh, "mesh.hybrid": _mesh}
+
+
+def make_mesh(config: ConfigDict, devices: Devices) -> Mesh:
+    """Returns the devices by `batch_axes`, neighbours on the machine's network in one group."""
+    shape = (len(devices),)
+    if fc_axis(config):
+        group = _group_size(config, len(devices))
+        shape = (len(devices) // group, group)
+    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, batch_axes(config))
+
+
+def parameter_specs(config: ConfigDict, params: Tree, mesh: Mesh) -> Tree:
+    """Returns how each parameter is sharded at rest, by its layer's name, as a tree like params."""
+
+    def spec(path: tuple, x: jax.ShapeDtypeStruct) -> PartitionSpec:
+        layer, name = path[0].key, path[-1].key
+        match kind(config):
+            case "mesh.hybrid" if layer in SPLIT_LAYERS and name == "kernel":
+                return PartitionSpec(GROUP_AXIS, None)
+            case "mesh.zero" if x.size >= LEAST_SHARDED:
+                divisible = [length % mesh.size == 0 for length in x.shape]
+                if any(divisible):
+                    lengths = np.where(divisible, x.shape, 0)
+                    axes = [None] * x.ndim
+                    axes[int(lengths.argmax())] = DATA_AXIS
+                    return PartitionSpec(*axes)
+        return WHOLE
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _like_parameters(state: TrainState, specs: Tree, mesh: Mesh) -> Tree:
+    """Shardings of a whole state: what has a tree like that of params lies as params do."""
+    structure = jax.tree.structure(state.params)
+
+    def is_like_params(part: Any) -> bool:
+        return jax.tree.structure(part) == structure
+
+    def shardings(part: Any) -> Tree:
+        return specs if is_like_params(part) else WHOLE
+
+    of_state = jax.tree.map(shardings, state, is_leaf=is_like_params)
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        of_state,
+        is_leaf=lambda part: isinstance(part, PartitionSpec),
+    )
+
+
+def _mean(
+    gradient: jax.Array,
+    axes: tuple[str, ...],
+    dtype: str,
+    devices: int,
+    scatter: int | None = None,
+) -> jax.Array:
+    """The sum over mapped axes, in `dtype` on its way, over the number of all devices.
+
+    Of a sum of shares of the loss, each of which is a mean over one device's images.
+    """
+    sent = gradient.astype(dtype)
+    if scatter is None:
+        total = jax.lax.psum(sent, axes)
+    else:
+        total = jax.lax.psum_scatter(sent, axes, scatter_dimension=scatter, tiled=True)
+    return total.astype(jnp.float32) / devices
+
+
+def _own_places(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """Which rows of an array of so many this host's devices hold."""
+    index = sharding.addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in index.values()]))

@@ -23,23 +23,11 @@ READS_IN_FLIGHT = max(2, min(8, os.cpu_count() or 1))
 PLACED_AHEAD = 2  # batches whose transfer goes on beside the steps
 
 
-def share_of_batch(batch_size: int, process_index: int, process_count: int) -> range:
-    """Returns which places of every global batch are one host's: consecutive, as devices are.
-
-    Shares differ by one place at most where the number of hosts does not divide the batch.
-    """
-    return range(
-        batch_size * process_index // process_count,
-        batch_size * (process_index + 1) // process_count,
-    )
-
-
 def train_batches(
     store: Store,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    own_places: np.ndarray | None = None,
     place: Callable[[Batch], Any] = lambda batch: batch,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over one host's part of every global batch.
@@ -47,16 +35,17 @@ def train_batches(
     Each epoch is a new permutation of all examples; batches run on across the ends of epochs,
     so that every example comes exactly once in each epoch whatever the batch size. Global batch
     n holds the examples at places n·batch_size … of that stream, in the same order for any number
-    of hosts: one host's share follows the other's (`share_of_batch`).
+    of hosts.
 
     Args:
       batch_size: global.
+      own_places: which places of every global batch are this host's; all by default.
       place: brings a batch to the devices; goes on for the next ones while a step runs.
 
     Yields what `place` makes of {"image": uint8[share, S, S, 3], "label": int32[share]}. The
     iterator's `get_state()` and `set_state()` hold its position.
     """
-    share = np.array(share_of_batch(batch_size, process_index, process_count), np.int64)
+    share = np.arange(batch_size) if own_places is None else own_places
 
     def read(number: int) -> Batch:
         return store.read(shuffled(number * batch_size + share, store.num_examples, seed))
@@ -65,11 +54,16 @@ def train_batches(
     return iter(_placed(_read_ahead(numbers, read), place))
 
 
+def first_of_batch(store: Store, batch_size: int, seed: int, number: int, most: int) -> Batch:
+    """Returns the first so many examples of one global batch, as `train_batches` has them."""
+    places = number * batch_size + np.arange(min(most, batch_size))
+    return store.read(shuffled(places, store.num_examples, seed))
+
+
 def eval_batches(
     store: Store,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    own_places: np.ndarray | None = None,
     place: Callable[[Batch], Any] = lambda batch: batch,
 ) -> Iterator[Any]:
     """Yields every example once, in order, one host's part of every global batch.
@@ -77,7 +71,7 @@ def eval_batches(
     The last batches are filled up with examples of label -1, which the evaluation step does not
     count; all hosts yield equally many batches. Arguments as for `train_batches`.
     """
-    share = np.array(share_of_batch(batch_size, process_index, process_count), np.int64)
+    share = np.arange(batch_size) if own_places is None else own_places
     starts = range(0, store.num_examples, batch_size)
 
     def read(number: int) -> Batch:

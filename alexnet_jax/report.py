@@ -86,6 +86,13 @@ class Report:
                 self._tensorboard.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
 
+class NoReport:
+    """What all processes of a run but one have in place of a `Report`: its methods do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
 def _place(row: Row) -> str:
     return f"step {row['step']:6d}  epoch {row['epoch']:6.2f}"
 

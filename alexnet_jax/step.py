@@ -1,7 +1,7 @@
 """One step of training and one of evaluation: pure functions of (state, batch)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -11,7 +11,8 @@ import optax
 from ml_collections import ConfigDict
 
 from alexnet_jax import augment
-from alexnet_jax.optim import Schedule, plateau, sgd
+from alexnet_jax.model import AlexNet
+from alexnet_jax.optim import Params, Schedule, plateau, sgd
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -34,7 +35,7 @@ class TrainState(flax.struct.PyTreeNode):
     """
 
     step: jax.Array
-    params: dict[str, Any]
+    params: Params
     batch_stats: dict[str, Any]
     opt_state: optax.OptState
     plateau: Any
@@ -50,7 +51,7 @@ def train_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.PRNGKey(seed), TRAIN)
 
 
-def init_state(model: nn.Module, config: ConfigDict) -> TrainState:
+def init_state(model: AlexNet, config: ConfigDict) -> TrainState:
     """Returns the state before the first step, a function of config.seed alone."""
     init_key = jax.random.fold_in(jax.random.PRNGKey(config.seed), INIT)
     size = config.augment.crop_size
@@ -66,23 +67,49 @@ def init_state(model: nn.Module, config: ConfigDict) -> TrainState:
     )
 
 
+Gradients = Callable[[Params, Batch, Any], tuple[Params, Any]]
+Sums = Callable[[Params, Batch, Any], Metrics]
+
+
+class Spread(NamedTuple):
+    """How the part of a step that sees the batch is spread over devices; by default it is not.
+
+    That part is a function of (params, batch, the rest), of which a device has its share of the
+    batch, and of the parameters what its layers need.
+
+    Attributes:
+      gradients: maps such a function, whose gradients are already those of the global batch.
+      sums: the same for the evaluation's.
+      mean: the gradients of a device's share -> those of the global batch, or its shards of them.
+    """
+
+    gradients: Callable[[Gradients], Gradients] = lambda function: function
+    sums: Callable[[Sums], Sums] = lambda function: function
+    mean: Callable[[Params], Params] = lambda gradients: gradients
+
+
+UNSPREAD = Spread()
+
+
 def make_train_step(
-    model: nn.Module,
+    model: AlexNet,
     config: ConfigDict,
     stats: augment.Statistics,
     schedule: Schedule,
-    axis_name: str | None = None,
+    spread: Spread = UNSPREAD,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
     The batch is {"image": uint8[B, S, S, 3], "label": int32[B]}; augmentation happens inside.
     Metrics are float32[] means over the global batch: loss (nats), top1 and top5 (accuracies, 0
-    to 1); and learning_rate.
+    to 1); and learning_rate, and grad_norm, the global norm of the gradients of the loss.
 
-    Args:
-      axis_name: of the mapped device axis under pmap, where the batch is one device's share.
+    Every random draw comes from (seed, step) and an image's place in the global batch, so that a
+    step is the same on any number of devices. Where `model.batch_axes` are mapped, the batch is
+    one device's share.
     """
     optimizer = sgd(config)
+    axes = model.batch_axes
 
     def loss_fn(params, batch_stats, images, labels, key):
         logits, updated = model.apply(
@@ -96,24 +123,23 @@ def make_train_step(
         metrics = {"loss": loss, **_in_first(logits, labels, jnp.mean)}
         return loss, (metrics, updated.get("batch_stats", {}))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        now = schedule(state.step, state.plateau.scale)
-        images = augmented(
-            state.key, state.step, batch["image"], now.color_noise, stats, config, axis_name
-        )
-        dropout_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), DROPOUT)
-        if axis_name:
-            dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))
-
+    def gradients(params, batch, rest):
+        batch_stats, key, step, color_noise = rest
+        images = augmented(key, step, batch["image"], color_noise, stats, config, axes)
         grads, metrics, batch_stats = _accumulate(
             jax.grad(loss_fn, has_aux=True),
-            state,
+            (params, batch_stats),
             (images, batch["label"]),
-            dropout_key,
+            jax.random.fold_in(jax.random.fold_in(key, step), DROPOUT),
             config.optimizer.accumulate_steps,
         )
-        if axis_name:
-            grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+        metrics = jax.lax.pmean(metrics, axes) if axes else metrics
+        return spread.mean(grads), (metrics, batch_stats)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        now = schedule(state.step, state.plateau.scale)
+        rest = (state.batch_stats, state.key, state.step, now.color_noise)
+        grads, (metrics, batch_stats) = spread.gradients(gradients)(state.params, batch, rest)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rates=now.rates)
         state = state.replace(
             step=state.step + 1,
@@ -121,7 +147,8 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        return state, {**metrics, "learning_rate": now.learning_rate}
+        norm = optax.global_norm(grads)
+        return state, {**metrics, "learning_rate": now.learning_rate, "grad_norm": norm}
 
     return train_step
 
@@ -133,7 +160,7 @@ def augmented(
     color_noise: jax.Array,
     stats: augment.Statistics,
     config: ConfigDict,
-    axis_name: str | None = None,
+    axes: tuple[str, ...] = (),
 ) -> jax.Array:
     """Returns the batch that the network sees at one step, float32[B, crop_size, crop_size, 3].
 
@@ -141,38 +168,42 @@ def augmented(
     does not depend on how many devices share the batch.
     """
     key = jax.random.fold_in(jax.random.fold_in(key, step), AUGMENT)
-    first = jax.lax.axis_index(axis_name) * len(images) if axis_name else 0
+    first = jax.lax.axis_index(axes) * len(images) if axes else 0
     keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(len(images)))
     return augment.augment(images, keys, color_noise, stats, config)
 
 
-def _accumulate(grad_fn, state: TrainState, examples: tuple, key: jax.Array, parts: int):
-    """Gradients and metrics of the batch, computed in so many parts one after the other."""
+def _accumulate(grad_fn, variables: tuple, examples: tuple, key: jax.Array, parts: int):
+    """Gradients and metrics of the batch, computed in so many parts one after the other.
+
+    A part takes every parts-th image, of each device's share as of the whole batch.
+    """
+    params, batch_stats = variables
     if parts == 1:
-        grads, (metrics, batch_stats) = grad_fn(state.params, state.batch_stats, *examples, key)
+        grads, (metrics, batch_stats) = grad_fn(params, batch_stats, *examples, key)
         return grads, metrics, batch_stats
 
     def add_part(carry, part):
         grads, batch_stats = carry
-        part_grads, (metrics, batch_stats) = grad_fn(state.params, batch_stats, *part)
+        part_grads, (metrics, batch_stats) = grad_fn(params, batch_stats, *part)
         return (jax.tree.map(lambda total, g: total + g / parts, grads, part_grads), batch_stats), (
             metrics
         )
 
-    split = [x.reshape(parts, -1, *x.shape[1:]) for x in examples]
+    split = [x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for x in examples]
     (grads, batch_stats), metrics = jax.lax.scan(
         add_part,
-        (jax.tree.map(jnp.zeros_like, state.params), state.batch_stats),
+        (jax.tree.map(jnp.zeros_like, params), batch_stats),
         (*split, jax.random.split(key, parts)),
     )
     return grads, jax.tree.map(jnp.mean, metrics), batch_stats
 
 
 def make_eval_step(
-    model: nn.Module,
+    model: AlexNet,
     config: ConfigDict,
     stats: augment.Statistics,
-    axis_name: str | None = None,
+    spread: Spread = UNSPREAD,
 ) -> EvalStep:
     """Returns `eval_step(state, batch) -> sums` over the examples whose label is not -1.
 
@@ -180,9 +211,9 @@ def make_eval_step(
     the softmax is averaged over them first (paper, section 4.1), and the loss is of the average.
     """
 
-    def log_probabilities(state: TrainState, images: jax.Array) -> jax.Array:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+    axes = model.batch_axes
 
+    def log_probabilities(variables: dict[str, Any], images: jax.Array) -> jax.Array:
         def of_view(view: jax.Array) -> jax.Array:
             return nn.log_softmax(model.apply(variables, view, train=False))
 
@@ -191,17 +222,21 @@ def make_eval_step(
         views = jax.lax.map(of_view, augment.ten_views(images, stats, config))
         return nn.logsumexp(views, axis=0) - jnp.log(augment.TEN_VIEWS)
 
-    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+    def sums(params: Params, batch: Batch, batch_stats: Any) -> Metrics:
         counted = batch["label"] >= 0
         labels = jnp.maximum(batch["label"], 0)
-        log_probs = log_probabilities(state, batch["image"])
+        variables = {"params": params, "batch_stats": batch_stats}
+        log_probs = log_probabilities(variables, batch["image"])
         losses = -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
 
         def total(values: jax.Array) -> jax.Array:
             return jnp.sum(jnp.where(counted, values, 0.0))
 
-        sums = {"loss": total(losses), **_in_first(log_probs, labels, total), "count": total(1.0)}
-        return jax.lax.psum(sums, axis_name) if axis_name else sums
+        found = {"loss": total(losses), **_in_first(log_probs, labels, total), "count": total(1.0)}
+        return jax.lax.psum(found, axes) if axes else found
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        return spread.sums(sums)(state.params, batch, state.batch_stats)
 
     return eval_step
 

@@ -22,7 +22,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,10 +167,20 @@ def open_store(path: str | os.PathLike, check_shards: bool = True) -> Store:
     )
 
 
-def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
+def open_or_prepare(
+    config: Mapping[str, Any],
+    part: tuple[int, int] = (1, 1),
+    wait_for_all: Callable[[str], None] = lambda _: None,
+) -> dict[str, Store]:
     """Opens a config's stores {"train": …, "eval": …}; prepares those that are not complete.
 
     Reads the fields dataset, data_dir, train_split, eval_split, image_size, storage, max_corrupt.
+    Of several hosts each prepares its part in a bucket. Folders may be each host's own or shared:
+    there, who comes first prepares all, and the others wait for it.
+
+    Args:
+      part: (i, n): this is the i-th of n hosts, counted from 1.
+      wait_for_all: returns once all hosts have called it with the same name.
 
     Raises:
       UserError: as `open_store` and `prepare.prepare_splits` do.
@@ -179,7 +189,9 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     if not all(is_settled(path) for path in paths.values()):
         from alexnet_jax import prepare
 
-        prepare.prepare_splits(config, paths)
+        shared = is_url(paths["train"])
+        prepare.prepare_splits(config, paths, part if shared else prepare.WHOLE)
+    wait_for_all("stores are prepared")
     stores = {use: open_store(path) for use, path in paths.items()}
     for path in paths.values():
         # A kill may come between the mark of completion and this; who may not write leaves them.
@@ -373,22 +385,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_bounds(config)
     if args.part and args.what != "prepare":
         raise UserError(f"--part goes with prepare and not with {args.what}")
-    paths = store_paths(config).values()
-    if args.what == "verify":
-        for path in paths:
-            _verify(path)
-        return
-    if args.part:
+    from alexnet_jax import hosts
+
+    with hosts.joined():
+        _run(args.what, args.part, config)
+
+
+def _run(what: str, part: str | None, config: Mapping[str, Any]) -> None:
+    from alexnet_jax import hosts
+
+    paths = store_paths(config)
+    if part:
         from alexnet_jax import prepare
 
-        prepare.prepare_splits(config, store_paths(config), _part(args.part))
-        stores = [open_store(path) for path in paths if is_settled(path)]
-    elif args.what == "prepare":
-        stores = open_or_prepare(config).values()
-    else:
-        stores = map(open_store, paths)
-    for store in stores:
-        print(describe(store))
+        prepare.prepare_splits(config, paths, _part(part))
+    elif what == "prepare":
+        open_or_prepare(config, hosts.part(), hosts.wait_for_all)
+    if not hosts.is_first():
+        return
+    for path in paths.values():
+        if what == "verify":
+            _verify(path)
+        elif not part or is_settled(path):
+            print(describe(open_store(path)))
 
 
 if __name__ == "__main__":

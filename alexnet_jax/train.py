@@ -6,22 +6,23 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, optim, parallel, pipeline, plots
+from alexnet_jax import augment, hosts, optim, parallel, pipeline, plots
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
 from alexnet_jax.interrupt import StopRequest
 from alexnet_jax.model import AlexNet, format_layer_table, layer_table
-from alexnet_jax.report import Meter, Report
+from alexnet_jax.report import Meter, NoReport, Report
 from alexnet_jax.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
 from alexnet_jax.store import Store, open_or_prepare
 from alexnet_jax.visualize import save_samples
@@ -46,7 +47,8 @@ def build_model(config: ConfigDict) -> AlexNet:
         initializer=fields.init,
         hidden_bias=fields.hidden_bias,
         width=fields.width,
-        batch_norm_axis=parallel.axis_name(config),
+        batch_axes=parallel.batch_axes(config),
+        fc_axis=parallel.fc_axis(config),
     )
 
 
@@ -54,7 +56,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains as `config` says, going on from the workdir's newest checkpoint if it has one.
 
     Writes config.json, summary.txt, samples.png, checkpoints/, metrics.jsonl, tensorboard/,
-    curves.png and filters.png into the workdir. Returns the state after the last step.
+    curves.png and filters.png into the workdir, which all hosts of a run must share. Returns the
+    state after the last step, at rest (see `parallel.Compiled`).
 
     Raises:
       UserError: a field, the data or the workdir is not usable, the loss is no longer finite,
@@ -64,16 +67,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     started = time.perf_counter()
     model = build_model(config)
     check(config)
+    hosts.check_same("config", configs.flat(config))
     workdir = Path(workdir).expanduser()
+    size = config.augment.crop_size
+    layers = layer_table(model, (size, size, 3))
+    parallel.check_layers(config, layers)
     with (
         explained_write_errors(workdir, "another --workdir", DISK_FULL),
-        claimed_workdir(workdir, config),
+        claimed_workdir(workdir, config) if hosts.is_first() else nullcontext(),
     ):
-        size = config.augment.crop_size
-        table = format_layer_table(layer_table(model, (size, size, 3)))
-        (workdir / "summary.txt").write_text(table + "\n")
-        print(f"AlexNet, variant {config.model.variant}:\n{table}\n")
-        stores = open_or_prepare(config)
+        table = format_layer_table(layers)
+        if hosts.is_first():
+            (workdir / "summary.txt").write_text(table + "\n")
+        hosts.say(f"AlexNet, variant {config.model.variant}:\n{table}\n")
+        stores = open_or_prepare(config, hosts.part(), hosts.wait_for_all)
         check_labels(config, stores)
         with (
             StopRequest() as stop,
@@ -91,7 +98,14 @@ def check(config: ConfigDict) -> None:
 
 
 def check_labels(config: ConfigDict, stores: dict[str, Store]) -> None:
-    """Raises UserError if there are more classes than the network has outputs."""
+    """Raises UserError if there are more classes than the network has outputs, or if the hosts of a
+    run have other data than each other.
+    """
+    fields = ("source", "num_examples", "mean_channel")
+    hosts.check_same(
+        "data",
+        {f"{use} {name}": getattr(store, name) for use, store in stores.items() for name in fields},
+    )
     classes = len(stores["train"].class_names)
     if classes > config.model.num_classes:
         raise UserError(
@@ -140,7 +154,7 @@ def evaluate(
     compiled: parallel.Compiled,
     state: TrainState,
     batches: Iterator[pipeline.Batch],
-    stop: StopRequest | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Returns loss, top1 and top5 as means over all examples; None if asked to stop meanwhile.
 
@@ -148,18 +162,23 @@ def evaluate(
     """
     total, pending = collections.Counter(), collections.deque()
     for batch in batches:
-        if stop and stop.requested:
+        if stopping():
             return None
         pending.append(compiled.eval_step(state, batch))
         if len(pending) > STEPS_IN_FLIGHT:
-            total.update(_floats(compiled.fetch(pending.popleft())))
+            total.update(_floats(compiled.unplace(pending.popleft())))
     for sums in pending:
-        total.update(_floats(compiled.fetch(sums)))
+        total.update(_floats(compiled.unplace(sums)))
     return {key: total[key] / total["count"] for key in ("loss", "top1", "top5")}
 
 
 def _floats(metrics: Metrics) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 class _Run:
@@ -185,40 +204,56 @@ class _Run:
 
         self.stats = augment.statistics(stores["train"], config)
         self.schedule = optim.make_schedule(config, self.steps_per_epoch)
+        initial = functools.partial(init_state, model, config)
+        shapes = jax.eval_shape(initial)
         self.compiled = parallel.compile_steps(
             config,
             functools.partial(make_train_step, model, config, self.stats, self.schedule),
             functools.partial(make_eval_step, model, config, self.stats),
+            shapes,
         )
         self.batches = pipeline.train_batches(
-            stores["train"], config.batch_size, config.seed, place=self.compiled.place_batch
+            stores["train"],
+            config.batch_size,
+            config.seed,
+            self.compiled.own_places,
+            place=self.compiled.place_batch,
         )
         self.plateau = optim.plateau(config)
 
-        state = jax.jit(lambda: init_state(model, config))()
-        restored = checkpoints.restore_latest(state)
+        like = jax.tree.map(
+            lambda x, sharding: x.update(sharding=sharding), shapes, self.compiled.shardings
+        )
+        restored = checkpoints.restore_latest(like)
         if restored:
             state = restored.state
             self.batches.set_state(restored.position)
-            print(f"going on from step {int(state.step)} of {self.total_steps}")
-        print(
+            hosts.say(f"going on from step {int(state.step)} of {self.total_steps}")
+        else:
+            state = jax.jit(initial, out_shardings=self.compiled.shardings)()
+        hosts.check_same("checkpoints", {"step": int(state.step)})
+        on = f" of {jax.process_count()} processes" if hosts.several() else ""
+        hosts.say(
             f"training to step {self.total_steps} on {jax.device_count()} "
-            f"{jax.default_backend()} device(s), compiled by {parallel.kind(config)}"
+            f"{jax.default_backend()} device(s){on}, compiled by {parallel.kind(config)}"
         )
         self.step = int(state.step)
         self.state = self.compiled.place(state)
         self.evaluated = checkpoints.was_evaluated(self.step)
-        self.report = Report(workdir, self.step, self.total_steps, self.evaluated)
+        self.report = NoReport()
+        if hosts.is_first():
+            self.report = Report(workdir, self.step, self.total_steps, self.evaluated)
         self.meter = Meter(config.batch_size)
 
     def train(self) -> TrainState:
         """Steps, evaluates and saves until the last step or a request to stop."""
         with closing(self.report), closing(self.batches):
             while True:
+                stopping = self.stop.requested()
                 # A run that was stopped before an evaluation makes it up first.
-                if self.step in self.eval_steps and not (self.evaluated or self.stop.requested):
-                    self._evaluate_and_save()
-                if self.stop.requested:
+                if self.step in self.eval_steps and not (self.evaluated or stopping):
+                    stopping = not self._evaluate_and_save()
+                if stopping:
                     self._settle()
                     self._save()
                     raise Stopped(f"stopped and saved at step {self.step} of {self.total_steps}")
@@ -229,7 +264,7 @@ class _Run:
             self.checkpoints.wait()
             best = self.checkpoints.best_step
             self.report.say(f"finished at step {self.step}; best top-1 at step {best}")
-        return self.compiled.fetch(self.state)
+        return self.compiled.unplace(self.state)
 
     def _step(self) -> None:
         first = self.meter.first_step
@@ -237,8 +272,9 @@ class _Run:
         with self._saved_if_data_fails():
             batch = next(self.batches)
         waited = time.perf_counter() - asked
-        if first:
-            self._draw_samples(batch)
+        if first and hosts.is_first():
+            path = self.workdir / "samples.png"
+            save_samples(self.config, self.stores["train"], self.step, path)
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
             self.state, metrics = self.compiled.train_step(self.state, batch)
         self.step += 1
@@ -256,7 +292,7 @@ class _Run:
 
     def _record_train(self) -> None:
         """Brings the metrics of the steps since the last time to the host, and checks them."""
-        steps, timing = self.meter.drain(self.compiled.fetch)
+        steps, timing = self.meter.drain(self.compiled.unplace)
         for number, metrics in steps:
             if not math.isfinite(metrics["loss"]):
                 self._give_up(number, metrics["learning_rate"], f"loss is {metrics['loss']}")
@@ -265,38 +301,49 @@ class _Run:
             rate = steps[-1][1]["learning_rate"]
             self.report.train({**self._place(), **means, "learning_rate": rate, **timing})
 
-    def _evaluate_and_save(self) -> None:
+    def _evaluate_and_save(self) -> bool:
+        """Returns whether the evaluation came to its end."""
         self._settle()
         self.report.show("evaluating")
         batches = pipeline.eval_batches(
-            self.stores["eval"], self.config.batch_size, place=self.compiled.place_batch
+            self.stores["eval"],
+            self.config.batch_size,
+            self.compiled.own_places,
+            place=self.compiled.place_batch,
         )
         with self._saved_if_data_fails():
-            metrics = evaluate(self.compiled, self.state, batches, self.stop)
+            metrics = evaluate(self.compiled, self.state, batches, self.stop.requested)
         if metrics is None:
-            return
+            return False
         if self.config.schedule.kind == "plateau":
-            error = 1.0 - metrics["top1"]
-            before = self.compiled.fetch(self.state.plateau)
-            _, after = self.plateau.update({}, before, value=error)
+            before = self.compiled.unplace(self.state.plateau)
+            _, after = self.plateau.update({}, parallel.whole(before), value=1.0 - metrics["top1"])
+            after = parallel.replicated(after, like=before)
             self.state = self.state.replace(plateau=self.compiled.place(after))
         self.report.evaluation({**self._place(), **metrics})
         self._save(metrics["top1"])
-        kernel = self.compiled.fetch(self.state.params["conv1"]["kernel"])
-        plots.save_filters(np.asarray(kernel), self.workdir / "filters.png")
+        kernel = parallel.whole(self.compiled.unplace(self.state.params["conv1"]["kernel"]))
+        if hosts.is_first():
+            plots.save_filters(kernel, self.workdir / "filters.png")
         self.meter.restart_clock()
+        self.evaluated = True
+        return True
 
     def _save(self, top1: float | None = None) -> None:
-        self.checkpoints.save(self.compiled.fetch(self.state), self.batches.get_state(), top1)
+        self.checkpoints.save(self.compiled.unplace(self.state), self.batches.get_state(), top1)
 
     @contextmanager
     def _saved_if_data_fails(self) -> Iterator[None]:
-        """Saves the state where a store cannot be read any more."""
+        """Saves the state where a store cannot be read any more.
+
+        Not where there are other processes, which know nothing of it and would not save with it.
+        """
         try:
             yield
         except UserError:
-            self._settle()
-            self._save()
+            if not hosts.several():
+                self._settle()
+                self._save()
             raise
 
     def _settle(self) -> None:
@@ -305,8 +352,7 @@ class _Run:
         A step's loss is finite when its update is the first that is not.
         """
         self._record_train()
-        params = self.compiled.fetch(self.state.params)
-        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        if not _all_finite(self.compiled.unplace(self.state.params)):
             self._give_up(self.step, float(self._now().learning_rate), "a parameter is not finite")
 
     def _give_up(self, number: int, rate: float, what: str) -> None:
@@ -323,20 +369,11 @@ class _Run:
         )
 
     def _now(self) -> optim.Scheduled:
-        return self.schedule(self.step, self.compiled.fetch(self.state.plateau).scale)
+        plateau = parallel.whole(self.compiled.unplace(self.state.plateau))
+        return self.schedule(self.step, plateau.scale)
 
     def _place(self) -> dict[str, Any]:
         return {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
 
     def _step_at(self, epoch: float) -> int:
         return math.ceil(epoch * self.steps_per_epoch - 1e-9)
-
-    def _draw_samples(self, placed: pipeline.Batch) -> None:
-        size = self.config.image_size
-        batch = {
-            "image": np.asarray(placed["image"]).reshape(-1, size, size, 3),
-            "label": np.asarray(placed["label"]).reshape(-1),
-        }
-        key = self.compiled.fetch(self.state.key)
-        path = self.workdir / "samples.png"
-        save_samples(self.config, self.stores["train"], batch, key, self.step, path)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parent.parent
@@ -54,13 +55,14 @@ def signalled_at(data_dir, workdir, line, number: signal.Signals, *more):
 
 
 def saved_state(workdir, step=None):
-    """The arrays of a checkpoint, by Orbax alone; by default the newest."""
-    manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints")
-    step = manager.latest_step() if step is None else step
-    items = ocp.args.Composite(state=ocp.args.StandardRestore())
-    state = manager.restore(step, args=items)["state"]
-    manager.close()
-    return step, state
+    """The arrays of a checkpoint, by Orbax alone, on one device; by default the newest."""
+    path = Path(workdir).absolute() / "checkpoints"
+    step = saved_steps(workdir)[-1] if step is None else step
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(path / str(step) / "state").item_metadata.tree
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
+        return step, checkpointer.restore(path / str(step) / "state", like)
 
 
 def saved_steps(workdir):

@@ -32,8 +32,8 @@ def step_and_inputs(dtype="float32"):
         config,
         functools.partial(step.make_train_step, model, config, stats, schedule),
         functools.partial(step.make_eval_step, model, config, stats),
+        state := jax.eval_shape(lambda: step.init_state(model, config)),
     )
-    state = jax.eval_shape(lambda: step.init_state(model, config))
     batch = {
         "image": jax.ShapeDtypeStruct((BATCH, 256, 256, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),

@@ -12,6 +12,8 @@ from alexnet_jax.layers import (
     channel_sum_by_matrix,
     channel_sum_by_slices,
     conv,
+    dropout_mask,
+    inverted_dropout,
     local_response_norm,
     max_pool,
     paper_dropout,
@@ -188,10 +190,33 @@ def test_ceil_padding_is_at_the_end_only(length, size, stride, end):
 
 def test_paper_dropout_zeroes_without_rescaling():
     a = jnp.asarray(activations((100, 100)), jnp.float32)
-    dropped = paper_dropout(a, 0.3, jax.random.key(0))
-    kept = dropped != 0
-    assert jnp.array_equal(dropped, jnp.where(kept, a, 0))
+    kept = dropout_mask(jax.random.key(0), 0.3, 0, a.shape)
+    assert jnp.array_equal(paper_dropout(a, 0.3, kept), jnp.where(kept, a, 0))
     assert float(kept.mean()) == pytest.approx(0.7, abs=0.02)
+
+
+def test_inverted_dropout_is_flaxs():
+    a = jnp.asarray(activations((4, 5)), jnp.float32)
+    kept = dropout_mask(jax.random.key(0), 0.3, 0, a.shape)
+    np.testing.assert_allclose(inverted_dropout(a, 0.3, kept), jnp.where(kept, a / 0.7, 0))
+    assert inverted_dropout(a, 0.3, None) is a
+    ours, flaxs = (
+        np.asarray(drop(jnp.ones((300, 300))))
+        for drop in (
+            lambda x: inverted_dropout(x, 0.3, dropout_mask(jax.random.key(1), 0.3, 0, x.shape)),
+            lambda x: nn.Dropout(0.3).apply({}, x, False, rngs={"dropout": jax.random.key(1)}),
+        )
+    )
+    assert set(np.unique(ours)) == set(np.unique(flaxs))
+    assert ours.mean() == pytest.approx(flaxs.mean(), abs=0.01)
+
+
+def test_dropout_draws_go_by_an_images_place_and_differ_between_images():
+    key = jax.random.key(0)
+    whole = dropout_mask(key, 0.5, 0, (8, 64))
+    shares = [dropout_mask(key, 0.5, first, (2, 64)) for first in range(0, 8, 2)]
+    assert jnp.array_equal(jnp.concatenate(shares), whole)
+    assert len(np.unique(whole, axis=0)) == 8
 
 
 def test_paper_dropout_scales_at_test():
@@ -202,4 +227,6 @@ def test_paper_dropout_scales_at_test():
 def test_paper_dropout_of_rate_zero_changes_nothing():
     a = jnp.asarray(activations((4, 5)), jnp.float32)
     assert jnp.array_equal(paper_dropout(a, 0.0, None), a)
-    assert jnp.array_equal(paper_dropout(a, 0.0, jax.random.key(0)), a)
+    assert jnp.array_equal(
+        paper_dropout(a, 0.0, dropout_mask(jax.random.key(0), 0.0, 0, a.shape)), a
+    )

@@ -333,7 +333,7 @@ def test_batch_norm_statistics_follow_the_batch():
 def test_batch_norm_over_an_axis_equals_the_whole_batch():
     x = images(batch=4)
     whole, mapped = (
-        AlexNet("bn", width=NARROW, dropout=0.0, batch_norm_axis=axis) for axis in (None, "batch")
+        AlexNet("bn", width=NARROW, dropout=0.0, batch_axes=axes) for axes in ((), ("batch",))
     )
     variables = random_variables(whole, x)
     want, want_stats = apply(whole, variables, x, train=True, mutable=["batch_stats"])

@@ -1,8 +1,7 @@
-"""The pure steps: what they compute, that any step can be replayed, and pmap equals jit."""
+"""The pure steps: what they compute, that any step can be replayed, on one device or many."""
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from alexnet_jax import augment, optim, parallel, step
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import UserError
-from alexnet_jax.model import AlexNet
+from alexnet_jax.model import AlexNet, layer_table
 
 STATS = augment.Statistics(np.full((72, 72, 3), 100, np.float32), np.eye(3, dtype=np.float32) * 9)
 NO_CHANCE = {"flip": False, "color_noise": 0.0, "crop_size": 72}
@@ -49,15 +48,18 @@ def compiled(c, kind):
         initializer="he",
         hidden_bias=0.0,
         width=c.model.width,
-        batch_norm_axis=parallel.axis_name(c),
+        batch_axes=parallel.batch_axes(c),
+        fc_axis=parallel.fc_axis(c),
     )
     schedule = optim.make_schedule(c, steps_per_epoch=10.0)
     steps = parallel.compile_steps(
         c,
         functools.partial(step.make_train_step, model, c, STATS, schedule),
         functools.partial(step.make_eval_step, model, c, STATS),
+        jax.eval_shape(lambda: step.init_state(model, c)),
     )
-    return steps, model, steps.place(step.init_state(model, c))
+    state = jax.jit(lambda: step.init_state(model, c), out_shardings=steps.shardings)()
+    return steps, model, steps.place(state)
 
 
 def run(c, kind, batches):
@@ -65,8 +67,8 @@ def run(c, kind, batches):
     history = []
     for b in batches:
         state, metrics = steps.train_step(state, steps.place_batch(b))
-        history.append({k: float(v) for k, v in steps.fetch(metrics).items()})
-    return steps.fetch(state), history
+        history.append({k: float(v) for k, v in steps.unplace(metrics).items()})
+    return parallel.whole(steps.unplace(state)), history
 
 
 def assert_close(tree, other, tolerance):
@@ -74,26 +76,70 @@ def assert_close(tree, other, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max()))
 
 
-@pytest.mark.parametrize("variant", ["paper", "bn", "original"])
-def test_pmap_on_four_devices_equals_jit_on_the_same_global_batch(variant):
-    assert jax.device_count() == 4
-    # Batches in which rounding, which differs by the batch's parts, turns no ReLU on or off.
-    batches = [batch(seed=n) for n in range(20, 23)]
-    one, metrics_one = run(config(variant), "jit", batches)
-    four, metrics_four = run(config(variant), "pmap", batches)
-    assert_close(four.params, one.params, 2e-4)
-    assert_close(four.opt_state, one.opt_state, 2e-3)
-    assert_close(four.batch_stats, one.batch_stats, 2e-4)
-    for a, b in zip(metrics_four, metrics_one, strict=True):
+SEVERAL_DEVICES = ("pmap", "mesh.data", "mesh.zero", "mesh.hybrid")
+
+
+@functools.cache
+def run_on_one_device(variant):
+    return run(config(variant, chance=True), "jit", BATCHES)
+
+
+# Batches in which rounding, which differs by the batch's parts, turns no ReLU on or off.
+BATCHES = [batch(seed=n) for n in range(20, 23)]
+
+
+@pytest.mark.parametrize("kind", SEVERAL_DEVICES)
+@pytest.mark.parametrize("variant", ["paper", "bn", "owt"])
+def test_every_kind_on_eight_devices_equals_one_device(variant, kind):
+    """Dropout, crops, flips and colours on: an image's draws go by its place in the batch."""
+    assert jax.device_count() == 8
+    one, metrics_one = run_on_one_device(variant)
+    several, metrics = run(config(variant, chance=True, hybrid_group=4), kind, BATCHES)
+    assert_close(several.params, one.params, 2e-4)
+    assert_close(several.opt_state, one.opt_state, 2e-3)
+    assert_close(several.batch_stats, one.batch_stats, 2e-4)
+    for a, b in zip(metrics, metrics_one, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_augmentation_is_the_same_image_by_image_under_pmap_and_jit():
-    """Dropout off, all else random: every image's draws go by its place in the global batch."""
-    fields = {"model.dropout": 0.0}
-    _, one = run(config(chance=True, **fields), "jit", [batch()])
-    _, four = run(config(chance=True, **fields), "pmap", [batch()])
-    assert four[0] == pytest.approx(one[0], rel=1e-4)
+@pytest.mark.parametrize("fields", [{"optimizer.kind": "lars"}, {"optimizer.clip_norm": 0.5}])
+@pytest.mark.parametrize("kind", ["mesh.zero", "mesh.hybrid"])
+def test_norms_are_of_whole_arrays_where_devices_have_shares(kind, fields):
+    """LARS takes one of each kernel, clipping one of all gradients."""
+    one, _ = run(config("bn", **fields), "jit", BATCHES[:2])
+    several, _ = run(config("bn", **fields), kind, BATCHES[:2])
+    assert_close(several.params, one.params, 2e-4)
+
+
+def bytes_on_one_device(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_zero_keeps_an_eighth_of_parameters_and_velocity_on_a_device():
+    _, _, whole = compiled(config(), "mesh.data")
+    _, _, shared = compiled(config(), "mesh.zero")
+    assert bytes_on_one_device(shared.params) < bytes_on_one_device(whole.params) / 6
+    assert bytes_on_one_device(shared.opt_state) < bytes_on_one_device(whole.opt_state) / 6
+
+
+def test_hybrid_splits_the_fc_kernels_over_a_group_and_nothing_else():
+    _, _, state = compiled(config(hybrid_group=4), "mesh.hybrid")
+    for layer, arrays in state.params.items():
+        for name, array in arrays.items():
+            share = array.addressable_shards[0].data.shape
+            parts = 4 if layer.startswith("fc") and name == "kernel" else 1
+            assert share == (array.shape[0] // parts, *array.shape[1:]), (layer, name)
+
+
+@pytest.mark.parametrize("kind", SEVERAL_DEVICES)
+def test_gradients_travel_in_the_dtype_asked_for(kind):
+    """bfloat16 has three digits; it must show in the update, and in nothing larger."""
+    exact, _ = run(config(), kind, BATCHES[:1])
+    rounded, _ = run(config(**{"optimizer.gradient_dtype": "bfloat16"}), kind, BATCHES[:1])
+    assert_close(rounded.opt_state, exact.opt_state, 2e-2)
+    for a, b in zip(*map(jax.tree.leaves, (rounded.params, exact.params)), strict=True):
+        assert a.dtype == np.float32
+        assert not np.array_equal(a, b)
 
 
 def test_random_draws_differ_between_images_devices_and_steps():
@@ -101,37 +147,13 @@ def test_random_draws_differ_between_images_devices_and_steps():
     key, noise = step.train_key(0), jnp.float32(0.1)
     c = config(chance=True)
     on_devices = jax.pmap(
-        lambda images, n: step.augmented(key, n, images, noise, STATS, c, "devices"),
+        lambda images, n: step.augmented(key, n, images, noise, STATS, c, ("devices",)),
         "devices",
         in_axes=(0, None),
     )
-    seen = [np.asarray(on_devices(same.reshape(4, 2, 72, 72, 3), n)) for n in (0, 1)]
+    seen = [np.asarray(on_devices(same.reshape(8, 1, 72, 72, 3), n)) for n in (0, 1)]
     crops = np.concatenate([s.reshape(8, -1) for s in seen])
     assert len(np.unique(crops, axis=0)) == 16
-
-
-class DropoutProbe(nn.Module):
-    """A network that leaves what it draws from its dropout key in batch_stats."""
-
-    @nn.compact
-    def __call__(self, x, train):
-        drawn = self.variable("batch_stats", "drawn", lambda: jnp.zeros(()))
-        if train:
-            drawn.value = jax.random.uniform(self.make_rng("dropout"))
-        return nn.Dense(10, name="fc8")(x.mean((1, 2)))
-
-
-def test_dropout_draws_differ_between_devices_and_steps():
-    c = config(chance=True)
-    make = functools.partial(
-        step.make_train_step, DropoutProbe(), c, STATS, optim.make_schedule(c, 10.0)
-    )
-    steps = parallel.KINDS["pmap"](make, lambda _: step.init_state)
-    state, drawn = steps.place(step.init_state(DropoutProbe(), c)), []
-    for _ in range(2):
-        state, _ = steps.train_step(state, steps.place_batch(batch()))
-        drawn += np.asarray(state.batch_stats["drawn"]).tolist()
-    assert len(set(drawn)) == 4 * 2
 
 
 def test_a_step_can_be_replayed_alone():
@@ -145,11 +167,11 @@ def test_a_step_can_be_replayed_alone():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
+@pytest.mark.parametrize("kind", ["jit", "pmap", "mesh.zero", "mesh.hybrid"])
 def test_accumulating_gradients_in_parts_equals_the_whole_batch(kind):
-    whole, metrics = run(config(), kind, [batch(seed=n) for n in range(2)])
+    whole, metrics = run(config(), "jit", [batch(seed=n) for n in range(2)])
     parts, part_metrics = run(
-        config(**{"optimizer.accumulate_steps": 4}), kind, [batch(seed=n) for n in range(2)]
+        config(**{"optimizer.accumulate_steps": 2}), kind, [batch(seed=n) for n in range(2)]
     )
     assert_close(parts.params, whole.params, 1e-4)
     assert part_metrics[1] == pytest.approx(metrics[1], rel=1e-4)
@@ -172,16 +194,16 @@ def test_train_metrics_are_loss_and_accuracies_of_the_batch_before_the_update():
     assert float(metrics["learning_rate"]) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
+@pytest.mark.parametrize("kind", ["jit", "pmap", "mesh.zero", "mesh.hybrid"])
 def test_evaluation_counts_each_example_once_and_no_padding(kind):
     steps, _, state = compiled(config(), kind)
-    whole = steps.fetch(steps.eval_step(state, steps.place_batch(batch())))
+    whole = steps.unplace(steps.eval_step(state, steps.place_batch(batch())))
     padded = batch()
     padded["label"][10:] = -1
-    first = steps.fetch(steps.eval_step(state, steps.place_batch(padded)))
+    first = steps.unplace(steps.eval_step(state, steps.place_batch(padded)))
     rest = batch()
     rest["label"][:10] = -1
-    second = steps.fetch(steps.eval_step(state, steps.place_batch(rest)))
+    second = steps.unplace(steps.eval_step(state, steps.place_batch(rest)))
     assert float(first["count"]) == 10
     assert float(whole["count"]) == 16
     for key in whole:
@@ -230,10 +252,13 @@ def test_bfloat16_keeps_float32_parameters_and_velocity():
 
 
 BAD = [
-    ({"batch_size": 18}, "pmap", "batch_size=18 is not divisible by 4 device.*batch_size=20"),
+    ({"batch_size": 18}, "pmap", "batch_size=18 is not divisible by 8 device.*batch_size=24"),
+    ({"batch_size": 18}, "mesh.data", "batch_size=18 is not divisible by 8 device.*batch_size=24"),
+    ({"hybrid_group": 3}, "mesh.hybrid", "8 devices do not divide into groups of hybrid_group=3"),
+    ({"optimizer.gradient_dtype": "float16"}, "mesh.data", "float32, bfloat16"),
     ({"batch_size": 16, "optimizer.accumulate_steps": 3}, "jit", "3 accumulation"),
     ({"batch_size": 0}, "jit", "at least 1"),
-    ({}, "gpu", "auto, jit, pmap"),
+    ({}, "gpu", "auto, jit, pmap, mesh.data, mesh.zero, mesh.hybrid"),
 ]
 
 
@@ -245,9 +270,16 @@ def test_what_cannot_be_compiled_is_refused_with_the_mend(fields, kind, told):
         parallel.check(c)
 
 
-def test_auto_maps_where_there_are_several_devices():
-    c = config()
-    assert parallel.axis_name(c) == parallel.PMAP_AXIS
+def test_auto_shares_the_batch_where_there_are_several_devices():
+    assert parallel.kind(config()) == "mesh.data"
+
+
+def test_fc_layers_that_a_group_cannot_share_evenly_are_named():
+    c = config(hybrid_group=5)
+    c.parallel = "mesh.hybrid"
+    rows = layer_table(AlexNet(num_classes=10, width=0.1), (64, 64, 3))
+    with pytest.raises(UserError, match="24 values of pool5 .* groups of 5.*hybrid_group"):
+        parallel.check_layers(c, rows)
 
 
 def test_update_is_the_papers_in_the_whole_step():

