@@ -125,9 +125,9 @@ def check(config: ConfigDict, devices: int | None = None) -> None:
         )
 
 
-def check_layers(config: ConfigDict, layers: list[LayerRow]) -> None:
+def check_layers(config: ConfigDict, layers: list[LayerRow], devices: int | None = None) -> None:
     """Raises UserError if a group of devices cannot share the fc layers evenly."""
-    parts = fc_parts(config)
+    parts = fc_parts(config, devices)
     for row in layers:
         units = math.prod(row.output_shape)
         if row.name in ("pool5", "fc6", "fc7") and units % parts:

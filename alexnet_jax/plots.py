@@ -1,4 +1,4 @@
-"""Pictures of a run: sample images, training curves, conv1's filters."""
+"""Pictures of a run: sample images, training curves, conv1's filters; and of a plan."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,6 +70,39 @@ def save_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     loss.legend(frameon=False)
     for axes in (loss, error, rate):
         axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def save_scaling(
+    curves: Mapping[str, Sequence[tuple[int, float]]], topology: str, path: Path
+) -> None:
+    """Draws predicted images a second against the number of chips, (chips, rate) by layout.
+
+    Beside it, as a share of so many times what one chip alone would do.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (rates, shares) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    alone = max((rate / chips for curve in curves.values() for chips, rate in curve), default=1.0)
+    most = max(chips for curve in curves.values() for chips, _ in curve)
+    rates.plot([1, most], [alone, alone * most], ":", color="grey", label="no communication")
+    for name, curve in curves.items():
+        chips, found = map(np.array, zip(*curve, strict=True))
+        rates.plot(chips, found, "o-", label=name)
+        shares.plot(chips, found / chips / alone, "o-", label=name)
+    for axes in (rates, shares):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(f"chips, up to {topology}")
+        axes.grid(alpha=0.3)
+    rates.set_yscale("log")
+    rates.set_ylabel("images a second, predicted")
+    rates.legend(fontsize=8)
+    shares.set_ylabel("of what one chip does without communication")
+    shares.set_ylim(0, 1.05)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

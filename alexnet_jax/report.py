@@ -145,7 +145,8 @@ def read_metrics(workdir: Path) -> list[Row]:
 
     Each has step, epoch, split ("train" or "eval"), loss (nats), top1 and top5 (0 to 1); those of
     training also learning_rate, images_per_s, and data_wait, the share of the time that the
-    step waited for a batch. A line cut short by a crash ends the rows.
+    step waited for a batch; where gradients are clipped, grad_norm. A line cut short by a crash
+    ends the rows.
     """
     rows = []
     path = workdir / "metrics.jsonl"

@@ -89,10 +89,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             return _Run(config, workdir, model, stores, checkpoints, stop, started).train()
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError for what can be seen to be wrong before any data is touched."""
+def check(config: ConfigDict, devices: int | None = None) -> None:
+    """Raises UserError for what can be seen to be wrong before any data is touched.
+
+    Args:
+      devices: their number, by default of those that there are.
+    """
     augment.check(config)
-    parallel.check(config)
+    parallel.check(config, devices)
     optim.make_schedule(config, steps_per_epoch=1.0)
     configs.check_bounds(config)
 
@@ -297,7 +301,8 @@ class _Run:
             if not math.isfinite(metrics["loss"]):
                 self._give_up(number, metrics["learning_rate"], f"loss is {metrics['loss']}")
         if steps:
-            means = {k: float(np.mean([m[k] for _, m in steps])) for k in ("loss", "top1", "top5")}
+            averaged = [k for k in steps[-1][1] if k != "learning_rate"]
+            means = {k: float(np.mean([m[k] for _, m in steps])) for k in averaged}
             rate = steps[-1][1]["learning_rate"]
             self.report.train({**self._place(), **means, "learning_rate": rate, **timing})
 

@@ -8,11 +8,7 @@ steps take the same bfloat16 images, which our augmentation ends in; ours is com
 and with the compiler options that train.py sets.
 """
 
-import importlib.metadata
-import importlib.util
-import math
 import os
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -22,36 +18,21 @@ from typing import Any, NamedTuple
 from rows import Row, options, row, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ |= {  # libtpu would look for a TPU of its own
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import our_step  # noqa: E402
 import plain_flax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 
-from alexnet_jax import runtime  # noqa: E402
+from alexnet_jax import runtime, tpu  # noqa: E402
+from alexnet_jax.errors import exits_cleanly  # noqa: E402
 
 CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}  # the smallest topologies there are
 BATCHES = (128, 256, 512)
 VARIANT, DTYPE = "owt", "bfloat16"
 CAVEAT = "the compiler's model of the chip, nothing was measured"
 SHOWN = 10
-LARGE = 100_000  # elements: an operation on fewer may go without cycles
-FREE = {  # the rest that has none: it does nothing, or copies while others compute
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call", "broadcast"),
-    *("copy-start", "copy-done", "slice-start", "slice-done", "async-start", "async-done"),
-}
-OPERATION = re.compile(r"\s*(?:ROOT )?%(?P<name>\S+) = (?P<type>.*?) (?P<opcode>[\w-]+)\(")
-CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-ORIGIN = re.compile(r'op_name="([^"]*)"')
-
 Inputs = tuple[Any, ...]
 
 
@@ -63,14 +44,6 @@ class Step(NamedTuple):
     options: dict[str, str]
 
 
-class Operation(NamedTuple):
-    """One that the chip runs, with what it comes from in the program."""
-
-    cycles: int
-    name: str
-    origin: str
-
-
 class Cost(NamedTuple):
     """What the compiler expects of one step; `unknown` are the opcodes it gives no cycles for."""
 
@@ -78,7 +51,7 @@ class Cost(NamedTuple):
     flops: float
     bytes_accessed: float
     temporary_bytes: int
-    operations: list[Operation]
+    operations: list[tpu.Operation]
     unknown: Counter[str]
 
 
@@ -104,15 +77,15 @@ def plain(batch_size: int) -> Step:
 
 def cost(chip: str, step: Step) -> Cost:
     """Compiles a step for one chip and reads what the compiler says of it."""
-    device = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
-    placed = jax.sharding.SingleDeviceSharding(device)
+    _, devices = tpu.topology_devices(CHIPS[chip])
+    placed = jax.sharding.SingleDeviceSharding(devices[0])
     inputs = jax.tree.map(lambda x: x.update(sharding=placed), step.inputs)
     compiled = (
         jax.jit(step.function, donate_argnums=0)
         .lower(*inputs)
         .compile(compiler_options=step.options)
     )
-    operations, unknown = entry_operations(compiled.as_text())
+    operations, unknown = tpu.entry_operations(compiled.as_text())
     analysis = compiled.cost_analysis()
     return Cost(
         sum(operation.cycles for operation in operations),
@@ -122,28 +95,6 @@ def cost(chip: str, step: Step) -> Cost:
         operations,
         unknown,
     )
-
-
-def entry_operations(text: str) -> tuple[list[Operation], Counter[str]]:
-    """Returns the operations that have cycles, the costliest first, and how many have none.
-
-    Only those of the entry computation count: a fusion's cycles include what is inside of it.
-    """
-    entry = text[text.index("\nENTRY ") :]
-    operations, unknown = [], Counter()
-    for line in entry[: entry.index("\n}")].splitlines()[2:]:
-        head, cycles, origin = OPERATION.match(line), CYCLES.search(line), ORIGIN.search(line)
-        if cycles:
-            operations.append(Operation(int(cycles[1]), head["name"], origin[1] if origin else ""))
-        elif head["opcode"] not in FREE and _elements(head["type"]) >= LARGE:
-            unknown[head["opcode"]] += 1
-    return sorted(operations, reverse=True), unknown
-
-
-def _elements(shapes: str) -> int:
-    """Returns how many elements the largest array has, of one or more such as bf16[8,128]{1,0}."""
-    lengths = re.findall(r"\w\[([\d,]*)\]", shapes)
-    return max((math.prod(map(int, filter(None, of.split(",")))) for of in lengths), default=0)
 
 
 def report(what: str, batch: int, found: Cost) -> list[Row]:
@@ -168,10 +119,10 @@ def report(what: str, batch: int, found: Cost) -> list[Row]:
     return [row(what, [value], unit, batch, DTYPE) for unit, value in figures.items()]
 
 
+@exits_cleanly
 def main() -> None:
     """Prints what the compiler says of each step, and writes it as rows if asked."""
     args = options(__doc__, quick="only v5e with 128 images a chip").parse_args()
-    check_libtpu()
     steps = {"ours": ours, "plain Flax": plain}
     rows, summary = [], []
     for chip in ("v5e",) if args.quick else CHIPS:
@@ -185,15 +136,6 @@ def main() -> None:
             summary.append(f"{chip} {batch:4} images: {ratio:.2f} times plain Flax's cycles")
     print(f"\nOurs ({CAVEAT}):", *summary, sep="\n")
     write(rows, args.json)
-
-
-def check_libtpu() -> None:
-    """Ends the program if libtpu is missing, with the version that this JAX works with."""
-    if importlib.util.find_spec("libtpu"):
-        return
-    wanted = [need for need in importlib.metadata.requires("jax") or [] if "libtpu" in need]
-    spec = wanted[0].partition(";")[0].strip() if wanted else "libtpu"
-    sys.exit(f"libtpu, which compiles for TPUs, is not installed: pip install '{spec}'")
 
 
 if __name__ == "__main__":

@@ -85,11 +85,16 @@ def run_on_one_device(variant):
 
 
 # Batches in which rounding, which differs by the batch's parts, turns no ReLU on or off.
-BATCHES = [batch(seed=n) for n in range(20, 23)]
+BATCHES = [batch(seed=n) for n in range(20, 22)]
 
 
-@pytest.mark.parametrize("kind", SEVERAL_DEVICES)
-@pytest.mark.parametrize("variant", ["paper", "bn", "owt"])
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [
+        *(("paper", kind) for kind in SEVERAL_DEVICES),
+        *(("bn", "pmap"), ("bn", "mesh.hybrid"), ("owt", "mesh.hybrid")),
+    ],
+)
 def test_every_kind_on_eight_devices_equals_one_device(variant, kind):
     """Dropout, crops, flips and colours on: an image's draws go by its place in the batch."""
     assert jax.device_count() == 8
@@ -102,20 +107,28 @@ def test_every_kind_on_eight_devices_equals_one_device(variant, kind):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-@pytest.mark.parametrize("fields", [{"optimizer.kind": "lars"}, {"optimizer.clip_norm": 0.5}])
-@pytest.mark.parametrize("kind", ["mesh.zero", "mesh.hybrid"])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mesh.zero", {"optimizer.kind": "lars"}),
+        ("mesh.hybrid", {"optimizer.kind": "lars", "optimizer.clip_norm": 0.5}),
+    ],
+)
 def test_norms_are_of_whole_arrays_where_devices_have_shares(kind, fields):
     """LARS takes one of each kernel, clipping one of all gradients."""
-    one, _ = run(config("bn", **fields), "jit", BATCHES[:2])
-    several, _ = run(config("bn", **fields), kind, BATCHES[:2])
+    one, metrics_one = run(config("bn", **fields), "jit", BATCHES)
+    several, metrics = run(config("bn", **fields), kind, BATCHES)
     assert_close(several.params, one.params, 2e-4)
+    assert ("grad_norm" in metrics[0]) == ("optimizer.clip_norm" in fields)
+    assert metrics[0] == pytest.approx(metrics_one[0], rel=1e-4)
 
 
 def bytes_on_one_device(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def test_zero_keeps_an_eighth_of_parameters_and_velocity_on_a_device():
+def test_zero_keeps_an_eighth_of_parameters_and_velocity_on_a_device(monkeypatch):
+    monkeypatch.setattr(parallel, "LEAST_SHARDED", 1000)  # this network is a narrow one
     _, _, whole = compiled(config(), "mesh.data")
     _, _, shared = compiled(config(), "mesh.zero")
     assert bytes_on_one_device(shared.params) < bytes_on_one_device(whole.params) / 6
@@ -131,7 +144,7 @@ def test_hybrid_splits_the_fc_kernels_over_a_group_and_nothing_else():
             assert share == (array.shape[0] // parts, *array.shape[1:]), (layer, name)
 
 
-@pytest.mark.parametrize("kind", SEVERAL_DEVICES)
+@pytest.mark.parametrize("kind", ["pmap", "mesh.zero"])
 def test_gradients_travel_in_the_dtype_asked_for(kind):
     """bfloat16 has three digits; it must show in the update, and in nothing larger."""
     exact, _ = run(config(), kind, BATCHES[:1])
@@ -167,7 +180,7 @@ def test_a_step_can_be_replayed_alone():
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap", "mesh.zero", "mesh.hybrid"])
+@pytest.mark.parametrize("kind", ["jit", "mesh.hybrid"])
 def test_accumulating_gradients_in_parts_equals_the_whole_batch(kind):
     whole, metrics = run(config(), "jit", [batch(seed=n) for n in range(2)])
     parts, part_metrics = run(
@@ -194,7 +207,7 @@ def test_train_metrics_are_loss_and_accuracies_of_the_batch_before_the_update():
     assert float(metrics["learning_rate"]) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap", "mesh.zero", "mesh.hybrid"])
+@pytest.mark.parametrize("kind", ["jit", "pmap", "mesh.hybrid"])
 def test_evaluation_counts_each_example_once_and_no_padding(kind):
     steps, _, state = compiled(config(), kind)
     whole = steps.unplace(steps.eval_step(state, steps.place_batch(batch())))

@@ -1,0 +1,390 @@
+"""What a TPU slice would make of a config, told by the compiler, with no TPU at hand.
+
+    python -m alexnet_jax.plan --config configs/imagenet_pod.py --topology v5e:16x16
+
+Compiles the training step for each way of sharing it, in a minute or two each, and prints what a
+chip holds, sends and computes in a step. Writes plan.json and plan.png beside. Nothing is measured
+but the rate at which this machine reads images.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from alexnet_jax import augment, optim, parallel, pipeline, plots, runtime, step, store, tpu, train
+from alexnet_jax import config as configs
+from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
+from alexnet_jax.model import layer_table
+from alexnet_jax.prepare import prepare_store
+from alexnet_jax.sources import Example, Source
+
+LAYOUTS = tuple(
+    itertools.product(("mesh.data", "mesh.zero", "mesh.hybrid"), parallel.GRADIENT_DTYPES)
+)
+TRIAL_IMAGES = 1024
+TRIAL_S = 3.0
+# Slices that can be had of the two-dimensional kinds, and for scale below them one chip.
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+
+Row = dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """One way of sharing the step over a topology, compiled.
+
+    Attributes:
+      config: of this layout.
+      compiled: its functions and shardings.
+      state: shapes and dtypes, whole.
+      program: the training step for the topology's chips.
+      mesh_places: coordinates of the chips in the order of the mesh.
+    """
+
+    config: ConfigDict
+    compiled: parallel.Compiled
+    state: step.TrainState
+    program: Any
+    mesh_places: list[tuple[int, ...]]
+
+
+def compile_layout(config: ConfigDict, devices: list[jax.Device]) -> Layout:
+    """Compiles the training step of a config, as train.py would, for devices that are not here."""
+    model = train.build_model(config)
+    size = config.augment.crop_size
+    parallel.check_layers(config, layer_table(model, (size, size, 3)), len(devices))
+    zero = np.zeros((config.image_size, config.image_size, 3), np.float32)
+    stats = augment.Statistics(zero, np.eye(3, dtype=np.float32))
+    schedule = optim.make_schedule(config, 1_281_167 / config.batch_size)
+    state = jax.eval_shape(lambda: step.init_state(model, config))
+    compiled = parallel.compile_steps(
+        config,
+        functools.partial(step.make_train_step, model, config, stats, schedule),
+        functools.partial(step.make_eval_step, model, config, stats),
+        state,
+        devices,
+    )
+    placed = jax.tree.map(lambda x, s: x.update(sharding=s), state, compiled.shardings)
+    lowered = compiled.train_step.lower(placed, batch_of(config, compiled.batch_sharding))
+    program = lowered.compile(compiler_options=runtime.TPU_OPTIONS)
+    mesh = parallel.make_mesh(config, devices)
+    places = [tuple(device.coords) for device in mesh.devices.flat]
+    return Layout(config, compiled, state, program, places)
+
+
+def batch_of(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[str, Any]:
+    """Returns the shapes of a global batch."""
+    image = (config.batch_size, config.image_size, config.image_size, 3)
+    return {
+        "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding),
+        "label": jax.ShapeDtypeStruct(image[:1], jnp.int32, sharding=sharding),
+    }
+
+
+def memory(layout: Layout) -> dict[str, int]:
+    """Returns the bytes of a chip's memory by what they are for.
+
+    Activations are what the layers put out, in the model's dtype; the compiler keeps them among
+    the temporaries, and not always all.
+    """
+
+    def shards(tree: Any, shardings: Any) -> int:
+        sizes = jax.tree.map(
+            lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize,
+            tree,
+            shardings,
+        )
+        return sum(jax.tree.leaves(sizes))
+
+    config, compiled = layout.config, layout.compiled
+    size = config.augment.crop_size
+    outputs = layer_table(train.build_model(config), (size, size, 3))
+    images = config.batch_size / len(layout.mesh_places)
+    values = sum(math.prod(row.output_shape) for row in outputs)
+    activations = int(images * values * jnp.dtype(config.model.dtype).itemsize)
+    found = layout.program.memory_analysis()
+    total = (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+        + found.generated_code_size_in_bytes
+    )
+    batch = batch_of(config, compiled.batch_sharding)
+    return {
+        "params": shards(layout.state.params, compiled.shardings.params),
+        "optimizer": shards(layout.state.opt_state, compiled.shardings.opt_state),
+        "batch": shards(batch, jax.tree.map(lambda x: x.sharding, batch)),
+        "temporaries": found.temp_size_in_bytes,
+        "activations": activations,
+        "total": total,
+    }
+
+
+def communication(layout: Layout, chip: tpu.Chip) -> list[Row]:
+    """Returns every collective of a step with its bytes, links and time."""
+    chips = len(layout.mesh_places)
+    shape = tuple(np.max(layout.mesh_places, axis=0) + 1)
+    rows = []
+    for found in tpu.collectives(layout.program.as_text(), chips):
+        places = [layout.mesh_places[place] for place in found.group]
+        links = tpu.links(places, shape, chip)
+        rows.append(
+            {
+                "kind": found.kind,
+                "dtypes": found.dtypes,
+                "group": len(found.group),
+                "payload_bytes": found.payload_bytes,
+                "bytes_sent": found.bytes_sent,
+                "links": links,
+                "seconds": tpu.seconds(found, links, chip),
+            }
+        )
+    return rows
+
+
+def row_of(layout: Layout, chip: tpu.Chip, hosts: int) -> Row:
+    """Returns all that is told of one layout."""
+    config, chips = layout.config, len(layout.mesh_places)
+    operations, unknown = tpu.entry_operations(layout.program.as_text())
+    cycles = sum(operation.cycles for operation in operations)
+    sent = communication(layout, chip)
+    held = memory(layout)
+    compute_s = cycles / chip.hertz
+    send_s = sum(found["seconds"] for found in sent)
+    step_s = compute_s + send_s
+    return {
+        "layout": config.parallel,
+        "gradient_dtype": config.optimizer.gradient_dtype,
+        "chips": chips,
+        "memory": held,
+        "fits": held["total"] <= chip.hbm_bytes,
+        "collectives": sent,
+        "bytes_sent": sum(found["bytes_sent"] for found in sent),
+        "cycles": cycles,
+        "operations_without_cycles": dict(unknown),
+        "compute_s": compute_s,
+        "communication_s": send_s,
+        "step_s": step_s,
+        "step_s_if_all_overlaps": max(compute_s, send_s),
+        "images_per_s": config.batch_size / step_s,
+        "images_per_s_of_a_host": config.batch_size / step_s / hosts,
+    }
+
+
+def scaling(row: Row, layout: Layout, topology: str, chip: tpu.Chip) -> list[tuple[int, float]]:
+    """Returns (chips, images a second) of smaller slices, each chip with as many images.
+
+    A chip computes and sends the same as in the compiled program; how many take part in a
+    collective, and over how many links, is the slice's own.
+    """
+    name = topology.partition(":")[0]
+    per_chip = layout.config.batch_size // row["chips"]
+    parts = parallel.fc_parts(layout.config, row["chips"])
+    found = []
+    for chips, shape in SLICES.items():
+        if chips >= row["chips"] or chips < parts:
+            continue
+        send_s = 0.0
+        if chips > 1:
+            _, devices = tpu.topology_devices(f"{name}:{shape}")
+            mesh = parallel.make_mesh(layout.config, devices).devices.reshape(-1, parts)
+            lengths = tuple(int(length) for length in shape.split("x"))
+            for collective in row["collectives"]:
+                of = {row["chips"]: mesh.ravel(), parts: mesh[0]}
+                group = of.get(collective["group"], mesh[:, 0])
+                places = [tuple(device.coords) for device in group]
+                one = tpu.Collective(
+                    collective["kind"], "", collective["payload_bytes"], tuple(range(len(group)))
+                )
+                if len(group) > 1:
+                    send_s += tpu.seconds(one, tpu.links(places, lengths, chip), chip)
+        found.append((chips, chips * per_chip / (row["compute_s"] + send_s)))
+    return [*found, (row["chips"], row["images_per_s"])]
+
+
+def reading_rate(config: ConfigDict) -> tuple[float, str]:
+    """Returns how many images a second this machine reads for training, and of which data.
+
+    From the config's own store if that is complete, else from one of noise in a temporary folder.
+    """
+    path = store.store_path(config, config.train_split)
+    if store.is_settled(path):
+        return _rate(store.open_store(path), config), path
+    with tempfile.TemporaryDirectory() as folder:
+        noise = np.random.default_rng(0)
+        shape = (config.image_size, config.image_size, 3)
+
+        def read(first: int, end: int) -> Iterator[Example]:
+            for number in range(first, end):
+                pixels = noise.integers(0, 256, shape, np.uint8)
+                yield Example(str(number), 0, lambda pixels=pixels: pixels)
+
+        prepare_store(Source("noise", TRIAL_IMAGES, ("noise",), read), f"{folder}/noise", config)
+        return _rate(store.open_store(f"{folder}/noise"), config), "noise in the page cache"
+
+
+def _rate(opened: store.Store, config: ConfigDict) -> float:
+    size = min(config.batch_size, 256)
+    batches = pipeline.train_batches(opened, size, config.seed)
+    next(batches)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < TRIAL_S:
+        next(batches)
+        count += size
+    return count / (time.perf_counter() - started)
+
+
+def assumptions(topology: str, chip: tpu.Chip, config: ConfigDict, chips: int) -> list[str]:
+    """Returns what the figures rest on, a sentence each."""
+    return [
+        f"cycles are estimates of libtpu's compiler, at {chip.hertz / 1e9:.2f} GHz; nothing ran",
+        f"a link carries {chip.link_bytes_per_s / 1e9:.0f} GB/s in each direction, from the "
+        "published bandwidth of a chip over its ports; latency is not counted",
+        "bytes are what a chip sends: 2 (n-1)/n of an all-reduce over n chips, (n-1)/n of the rest",
+        "the step's time is compute plus communication; with perfect overlap it would be the "
+        "larger of the two",
+        f"{config.batch_size // chips} images a chip; a chip has {chip.hbm_bytes / 1e9:.0f} GB",
+        "activations are the layers' outputs in the model's dtype, and part of the temporaries",
+        "pmap shares a step as mesh.data does; jit is for one chip",
+        f"slices smaller than {topology} are computed from its program, not compiled",
+    ]
+
+
+def describe(row: Row) -> str:
+    """Returns one layout's lines of the table."""
+    held, megabyte = row["memory"], 1e6
+    sums: dict[tuple[str, str], list[float]] = {}
+    for found in row["collectives"]:
+        total = sums.setdefault((found["kind"], found["dtypes"]), [0, 0.0])
+        total[0] += 1
+        total[1] += found["bytes_sent"]
+    listed = ", ".join(
+        f"{count} {kind} ({dtypes}) {sent / megabyte:.1f} MB"
+        for (kind, dtypes), (count, sent) in sorted(sums.items(), key=lambda item: -item[1][1])
+    )
+    return (
+        f"{row['layout']}, gradients in {row['gradient_dtype']}\n"
+        f"  memory a chip   {held['total'] / megabyte:.0f} MB"
+        f"{'' if row['fits'] else ', which DOES NOT FIT'}: params "
+        f"{held['params'] / megabyte:.0f}, optimizer {held['optimizer'] / megabyte:.0f}, batch "
+        f"{held['batch'] / megabyte:.0f}, temporaries {held['temporaries'] / megabyte:.0f} (of "
+        f"layers' outputs {held['activations'] / megabyte:.0f})\n"
+        f"  sent a step     {row['bytes_sent'] / megabyte:.1f} MB a chip: {listed or 'nothing'}\n"
+        f"  time            {row['cycles'] / 1e6:.2f} M cycles, {row['compute_s'] * 1e3:.2f} ms, "
+        f"and {row['communication_s'] * 1e3:.2f} ms of communication: "
+        f"{row['step_s'] * 1e3:.2f} ms a step "
+        f"({row['step_s_if_all_overlaps'] * 1e3:.2f} if all overlaps), "
+        f"{row['images_per_s']:,.0f} images/s"
+    )
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alexnet_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--topology", required=True, help="e.g. v5e:16x16")
+    parser.add_argument("--layouts", nargs="+", metavar="KIND", help="e.g. mesh.data; default: all")
+    parser.add_argument("--workdir", type=Path, help="default: runs/<config name>_plan")
+    config, args = configs.parse(argv, parser)
+    jax.config.update("jax_platforms", "cpu")
+    layouts = _chosen(args.layouts)
+    chip, devices = tpu.topology_devices(args.topology)
+    for layout in layouts:
+        train.check(_with(config, *layout), len(devices))
+    workdir = (args.workdir or Path("runs") / f"{config.name}_plan").expanduser()
+    with explained_write_errors(workdir, "another --workdir"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        _plan(config, args.topology, chip, devices, layouts, workdir)
+
+
+def _chosen(names: Sequence[str] | None) -> list[tuple[str, str]]:
+    kinds = {kind for kind, _ in LAYOUTS}
+    for name in names or ():
+        if name not in kinds:
+            raise UserError(f"--layouts {name}: it can be {', '.join(sorted(kinds))}")
+    return [layout for layout in LAYOUTS if not names or layout[0] in names]
+
+
+def _with(config: ConfigDict, kind: str, gradient_dtype: str) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    changed.parallel, changed.optimizer.gradient_dtype = kind, gradient_dtype
+    return changed
+
+
+def _plan(
+    config: ConfigDict,
+    topology: str,
+    chip: tpu.Chip,
+    devices: list[jax.Device],
+    layouts: list[tuple[str, str]],
+    workdir: Path,
+) -> None:
+    hosts = len({device.process_index for device in devices})
+    told = assumptions(topology, chip, config, len(devices))
+    print(f"{config.name} on {topology}, {len(devices)} chips of {hosts} hosts. Assumed:")
+    print(*(f"- {text}" for text in told), sep="\n", end="\n\n", flush=True)
+    rows, curves = [], {}
+    for kind, gradient_dtype in layouts:
+        layout = compile_layout(_with(config, kind, gradient_dtype), devices)
+        rows.append(row_of(layout, chip, hosts))
+        curve = scaling(rows[-1], layout, topology, chip)
+        curves[f"{kind}, {gradient_dtype}"] = curve
+        print(describe(rows[-1]), end="\n\n", flush=True)
+    rate, data = reading_rate(config)
+    for row in rows:
+        row["reads_enough"] = rate >= row["images_per_s_of_a_host"]
+    needed = [row["images_per_s_of_a_host"] for row in rows]
+    image_bytes = config.image_size**2 * 3
+    print(
+        f"Each host must read {min(needed):,.0f} to {max(needed):,.0f} images/s "
+        f"({max(needed) * image_bytes / 1e9:.1f} GB/s). This machine reads {rate:,.0f} images/s "
+        f"({data}): {'enough' if rate >= max(needed) else 'NOT enough'} for all of these."
+    )
+    compared = _compared(rows)
+    print(*compared, sep="\n")
+    whole = {
+        "config": config.name,
+        "topology": topology,
+        "assumptions": told,
+        "layouts": rows,
+        "scaling": curves,
+        "images_per_s_read": rate,
+        "images_read_from": data,
+        "compared": compared,
+    }
+    (workdir / "plan.json").write_text(json.dumps(whole, indent=2) + "\n")
+    plots.save_scaling(curves, topology, workdir / "plan.png")
+    print(f"written: {workdir / 'plan.json'}, {workdir / 'plan.png'}")
+
+
+def _compared(rows: list[Row]) -> list[str]:
+    """Says what each layout sends against data parallelism of the same gradients."""
+    base = {row["gradient_dtype"]: row for row in rows if row["layout"] == "mesh.data"}
+    return [
+        f"{row['layout']} with {row['gradient_dtype']} gradients sends "
+        f"{row['bytes_sent'] / base[dtype]['bytes_sent']:.2f} of the bytes of mesh.data with "
+        f"{dtype} gradients"
+        for row in rows
+        for dtype in base
+        if row is not base[dtype]
+    ]
+
+
+if __name__ == "__main__":
+    main()

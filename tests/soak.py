@@ -1,0 +1,113 @@
+"""Kills a run of several processes at random moments, and compares what it saves bit by bit.
+
+    python tests/soak.py --kills 20
+
+Each round starts the same command again and kills one of its processes by SIGKILL after a random
+time; the others must end by themselves with their one sentence, and what was saved until then must
+equal what a run that nothing disturbed had at that step. After the last kill the run is let to its
+end, and compared whole. It takes about half a minute a kill, and exits with 1 if anything differs.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from commands import saved_state, saved_steps  # noqa: E402
+from test_hosts import Cluster, losses  # noqa: E402
+
+from alexnet_jax import hosts  # noqa: E402
+from alexnet_jax.errors import EXIT_PEER_LOST  # noqa: E402
+
+EPOCHS = 10
+EARLIEST_S, LATEST_S = 6, 16  # after the start; before that the processes may not have met
+LIMIT_S = hosts.HEARTBEAT_S + 15
+
+
+def run_of(workdir: Path, data_dir: Path, processes: int) -> Cluster:
+    more = (
+        f"--config.num_epochs={EPOCHS}",
+        "--config.checkpoint.every_steps=5",
+        "--config.checkpoint.keep=1000",
+    )
+    return Cluster(processes, data_dir, workdir, *more)
+
+
+def kill_one(cluster: Cluster, after: float, random_: random.Random) -> str:
+    """Returns what came of it: "ended before", or who was killed when the others ended well."""
+    time.sleep(after)
+    victim = random_.randrange(len(cluster.processes))
+    if any(process.poll() is not None for process in cluster.processes):
+        assert cluster.end() == [0] * len(cluster.processes), "\n".join(cluster.outputs)
+        return "ended before"
+    cluster.processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    codes = cluster.end(within=LIMIT_S)
+    for index, code in enumerate(codes):
+        assert code == (-signal.SIGKILL if index == victim else EXIT_PEER_LOST), (
+            index,
+            codes,
+            cluster.outputs[index],
+        )
+    noticed = time.monotonic() - killed
+    return f"process {victim} killed after {after:4.1f} s, the others ended {noticed:4.1f} s later"
+
+
+def equals(workdir: Path, undisturbed: Path) -> str:
+    """Compares the newest checkpoint; returns what differs, nothing if all is the same."""
+    step, state = saved_state(workdir)
+    _, expected = saved_state(undisturbed, step)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+    wrong = sum(not np.array_equal(a, b) for a, b in pairs)
+    return f"{wrong} arrays differ at step {step}" if wrong else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    random_ = random.Random(args.seed)
+    folder = Path(tempfile.mkdtemp(prefix="alexnet_jax-soak-"))
+    whole, killed, data = folder / "whole", folder / "killed", folder / "data"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "cache")
+    undisturbed = run_of(whole, data, args.processes)
+    assert undisturbed.end() == [0] * args.processes, "\n".join(undisturbed.outputs)
+    kills, faults = 0, []
+    while kills < args.kills:
+        cluster = run_of(killed, data, args.processes)
+        told = kill_one(cluster, random_.uniform(EARLIEST_S, LATEST_S), random_)
+        if told == "ended before":
+            raise SystemExit(f"the run was over after {kills} kills; raise EPOCHS")
+        kills += 1
+        saved = saved_steps(killed) if (killed / "checkpoints").is_dir() else []
+        difference = equals(killed, whole) if saved else ""
+        faults += [difference] if difference else []
+        state = difference or (f"step {saved[-1]} is the same" if saved else "nothing saved yet")
+        print(f"kill {kills}: {told}; {state}", flush=True)
+    rest = run_of(killed, data, args.processes)
+    assert rest.end() == [0] * args.processes, "\n".join(rest.outputs)
+    final = equals(killed, whole) or "parameters, velocity and key are the same"
+    same = losses(killed) == losses(whole)
+    print(
+        f"{kills - len(faults)} of {kills} kills left what an undisturbed run had; at the end "
+        f"{final}, and so are all losses: {same}"
+    )
+    return int(bool(faults) or "differ" in final or not same)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
