@@ -187,14 +187,16 @@ def scaling(row: Row, layout: Layout, topology: str, chip: tpu.Chip) -> list[tup
     """Returns (chips, images a second) of smaller slices, each chip with as many images.
 
     A chip computes and sends the same as in the compiled program; how many take part in a
-    collective, and over how many links, is the slice's own.
+    collective, and over how many links, is the slice's own. So there is no figure for one chip
+    but of data parallelism, since of the others it would hold and update more.
     """
     name = topology.partition(":")[0]
     per_chip = layout.config.batch_size // row["chips"]
     parts = parallel.fc_parts(layout.config, row["chips"])
     found = []
     for chips, shape in SLICES.items():
-        if chips >= row["chips"] or chips < parts:
+        shared = layout.config.parallel != "mesh.data"
+        if chips >= row["chips"] or chips < parts or (shared and chips == 1):
             continue
         send_s = 0.0
         if chips > 1:
@@ -356,7 +358,9 @@ def _plan(
         f"({max(needed) * image_bytes / 1e9:.1f} GB/s). This machine reads {rate:,.0f} images/s "
         f"({data}): {'enough' if rate >= max(needed) else 'NOT enough'} for all of these."
     )
-    compared = _compared(rows)
+    compared = _compared(
+        rows, parallel.fc_parts(_with(config, "mesh.hybrid", "float32"), len(devices))
+    )
     print(*compared, sep="\n")
     whole = {
         "config": config.name,
@@ -373,10 +377,10 @@ def _plan(
     print(f"written: {workdir / 'plan.json'}, {workdir / 'plan.png'}")
 
 
-def _compared(rows: list[Row]) -> list[str]:
-    """Says what each layout sends against data parallelism of the same gradients."""
+def _compared(rows: list[Row], fc_parts: int) -> list[str]:
+    """Says what each layout sends against data parallelism, and what hybrid's bytes are for."""
     base = {row["gradient_dtype"]: row for row in rows if row["layout"] == "mesh.data"}
-    return [
+    shares = [
         f"{row['layout']} with {row['gradient_dtype']} gradients sends "
         f"{row['bytes_sent'] / base[dtype]['bytes_sent']:.2f} of the bytes of mesh.data with "
         f"{dtype} gradients"
@@ -384,6 +388,18 @@ def _compared(rows: list[Row]) -> list[str]:
         for dtype in base
         if row is not base[dtype]
     ]
+    for row in rows:
+        if row["layout"] == "mesh.hybrid":
+            sent: dict[int, float] = {}
+            for found in row["collectives"]:
+                sent[found["group"]] = sent.get(found["group"], 0.0) + found["bytes_sent"] / 1e6
+            by_size = (f"{sent[size]:.1f} MB over groups of {size}" for size in sorted(sent))
+            shares.append(
+                f"mesh.hybrid with {row['gradient_dtype']} gradients sends {', '.join(by_size)}; "
+                f"those of {fc_parts} are activations and grow with hybrid_group, those of "
+                f"{row['chips'] // fc_parts} fc gradients, which shrink with it"
+            )
+    return shares
 
 
 if __name__ == "__main__":

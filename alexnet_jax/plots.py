@@ -79,7 +79,7 @@ def save_scaling(
 ) -> None:
     """Draws predicted images a second against the number of chips, (chips, rate) by layout.
 
-    Beside it, as a share of so many times what one chip alone would do.
+    Beside it, a chip's rate as a share of the best that there is.
     """
     import matplotlib
 
@@ -89,7 +89,13 @@ def save_scaling(
     figure, (rates, shares) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     alone = max((rate / chips for curve in curves.values() for chips, rate in curve), default=1.0)
     most = max(chips for curve in curves.values() for chips, _ in curve)
-    rates.plot([1, most], [alone, alone * most], ":", color="grey", label="no communication")
+    rates.plot(
+        [1, most],
+        [alone, alone * most],
+        ":",
+        color="grey",
+        label="the best chip's rate times chips",
+    )
     for name, curve in curves.items():
         chips, found = map(np.array, zip(*curve, strict=True))
         rates.plot(chips, found, "o-", label=name)
@@ -101,7 +107,7 @@ def save_scaling(
     rates.set_yscale("log")
     rates.set_ylabel("images a second, predicted")
     rates.legend(fontsize=8)
-    shares.set_ylabel("of what one chip does without communication")
+    shares.set_ylabel("a chip's rate over the best chip's")
     shares.set_ylim(0, 1.05)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -48,13 +48,16 @@ class Cluster:
 
     def signal_at(self, line, index, number):
         """Sends one of them a signal once the first has printed a line that starts so."""
+        self.read_to(line)
+        self.processes[index].send_signal(number)
+
+    def read_to(self, line):
         for text in self.processes[0].stdout:
             self.outputs[0] += text
             if text.startswith(line):
                 break
         else:
             raise AssertionError(self.outputs[0])
-        self.processes[index].send_signal(number)
 
     def end(self, within=240):
         """Waits for all, and returns their exit codes."""
@@ -63,8 +66,9 @@ class Cluster:
             try:
                 rest, _ = process.communicate(timeout=max(1, until - time.monotonic()))
             except subprocess.TimeoutExpired:
-                for other in self.processes:
+                for other, output in zip(self.processes, self.outputs, strict=True):
                     other.kill()
+                    print(output + other.communicate()[0])
                 raise
             self.outputs[index] += rest
         return [process.returncode for process in self.processes]
