@@ -3,7 +3,7 @@
     python tests/soak.py --kills 20
 
 Each round starts the same command again and kills one of its processes by SIGKILL at a random
-moment after they have met; the others must end by themselves with their one sentence, and what was saved until then must
+moment after they have met; the others must end by themselves, and what was saved until then must
 equal what a run that nothing disturbed had at that step. After the last kill the run is let to its
 end, and compared whole. It takes about half a minute a kill, and exits with 1 if anything differs.
 """
