@@ -9,6 +9,7 @@ end, and compared whole. It takes about half a minute a kill, and exits with 1 i
 """
 
 import argparse
+import logging
 import os
 import random
 import signal
@@ -81,6 +82,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.ERROR)
     random_ = random.Random(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="alexnet_jax-soak-"))
     whole, killed, data = folder / "whole", folder / "killed", folder / "data"
