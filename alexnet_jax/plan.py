@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--topology", required=True, help="e.g. v5e:16x16")
-    parser.add_argument("--layouts", nargs="+", metavar="KIND", help="e.g. mesh.data; default: all")
+    parser.add_argument("--layouts", nargs="+", help="e.g. mesh.data; default: all")
     parser.add_argument("--workdir", type=Path, help="default: runs/<config name>_plan")
     config, args = configs.parse(argv, parser)
     jax.config.update("jax_platforms", "cpu")
@@ -316,11 +316,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _chosen(names: Sequence[str] | None) -> list[tuple[str, str]]:
-    kinds = {kind for kind, _ in LAYOUTS}
+    known = {",".join(layout): layout for layout in LAYOUTS}
     for name in names or ():
-        if name not in kinds:
-            raise UserError(f"--layouts {name}: it can be {', '.join(sorted(kinds))}")
-    return [layout for layout in LAYOUTS if not names or layout[0] in names]
+        if not any(whole.startswith(name) for whole in known):
+            raise UserError(f"--layouts {name}: it can be {', '.join(known)}, or a kind alone")
+    return [
+        layout
+        for whole, layout in known.items()
+        if not names or any(whole.startswith(name) for name in names)
+    ]
 
 
 def _with(config: ConfigDict, kind: str, gradient_dtype: str) -> ConfigDict:

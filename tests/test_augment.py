@@ -357,6 +357,8 @@ def test_where_no_draw_fits_the_box_is_the_largest_of_the_nearest_aspect(aspect,
 class MeanColour(nn.Module):
     """A network that sees no more than the mean colour."""
 
+    batch_axes = ()
+
     @nn.compact
     def __call__(self, x, train):
         return nn.Dense(10, name="fc8")(x.mean((1, 2)))

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 
-import numpy as np
 import pytest
 from commands import run
 
@@ -122,34 +121,24 @@ def test_a_plan_of_a_small_slice_holds_together(tmp_path):
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("libtpu is not installed: pip install -r requirements-tpu.txt")
     done = command(
-        *("--topology=v5e:2x2", "--layouts", "mesh.hybrid", f"--workdir={tmp_path}"),
+        *("--topology=v5e:2x2", "--layouts", "mesh.hybrid,bfloat16", f"--workdir={tmp_path}"),
         *("--config.batch_size=64", "--config.hybrid_group=4", "--config.model.dtype=bfloat16"),
         f"--config.data_dir={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "plan.json").read_text())
-    plain, short = told["layouts"]
+    (layout,) = told["layouts"]
     whole, fc_kernels = 62_379_720, (9216 + 1000 + 4096) * 4096
-    assert plain["memory"]["params"] == 4 * (whole - 3 / 4 * fc_kernels)
-    assert plain["memory"]["optimizer"] == plain["memory"]["params"]
-    assert plain["fits"] and plain["cycles"] > 1e6
-    by_dtype = {
-        layout["gradient_dtype"]: sum(
-            c["payload_bytes"]
-            for c in layout["collectives"]
-            if c["kind"] == "all-reduce" and c["payload_bytes"] > 1e6
-        )
-        for layout in (plain, short)
-    }
+    assert layout["memory"]["params"] == 4 * (whole - 3 / 4 * fc_kernels)
+    assert layout["memory"]["optimizer"] == layout["memory"]["params"]
+    assert layout["fits"] and layout["cycles"] > 1e6
+    summed = [c for c in layout["collectives"] if c["kind"] == "all-reduce"]
+    sent = sum(c["payload_bytes"] for c in summed if c["payload_bytes"] > 1e6)
     gradients = whole - fc_kernels  # those of the fc kernels stay where they are: one group
-    logits = 64 * 1000 * 2
-    assert by_dtype["float32"] == pytest.approx(4 * gradients, rel=0.05, abs=logits)
-    assert by_dtype["bfloat16"] == pytest.approx(2 * gradients, rel=0.05, abs=logits)
+    assert sent == pytest.approx(2 * gradients, rel=0.05, abs=64 * 1000 * 2)
     assert told["images_per_s_read"] > 100
     assert (tmp_path / "plan.png").stat().st_size > 10_000
-    np.testing.assert_allclose(
-        plain["step_s"], plain["compute_s"] + plain["communication_s"], rtol=1e-9
-    )
-    assert plan.describe(plain) in done.stdout
+    assert layout["step_s"] == pytest.approx(layout["compute_s"] + layout["communication_s"])
+    assert plan.describe(layout) in done.stdout
     for text in told["assumptions"]:
         assert text in done.stdout

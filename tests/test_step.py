@@ -92,7 +92,7 @@ BATCHES = [batch(seed=n) for n in range(20, 22)]
     ("variant", "kind"),
     [
         *(("paper", kind) for kind in SEVERAL_DEVICES),
-        *(("bn", "pmap"), ("bn", "mesh.hybrid"), ("owt", "mesh.hybrid")),
+        *(("bn", "mesh.zero"), ("owt", "mesh.hybrid")),
     ],
 )
 def test_every_kind_on_eight_devices_equals_one_device(variant, kind):
@@ -110,7 +110,6 @@ def test_every_kind_on_eight_devices_equals_one_device(variant, kind):
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [
-        ("mesh.zero", {"optimizer.kind": "lars"}),
         ("mesh.hybrid", {"optimizer.kind": "lars", "optimizer.clip_norm": 0.5}),
     ],
 )
@@ -144,7 +143,7 @@ def test_hybrid_splits_the_fc_kernels_over_a_group_and_nothing_else():
             assert share == (array.shape[0] // parts, *array.shape[1:]), (layer, name)
 
 
-@pytest.mark.parametrize("kind", ["pmap", "mesh.zero"])
+@pytest.mark.parametrize("kind", ["mesh.zero"])
 def test_gradients_travel_in_the_dtype_asked_for(kind):
     """bfloat16 has three digits; it must show in the update, and in nothing larger."""
     exact, _ = run(config(), kind, BATCHES[:1])

@@ -60,7 +60,7 @@ def assert_same_run(workdir, other):
 
 
 def test_a_run_learns_and_leaves_the_files_of_the_design(undisturbed):
-    workdir, _ = undisturbed("pmap")
+    workdir, _ = undisturbed("jit")
     assert {p.name for p in workdir.iterdir()} == {
         *("config.json", "summary.txt", "metrics.jsonl", "checkpoints", "tensorboard"),
         *("samples.png", "curves.png", "filters.png", ".lock"),
@@ -81,7 +81,7 @@ def test_a_run_learns_and_leaves_the_files_of_the_design(undisturbed):
 
 
 def test_the_layer_table_is_printed_and_kept(undisturbed):
-    workdir, done = undisturbed("pmap")
+    workdir, done = undisturbed("jit")
     table = (workdir / "summary.txt").read_text()
     assert table in done.stdout
     assert [line.split()[0] for line in table.splitlines()][1:] == [
@@ -91,7 +91,7 @@ def test_the_layer_table_is_printed_and_kept(undisturbed):
 
 
 def test_checkpoints_kept_are_the_latest_three_and_the_best(undisturbed):
-    workdir, _ = undisturbed("pmap")
+    workdir, _ = undisturbed("jit")
     evaluations = rows(workdir, "eval")
     best = max(evaluations, key=lambda r: (r["top1"], r["step"]))["step"]
     assert saved_steps(workdir) == sorted({28, 35, 40} | {best})
@@ -106,11 +106,8 @@ def test_the_same_command_on_a_finished_run_changes_nothing(undisturbed, digits)
     assert losses(workdir) == before
 
 
-@pytest.mark.parametrize("kind", ["jit", "pmap"])
-def test_killed_in_mid_epoch_and_started_again_it_is_the_same_run(
-    kind, undisturbed, digits, tmp_path
-):
-    more = often(kind)
+def test_killed_in_mid_epoch_and_started_again_it_is_the_same_run(undisturbed, digits, tmp_path):
+    more = often("jit")
     killed = signalled_at(digits, tmp_path / "run", "step     31", signal.SIGKILL, *more)
     assert killed.returncode == -signal.SIGKILL
     last = saved_steps(tmp_path / "run")[-1]
@@ -118,7 +115,7 @@ def test_killed_in_mid_epoch_and_started_again_it_is_the_same_run(
     again = train(digits, tmp_path / "run", *more)
     assert again.returncode == 0, again.stderr
     assert f"going on from step {last} of 40" in again.stdout
-    assert_same_run(tmp_path / "run", undisturbed(kind)[0])
+    assert_same_run(tmp_path / "run", undisturbed("jit")[0])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -241,8 +238,8 @@ def test_the_second_start_finds_its_programs_compiled(digits, tmp_path, monkeypa
 
 
 def test_visualize_data_draws_the_first_batch_of_a_run(undisturbed, digits, tmp_path):
-    workdir, _ = undisturbed("pmap")
-    command = arguments(digits, tmp_path, *often("pmap"))
+    workdir, _ = undisturbed("jit")
+    command = arguments(digits, tmp_path, *often("jit"))
     done = run(command[0], "-m", "alexnet_jax.visualize", "data", *command[2:])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "samples.png")
