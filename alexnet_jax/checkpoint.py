@@ -139,7 +139,7 @@ class Checkpoints:
             fault = error
         if hosts.any_host(fault is not None):
             raise ValueError(one_line(fault) if fault else "another host cannot read it") from fault
-        if _checksums(restored["state"]) != restored["progress"]["checksums"]:
+        if _checksums(restored["state"]) != restored["progress"].get("checksums"):
             raise ValueError("its checksum is not that of what was saved")
         return Restored(restored["state"], restored["progress"]["position"])
 
