@@ -146,6 +146,7 @@ def test_if_the_coordinator_is_killed_a_restart_goes_on_to_the_same_bits(
     assert_same_bits(tmp_path, undisturbed[0])
 
 
+@pytest.mark.pods
 def test_if_another_is_killed_four_processes_go_on_with_the_same_examples(
     undisturbed, digits, tmp_path
 ):
@@ -158,7 +159,11 @@ def test_if_another_is_killed_four_processes_go_on_with_the_same_examples(
 
 @pytest.mark.parametrize(
     ("number", "kind"),
-    [(signal.SIGTERM, "mesh.data"), (signal.SIGTERM, "pmap"), (signal.SIGINT, "mesh.zero")],
+    [
+        (signal.SIGTERM, "mesh.data"),
+        pytest.param(signal.SIGTERM, "pmap", marks=pytest.mark.pods),
+        pytest.param(signal.SIGINT, "mesh.zero", marks=pytest.mark.pods),
+    ],
 )
 def test_a_notice_to_any_one_process_stops_all_at_the_same_saved_step(
     number, kind, undisturbed, digits, tmp_path
