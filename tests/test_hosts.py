@@ -118,6 +118,7 @@ def test_the_first_process_alone_reports_and_every_step_once(undisturbed):
     assert "step" not in cluster.outputs[1]
 
 
+@pytest.mark.pods
 def test_two_processes_train_as_one_does(undisturbed, digits, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")
     done = train(digits, tmp_path, *EVERY_7)
@@ -157,12 +158,13 @@ def test_if_another_is_killed_four_processes_go_on_with_the_same_examples(
     assert_close_losses(tmp_path, undisturbed[0])
 
 
+@pytest.mark.pods
 @pytest.mark.parametrize(
     ("number", "kind"),
     [
         (signal.SIGTERM, "mesh.data"),
-        pytest.param(signal.SIGTERM, "pmap", marks=pytest.mark.pods),
-        pytest.param(signal.SIGINT, "mesh.zero", marks=pytest.mark.pods),
+        (signal.SIGTERM, "pmap"),
+        (signal.SIGINT, "mesh.zero"),
     ],
 )
 def test_a_notice_to_any_one_process_stops_all_at_the_same_saved_step(
@@ -197,6 +199,7 @@ with hosts.joined():
 """
 
 
+@pytest.mark.pods
 def test_loss_and_gradient_norm_are_the_same_on_every_process(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
