@@ -301,6 +301,7 @@ def test_processes_with_other_configs_than_each_other_are_refused(digits, tmp_pa
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.pods
 def test_the_other_commands_work_over_processes_too(digits, tmp_path):
     """Each prepares what it has to; what is told or drawn is so once."""
     of_quickstart = ("--config", "configs/quickstart.py", f"--config.data_dir={tmp_path}")
