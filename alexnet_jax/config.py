@@ -103,9 +103,8 @@ def default_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.0005  # of the weights
     c.optimizer.bias_weight_decay = 0.0
     c.optimizer.bias_learning_rate = 1.0  # biases' rate as a multiple of learning_rate
-    c.optimizer.clip_norm = (
-        0.0  # largest global norm of the gradients; 0: no clipping, nor grad_norm
-    )
+    # Largest global norm of the gradients, shown as grad_norm; 0: no clipping, nor grad_norm.
+    c.optimizer.clip_norm = 0.0
     c.optimizer.accumulate_steps = 1  # a batch's gradients in so many parts, to save memory
     c.optimizer.gradient_dtype = "float32"  # of gradients on their way between devices; "bfloat16"
 

@@ -14,26 +14,38 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
 from alexnet_jax import hosts
 from alexnet_jax.errors import UserError, exits_cleanly
 
 
-def start(command: Sequence[str], count: int) -> list[subprocess.Popen]:
-    """Starts a Python command so many times, as the processes of one run."""
+def start(
+    command: Sequence[str],
+    count: int,
+    environment: Mapping[str, str] = os.environ,
+    folder: Path | None = None,
+) -> list[subprocess.Popen]:
+    """Starts a Python command so many times, as the processes of one run.
+
+    Args:
+      environment: beside what tells each its place.
+      folder: where they start, by default here.
+    """
     address = f"127.0.0.1:{_free_port()}"
     return [
         subprocess.Popen(
             [sys.executable, *command],
             env={
-                **os.environ,
+                **environment,
                 hosts.ADDRESS: address,
                 hosts.COUNT: str(count),
                 hosts.INDEX: str(index),
                 "JAX_LOCAL_DEVICE_IDS": str(index),
             },
+            cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -25,9 +25,20 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from alexnet_jax.augment import Statistics
 from alexnet_jax.errors import UserError
-from alexnet_jax.model import LayerRow
-from alexnet_jax.step import EvalStep, Spread, TrainState, TrainStep
+from alexnet_jax.model import AlexNet, LayerRow
+from alexnet_jax.optim import Schedule
+from alexnet_jax.step import (
+    UNSPREAD,
+    EvalStep,
+    Spread,
+    TrainState,
+    TrainStep,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 HostBatch = dict[str, np.ndarray]
 PlacedBatch = dict[str, jax.Array]
@@ -76,22 +87,27 @@ class Compiled(NamedTuple):
 
 def compile_steps(
     config: ConfigDict,
-    make_train_step: MakeTrainStep,
-    make_eval_step: MakeEvalStep,
-    abstract_state: TrainState,
+    model: AlexNet,
+    stats: Statistics,
+    schedule: Schedule,
     devices: Devices | None = None,
 ) -> Compiled:
-    """Compiles both steps as config.parallel asks.
+    """Compiles both steps of a model as config.parallel asks.
 
     Args:
-      abstract_state: shapes and dtypes, as `jax.eval_shape` gives them.
       devices: all of them, over all hosts, by default those that there are.
 
     Raises UserError as `check` does.
     """
     devices = devices or jax.devices()
     check(config, len(devices))
-    compiled = KINDS[kind(config)](config, make_train_step, make_eval_step, abstract_state, devices)
+    compiled = KINDS[kind(config)](
+        config,
+        functools.partial(make_train_step, model, config, stats, schedule),
+        functools.partial(make_eval_step, model, config, stats),
+        jax.eval_shape(functools.partial(init_state, model, config)),
+        devices,
+    )
     seen_in_traces = jax.profiler.annotate_function(compiled.place_batch, name="place batch")
     return compiled._replace(place_batch=seen_in_traces)
 
@@ -194,15 +210,15 @@ def _group_size(config: ConfigDict, devices: int) -> int:
 
 def _jit(
     config: ConfigDict,
-    make_train_step: MakeTrainStep,
-    make_eval_step: MakeEvalStep,
+    train_step_of: MakeTrainStep,
+    eval_step_of: MakeEvalStep,
     state: TrainState,
     devices: Devices,
 ) -> Compiled:
     sharding = SingleDeviceSharding(devices[0])
     return Compiled(
-        train_step=jax.jit(make_train_step(Spread()), donate_argnums=0),
-        eval_step=jax.jit(make_eval_step(Spread())),
+        train_step=jax.jit(train_step_of(UNSPREAD), donate_argnums=0),
+        eval_step=jax.jit(eval_step_of(UNSPREAD)),
         shardings=jax.tree.map(lambda _: sharding, state),
         place=lambda tree: tree,
         unplace=lambda tree: tree,
@@ -214,8 +230,8 @@ def _jit(
 
 def _pmap(
     config: ConfigDict,
-    make_train_step: MakeTrainStep,
-    make_eval_step: MakeEvalStep,
+    train_step_of: MakeTrainStep,
+    eval_step_of: MakeEvalStep,
     state: TrainState,
     devices: Devices,
 ) -> Compiled:
@@ -244,8 +260,8 @@ def _pmap(
         return jax.make_array_from_single_device_arrays(x.shape[1:], at_rest, copies)
 
     return Compiled(
-        train_step=jax.pmap(make_train_step(spread), PMAP_AXIS, devices=devices, donate_argnums=0),
-        eval_step=jax.pmap(make_eval_step(spread), PMAP_AXIS, devices=devices),
+        train_step=jax.pmap(train_step_of(spread), PMAP_AXIS, devices=devices, donate_argnums=0),
+        eval_step=jax.pmap(eval_step_of(spread), PMAP_AXIS, devices=devices),
         shardings=jax.tree.map(lambda _: at_rest, state),
         place=functools.partial(jax.tree.map, place),
         unplace=functools.partial(jax.tree.map, unplace),
@@ -257,8 +273,8 @@ def _pmap(
 
 def _mesh(
     config: ConfigDict,
-    make_train_step: MakeTrainStep,
-    make_eval_step: MakeEvalStep,
+    train_step_of: MakeTrainStep,
+    eval_step_of: MakeEvalStep,
     state: TrainState,
     devices: Devices,
 ) -> Compiled:
@@ -285,7 +301,7 @@ def _mesh(
     )
     shardings = _like_parameters(state, specs, mesh)
     batch_sharding = NamedSharding(mesh, of_batch)
-    replicated = NamedSharding(mesh, WHOLE)
+    on_all = NamedSharding(mesh, WHOLE)
     own = _own_places(batch_sharding, config.batch_size)
 
     def place(x: np.ndarray) -> jax.Array:
@@ -300,15 +316,15 @@ def _mesh(
 
     return Compiled(
         train_step=jax.jit(
-            make_train_step(spread),
+            train_step_of(spread),
             in_shardings=(shardings, batch_sharding),
-            out_shardings=(shardings, replicated),
+            out_shardings=(shardings, on_all),
             donate_argnums=0,
         ),
         eval_step=jax.jit(
-            make_eval_step(spread),
+            eval_step_of(spread),
             in_shardings=(shardings, batch_sharding),
-            out_shardings=replicated,
+            out_shardings=on_all,
         ),
         shardings=shardings,
         place=lambda tree: tree,

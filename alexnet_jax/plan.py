@@ -8,7 +8,6 @@ but the rate at which this machine reads images.
 """
 
 import argparse
-import functools
 import itertools
 import json
 import math
@@ -68,13 +67,7 @@ def compile_layout(config: ConfigDict, devices: list[jax.Device]) -> Layout:
     stats = augment.Statistics(zero, np.eye(3, dtype=np.float32))
     schedule = optim.make_schedule(config, 1_281_167 / config.batch_size)
     state = jax.eval_shape(lambda: step.init_state(model, config))
-    compiled = parallel.compile_steps(
-        config,
-        functools.partial(step.make_train_step, model, config, stats, schedule),
-        functools.partial(step.make_eval_step, model, config, stats),
-        state,
-        devices,
-    )
+    compiled = parallel.compile_steps(config, model, stats, schedule, devices)
     placed = jax.tree.map(lambda x, s: x.update(sharding=s), state, compiled.shardings)
     lowered = compiled.train_step.lower(placed, batch_of(config, compiled.batch_sharding))
     program = lowered.compile(compiler_options=runtime.TPU_OPTIONS)
@@ -132,12 +125,12 @@ def memory(layout: Layout) -> dict[str, int]:
     }
 
 
-def communication(layout: Layout, chip: tpu.Chip) -> list[Row]:
-    """Returns every collective of a step with its bytes, links and time."""
+def communication(layout: Layout, text: str, chip: tpu.Chip) -> list[Row]:
+    """Returns every collective of a compiled step's text with its bytes, links and time."""
     chips = len(layout.mesh_places)
     shape = tuple(np.max(layout.mesh_places, axis=0) + 1)
     rows = []
-    for found in tpu.collectives(layout.program.as_text(), chips):
+    for found in tpu.collectives(text, chips):
         places = [layout.mesh_places[place] for place in found.group]
         links = tpu.links(places, shape, chip)
         rows.append(
@@ -157,9 +150,10 @@ def communication(layout: Layout, chip: tpu.Chip) -> list[Row]:
 def row_of(layout: Layout, chip: tpu.Chip, hosts: int) -> Row:
     """Returns all that is told of one layout."""
     config, chips = layout.config, len(layout.mesh_places)
-    operations, unknown = tpu.entry_operations(layout.program.as_text())
+    text = layout.program.as_text()
+    operations, unknown = tpu.entry_operations(text)
     cycles = sum(operation.cycles for operation in operations)
-    sent = communication(layout, chip)
+    sent = communication(layout, text, chip)
     held = memory(layout)
     compute_s = cycles / chip.hertz
     send_s = sum(found["seconds"] for found in sent)

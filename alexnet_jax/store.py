@@ -22,7 +22,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,31 +167,25 @@ def open_store(path: str | os.PathLike, check_shards: bool = True) -> Store:
     )
 
 
-def open_or_prepare(
-    config: Mapping[str, Any],
-    part: tuple[int, int] = (1, 1),
-    wait_for_all: Callable[[str], None] = lambda _: None,
-) -> dict[str, Store]:
+def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     """Opens a config's stores {"train": …, "eval": …}; prepares those that are not complete.
 
     Reads the fields dataset, data_dir, train_split, eval_split, image_size, storage, max_corrupt.
     Of several hosts each prepares its part in a bucket. Folders may be each host's own or shared:
     there, who comes first prepares all, and the others wait for it.
 
-    Args:
-      part: (i, n): this is the i-th of n hosts, counted from 1.
-      wait_for_all: returns once all hosts have called it with the same name.
-
     Raises:
       UserError: as `open_store` and `prepare.prepare_splits` do.
     """
+    from alexnet_jax import hosts
+
     paths = store_paths(config)
     if not all(is_settled(path) for path in paths.values()):
         from alexnet_jax import prepare
 
         shared = is_url(paths["train"])
-        prepare.prepare_splits(config, paths, part if shared else prepare.WHOLE)
-    wait_for_all("stores are prepared")
+        prepare.prepare_splits(config, paths, hosts.part() if shared else prepare.WHOLE)
+    hosts.wait_for_all("stores are prepared")
     stores = {use: open_store(path) for use, path in paths.items()}
     for path in paths.values():
         # A kill may come between the mark of completion and this; who may not write leaves them.
@@ -400,7 +394,7 @@ def _run(what: str, part: str | None, config: Mapping[str, Any]) -> None:
 
         prepare.prepare_splits(config, paths, _part(part))
     elif what == "prepare":
-        open_or_prepare(config, hosts.part(), hosts.wait_for_all)
+        open_or_prepare(config)
     if not hosts.is_first():
         return
     for path in paths.values():

@@ -23,7 +23,7 @@ from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
 from alexnet_jax.interrupt import StopRequest
 from alexnet_jax.model import AlexNet, format_layer_table, layer_table
 from alexnet_jax.report import Meter, NoReport, Report
-from alexnet_jax.step import Metrics, TrainState, init_state, make_eval_step, make_train_step
+from alexnet_jax.step import Metrics, TrainState, init_state
 from alexnet_jax.store import Store, open_or_prepare
 from alexnet_jax.visualize import save_samples
 
@@ -80,7 +80,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         if hosts.is_first():
             (workdir / "summary.txt").write_text(table + "\n")
         hosts.say(f"AlexNet, variant {config.model.variant}:\n{table}\n")
-        stores = open_or_prepare(config, hosts.part(), hosts.wait_for_all)
+        stores = open_or_prepare(config)
         check_labels(config, stores)
         with (
             StopRequest() as stop,
@@ -210,12 +210,7 @@ class _Run:
         self.schedule = optim.make_schedule(config, self.steps_per_epoch)
         initial = functools.partial(init_state, model, config)
         shapes = jax.eval_shape(initial)
-        self.compiled = parallel.compile_steps(
-            config,
-            functools.partial(make_train_step, model, config, self.stats, self.schedule),
-            functools.partial(make_eval_step, model, config, self.stats),
-            shapes,
-        )
+        self.compiled = parallel.compile_steps(config, model, self.stats, self.schedule)
         self.batches = pipeline.train_batches(
             stores["train"],
             config.batch_size,

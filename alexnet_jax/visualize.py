@@ -38,7 +38,7 @@ def data(config: ConfigDict, workdir: Path) -> Path:
     configs.check_bounds(config)
     augment.check(config)
     optim.make_schedule(config, steps_per_epoch=1.0)
-    store = open_or_prepare(config, hosts.part(), hosts.wait_for_all)["train"]
+    store = open_or_prepare(config)["train"]
     path = workdir / "samples.png"
     if hosts.is_first():
         with explained_write_errors(workdir, "another --workdir"):

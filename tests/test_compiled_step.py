@@ -1,6 +1,5 @@
 """What XLA makes of the whole training step of `owt`: what is timed nowhere must not creep back."""
 
-import functools
 import math
 import re
 from collections import Counter
@@ -28,12 +27,8 @@ def step_and_inputs(dtype="float32"):
     model = train.build_model(config)
     stats = augment.Statistics(np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
     schedule = optim.make_schedule(config, 100.0)
-    steps = parallel.compile_steps(
-        config,
-        functools.partial(step.make_train_step, model, config, stats, schedule),
-        functools.partial(step.make_eval_step, model, config, stats),
-        state := jax.eval_shape(lambda: step.init_state(model, config)),
-    )
+    steps = parallel.compile_steps(config, model, stats, schedule)
+    state = jax.eval_shape(lambda: step.init_state(model, config))
     batch = {
         "image": jax.ShapeDtypeStruct((BATCH, 256, 256, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32),

@@ -29,21 +29,13 @@ EVERY_7 = (
 class Cluster:
     """So many processes of train.py, that share DEVICES devices and one workdir."""
 
-    def __init__(self, count, data_dir, workdir, *more, command=None, monkeypatch=None):
-        command = command or ("train.py", "--config", "configs/quickstart.py", *SMALL, *EVERY_7)
+    def __init__(self, count, data_dir, workdir, *more):
         where = (f"--config.data_dir={data_dir}", f"--workdir={workdir}")
-        before = dict(os.environ)
+        command = ("train.py", "--config", "configs/quickstart.py", *SMALL, *EVERY_7, *where)
         flag = f"--xla_force_host_platform_device_count={DEVICES // count}"
-        os.environ |= {"XLA_FLAGS": flag, "PYTHONPATH": str(ROOT)}
-        os.environ.pop("TF_CPP_MIN_LOG_LEVEL")  # JAX sets it when it is imported
-        folder = os.getcwd()
-        os.chdir(ROOT)
-        try:
-            self.processes = launch.start((*command, *where, *more), count)
-        finally:
-            os.chdir(folder)
-            os.environ.clear()
-            os.environ |= before
+        environment = {**os.environ, "XLA_FLAGS": flag}
+        environment.pop("TF_CPP_MIN_LOG_LEVEL")  # JAX sets it when it is imported
+        self.processes = launch.start((*command, *more), count, environment, ROOT)
         self.outputs = [""] * count
 
     def signal_at(self, line, index, number):

@@ -52,12 +52,7 @@ def compiled(c, kind):
         fc_axis=parallel.fc_axis(c),
     )
     schedule = optim.make_schedule(c, steps_per_epoch=10.0)
-    steps = parallel.compile_steps(
-        c,
-        functools.partial(step.make_train_step, model, c, STATS, schedule),
-        functools.partial(step.make_eval_step, model, c, STATS),
-        jax.eval_shape(lambda: step.init_state(model, c)),
-    )
+    steps = parallel.compile_steps(c, model, STATS, schedule)
     state = jax.jit(lambda: step.init_state(model, c), out_shardings=steps.shardings)()
     return steps, model, steps.place(state)
 
