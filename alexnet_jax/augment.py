@@ -73,8 +73,17 @@ def check(config: ConfigDict) -> None:
             f"augment.crop_size={config.augment.crop_size} must lie between 1 and "
             f"image_size={config.image_size}"
         )
+    scales = config.augment.channel_scale
+    if len(scales) != 3 or not all(isinstance(s, int | float) and s > 0 for s in scales):
+        raise UserError(f"augment.channel_scale={scales} must be three numbers above 0")
     _check_range("crop_area", config.augment.crop_area, 1.0, "0 < low <= high <= 1")
     _check_range("crop_aspect", config.augment.crop_aspect, np.inf, "0 < low <= high")
+
+
+def scale(config: ConfigDict) -> np.ndarray:
+    """Returns what multiplies the mean-subtracted pixels: float32[3], one for each channel."""
+    fields = config.augment
+    return np.float32(fields.pixel_scale) * np.asarray(fields.channel_scale, np.float32)
 
 
 def _check_range(field: str, values: tuple, most: float, told: str) -> None:
@@ -115,7 +124,7 @@ def augment(
         image = image + stats.noise_basis @ alpha
         if fields.color_noise_shrink:
             image = image / (1.0 + color_noise)
-        return image * fields.pixel_scale
+        return image * scale(config)
 
     return jax.vmap(augment_one)(images, keys)
 
@@ -173,7 +182,7 @@ def _view(images: jax.Array, y: int, x: int, stats: Statistics, config: ConfigDi
         view = view - stats.mean[y : y + size, x : x + size]
     else:
         view = view - _central_mean(stats, size)
-    return view * config.augment.pixel_scale
+    return view * scale(config)
 
 
 def _drawn_crop(key: jax.Array, config: ConfigDict) -> Callable[[jax.Array], jax.Array]:

@@ -22,11 +22,11 @@ class Restored(NamedTuple):
 
     Attributes:
       state: at rest, not yet placed (see `parallel.Compiled`).
-      position: the Grain iterator's state.
+      position: the Grain iterator's state; None in a network that was not trained here.
     """
 
     state: TrainState
-    position: dict[str, Any]
+    position: dict[str, Any] | None
 
 
 class Checkpoints:
@@ -34,12 +34,13 @@ class Checkpoints:
 
     Writing goes on beside the training; `wait` and `close` return when all is on disk. Each
     checkpoint is a folder that gets its final name only when it is whole. All hosts of a run call
-    the same methods in the same order; each writes the shards that it alone has.
+    the same methods in the same order; each writes the shards that it alone has. With `read_only`
+    nothing is ever written, so that a run may be looked at while it trains.
 
     Raises UserError if the workdir cannot be written or holds a run of another config.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict):
+    def __init__(self, workdir: Path, config: ConfigDict, read_only: bool = False):
         self._folder = workdir.absolute() / "checkpoints"
         self._config = config
         policy = ocp.checkpoint_managers
@@ -56,6 +57,8 @@ class Checkpoints:
                 ),
                 best_fn=_top1,
                 enable_async_checkpointing=True,
+                read_only=read_only,
+                create=not read_only,
             ),
         )
 
@@ -63,6 +66,11 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Number of updates made in the newest checkpoint."""
         return self._manager.latest_step()
+
+    @property
+    def all_steps(self) -> list[int]:
+        """Number of updates made in each checkpoint, rising."""
+        return sorted(self._manager.all_steps())
 
     @property
     def best_step(self) -> int | None:
@@ -73,12 +81,15 @@ class Checkpoints:
         """Whether the checkpoint of this step was saved with an evaluation of its state."""
         return step in self._manager.all_steps() and self._manager.metrics(step) is not None
 
-    def save(self, state: TrainState, position: dict[str, Any], top1: float | None = None) -> None:
+    def save(
+        self, state: TrainState, position: dict[str, Any] | None, top1: float | None = None
+    ) -> None:
         """Starts saving; the arrays are copied before this returns.
 
         Args:
           state: at rest, as `Compiled.unplace` gives it.
-          position: the Grain iterator's state after the batch of the state's last step.
+          position: the Grain iterator's state after the batch of the state's last step; None: at
+            the start.
           top1: of an evaluation of this very state, 0 to 1.
         """
         step = int(state.step)

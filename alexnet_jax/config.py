@@ -95,6 +95,7 @@ def default_config() -> ConfigDict:
     c.augment.color_noise_scale = "eigenvalue"  # or "std": its square root (run #145)
     c.augment.color_noise_shrink = False  # divide the image by 1 + color_noise (run #145)
     c.augment.pixel_scale = 1.0  # multiplies the mean-subtracted pixels (0 to 255 in the paper)
+    c.augment.channel_scale = (1.0, 1.0, 1.0)  # multiplies red, green and blue besides
 
     c.optimizer = ConfigDict()
     c.optimizer.kind = "sgd"  # or "lars": a rate for every weight array, for large batches
@@ -158,6 +159,27 @@ def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     for name, text in overrides:
         _set(config, name, text, origin="the command line", parse=True)
     return config
+
+
+def from_saved(saved: Any, origin: str) -> ConfigDict:
+    """Returns the config that `to_json` wrote; fields that are newer than it have their defaults.
+
+    Args:
+      saved: the JSON's content.
+      origin: its file, for errors.
+
+    Raises UserError if it is no config, or names a field that does not exist.
+    """
+    if not isinstance(saved, dict):
+        raise UserError(f"{origin} is damaged: it holds no config; put back a copy of it")
+    config = default_config()
+    for name, value in flat(ConfigDict(saved)).items():
+        _set(config, name, _with_tuples(value), origin)
+    return config
+
+
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def check_bounds(config: ConfigDict) -> None:

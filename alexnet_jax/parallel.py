@@ -85,6 +85,22 @@ class Compiled(NamedTuple):
     own_places: np.ndarray
 
 
+def build_model(config: ConfigDict) -> AlexNet:
+    """Returns the network of `config.model`. Raises UserError for a variant that does not exist."""
+    fields = config.model
+    return AlexNet(
+        variant=fields.variant,
+        num_classes=fields.num_classes,
+        dtype=fields.dtype,
+        dropout=fields.dropout,
+        initializer=fields.init,
+        hidden_bias=fields.hidden_bias,
+        width=fields.width,
+        batch_axes=batch_axes(config),
+        fc_axis=fc_axis(config),
+    )
+
+
 def compile_steps(
     config: ConfigDict,
     model: AlexNet,

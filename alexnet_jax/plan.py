@@ -60,7 +60,7 @@ class Layout(NamedTuple):
 
 def compile_layout(config: ConfigDict, devices: list[jax.Device]) -> Layout:
     """Compiles the training step of a config, as train.py would, for devices that are not here."""
-    model = train.build_model(config)
+    model = parallel.build_model(config)
     size = config.augment.crop_size
     parallel.check_layers(config, layer_table(model, (size, size, 3)), len(devices))
     zero = np.zeros((config.image_size, config.image_size, 3), np.float32)
@@ -102,7 +102,7 @@ def memory(layout: Layout) -> dict[str, int]:
 
     config, compiled = layout.config, layout.compiled
     size = config.augment.crop_size
-    outputs = layer_table(train.build_model(config), (size, size, 3))
+    outputs = layer_table(parallel.build_model(config), (size, size, 3))
     images = config.batch_size / len(layout.mesh_places)
     values = sum(math.prod(row.output_shape) for row in outputs)
     activations = int(images * values * jnp.dtype(config.model.dtype).itemsize)

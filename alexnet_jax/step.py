@@ -201,6 +201,27 @@ def _accumulate(grad_fn, variables: tuple, examples: tuple, key: jax.Array, part
     return grads, jax.tree.map(jnp.mean, metrics), batch_stats
 
 
+def log_probabilities(
+    model: AlexNet,
+    variables: dict[str, Any],
+    images: jax.Array,
+    stats: augment.Statistics,
+    config: ConfigDict,
+) -> jax.Array:
+    """Returns the float32[B, num_classes] that the network gives to stored uint8[B, S, S, 3].
+
+    Of the centre crop, or with `config.eval.views` "ten" of the softmax averaged over ten views.
+    """
+
+    def of_view(view: jax.Array) -> jax.Array:
+        return nn.log_softmax(model.apply(variables, view, train=False))
+
+    if config.eval.views == "center":
+        return of_view(augment.center_crop(images, stats, config))
+    views = jax.lax.map(of_view, augment.ten_views(images, stats, config))
+    return nn.logsumexp(views, axis=0) - jnp.log(augment.TEN_VIEWS)
+
+
 def make_eval_step(
     model: AlexNet,
     config: ConfigDict,
@@ -215,20 +236,11 @@ def make_eval_step(
 
     axes = model.batch_axes
 
-    def log_probabilities(variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        def of_view(view: jax.Array) -> jax.Array:
-            return nn.log_softmax(model.apply(variables, view, train=False))
-
-        if config.eval.views == "center":
-            return of_view(augment.center_crop(images, stats, config))
-        views = jax.lax.map(of_view, augment.ten_views(images, stats, config))
-        return nn.logsumexp(views, axis=0) - jnp.log(augment.TEN_VIEWS)
-
     def sums(params: Params, batch: Batch, batch_stats: Any) -> Metrics:
         counted = batch["label"] >= 0
         labels = jnp.maximum(batch["label"], 0)
         variables = {"params": params, "batch_stats": batch_stats}
-        log_probs = log_probabilities(variables, batch["image"])
+        log_probs = log_probabilities(model, variables, batch["image"], stats, config)
         losses = -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
 
         def total(values: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, hosts, optim, parallel, pipeline, plots
+from alexnet_jax import augment, hosts, optim, parallel, pipeline, plots, trained
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
@@ -36,28 +36,12 @@ class Stopped(Exception):
     """The run was asked to stop; it is saved, and the same command goes on with it."""
 
 
-def build_model(config: ConfigDict) -> AlexNet:
-    """Returns the network of `config.model`. Raises UserError for a variant that does not exist."""
-    fields = config.model
-    return AlexNet(
-        variant=fields.variant,
-        num_classes=fields.num_classes,
-        dtype=fields.dtype,
-        dropout=fields.dropout,
-        initializer=fields.init,
-        hidden_bias=fields.hidden_bias,
-        width=fields.width,
-        batch_axes=parallel.batch_axes(config),
-        fc_axis=parallel.fc_axis(config),
-    )
-
-
 def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains as `config` says, going on from the workdir's newest checkpoint if it has one.
 
-    Writes config.json, summary.txt, samples.png, checkpoints/, metrics.jsonl, tensorboard/,
-    curves.png and filters.png into the workdir, which all hosts of a run must share. Returns the
-    state after the last step, at rest (see `parallel.Compiled`).
+    Writes config.json, summary.txt, statistics.npz, samples.png, checkpoints/, metrics.jsonl,
+    tensorboard/, curves.png and filters.png into the workdir, which all hosts of a run must share.
+    Returns the state after the last step, at rest (see `parallel.Compiled`).
 
     Raises:
       UserError: a field, the data or the workdir is not usable, the loss is no longer finite,
@@ -65,7 +49,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
       Stopped: SIGINT or SIGTERM came; the state is saved.
     """
     started = time.perf_counter()
-    model = build_model(config)
+    model = parallel.build_model(config)
     check(config)
     hosts.check_same("config", configs.flat(config))
     workdir = Path(workdir).expanduser()
@@ -207,6 +191,8 @@ class _Run:
         self.eval_steps = {self._step_at(every * i) for i in range(1, count)} | {self.total_steps}
 
         self.stats = augment.statistics(stores["train"], config)
+        if hosts.is_first():
+            trained.save_statistics(workdir, self.stats, stores["train"].class_names)
         self.schedule = optim.make_schedule(config, self.steps_per_epoch)
         initial = functools.partial(init_state, model, config)
         shapes = jax.eval_shape(initial)
@@ -226,7 +212,8 @@ class _Run:
         restored = checkpoints.restore_latest(like)
         if restored:
             state = restored.state
-            self.batches.set_state(restored.position)
+            if restored.position is not None:
+                self.batches.set_state(restored.position)
             hosts.say(f"going on from step {int(state.step)} of {self.total_steps}")
         else:
             state = jax.jit(initial, out_shardings=self.compiled.shardings)()

@@ -28,7 +28,7 @@ def save_samples(config: ConfigDict, store: Store, number: int, path: Path) -> N
     noise = schedule(np.int32(number), np.float32(1.0)).color_noise
     key = step.train_key(config.seed)
     images = jax.jit(lambda x: step.augmented(key, number, x, noise, stats, config))(batch["image"])
-    pixels = np.asarray(images) / config.augment.pixel_scale
+    pixels = np.asarray(images) / augment.scale(config)
     names = [store.class_names[label] for label in batch["label"]]
     plots.save_sample_grid(np.uint8(np.clip(np.rint(pixels), 0, 255)), names, path)
 

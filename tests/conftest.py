@@ -19,3 +19,14 @@ def digits(tmp_path_factory):
     data_dir = tmp_path_factory.mktemp("data")
     store.open_or_prepare(config.load("configs/quickstart.py", [("data_dir", str(data_dir))]))
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def trained_run(digits, tmp_path_factory):
+    """A workdir in which a small network learned the digits; read it or copy it."""
+    import commands
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    result = commands.train(digits, workdir)
+    assert result.returncode == 0, result.stderr
+    return workdir

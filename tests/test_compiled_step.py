@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, optim, parallel, runtime, step, train
+from alexnet_jax import augment, optim, parallel, runtime, step
 from alexnet_jax.config import default_config
 
 BATCH = 128
@@ -24,7 +24,7 @@ def step_and_inputs(dtype="float32"):
     """The training step as train.py compiles it, and the shapes of what it takes."""
     config = default_config()
     config.model.variant, config.model.dtype, config.parallel = "owt", dtype, "jit"
-    model = train.build_model(config)
+    model = parallel.build_model(config)
     stats = augment.Statistics(np.zeros(3, np.float32), np.eye(3, dtype=np.float32))
     schedule = optim.make_schedule(config, 100.0)
     steps = parallel.compile_steps(config, model, stats, schedule)

@@ -24,7 +24,7 @@ def test_every_config_can_train(path):
     config = configs.load(str(path))
     assert config.name == path.stem
     train.check(config)
-    train.build_model(config)
+    parallel.build_model(config)
     parallel.check(config)
 
 
@@ -229,5 +229,5 @@ BAD_VALUES = [
 def test_a_value_that_does_not_exist_is_refused_before_any_data_is_touched(field, value, told):
     config = parse("--config", QUICKSTART, f"--config.{field}={value}")
     with pytest.raises(UserError, match=told):
-        train.build_model(config)
+        parallel.build_model(config)
         train.check(config)

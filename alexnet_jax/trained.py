@@ -1,0 +1,208 @@
+"""A trained network, in a workdir: what uses it needs neither its data nor its training."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from alexnet_jax import config as configs
+from alexnet_jax import parallel
+from alexnet_jax.augment import Statistics
+from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
+from alexnet_jax.model import AlexNet
+from alexnet_jax.step import init_state, log_probabilities
+
+STATISTICS_FILE = "statistics.npz"
+
+
+class Trained(NamedTuple):
+    """A trained network and what its inputs and outputs mean.
+
+    Attributes:
+      config: that it was trained by, with parallel="jit".
+      variables: {"params": …, "batch_stats": …}, float32 arrays on the first device.
+      stats: of the pixels that it was trained with.
+      class_names: one for each of the num_classes logits.
+      step: number of updates that made it.
+    """
+
+    config: ConfigDict
+    model: AlexNet
+    variables: dict[str, Any]
+    stats: Statistics
+    class_names: tuple[str, ...]
+    step: int
+
+
+def load(workdir: str | Path, step: int | None = None) -> Trained:
+    """Returns the network of a workdir; nothing there is changed, and it may be training still.
+
+    Args:
+      step: which checkpoint; by default the best by top-1, or the newest if none was evaluated.
+
+    Raises UserError if the workdir holds no run, or one that cannot be read.
+    """
+    workdir = Path(workdir).expanduser()
+    config = saved_config(workdir)
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} has no checkpoint yet; train longer or name another workdir")
+    model = parallel.build_model(config)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: x.update(sharding=here),
+        jax.eval_shape(functools.partial(init_state, model, config)),
+    )
+    checkpoints = Checkpoints(workdir, config, read_only=True)
+    try:
+        step = _chosen_step(workdir, checkpoints, step)
+        state = checkpoints.restore(step, like).state
+    except ValueError as error:
+        raise UserError(
+            f"the checkpoint of step {step} in {workdir} cannot be read ({str(error)[:200]}); "
+            "choose another by --step"
+        ) from error
+    finally:
+        checkpoints.close()
+    stats, class_names = load_statistics(workdir)
+    others = [f"class {number}" for number in range(len(class_names), config.model.num_classes)]
+    return Trained(
+        config,
+        model,
+        {"params": state.params, "batch_stats": state.batch_stats},
+        stats,
+        (*class_names, *others),
+        step,
+    )
+
+
+def create(
+    workdir: Path,
+    config: ConfigDict,
+    variables: dict[str, Any],
+    stats: Statistics,
+    class_names: Sequence[str],
+) -> None:
+    """Makes a workdir of a network that was trained elsewhere, as a run's before its first step.
+
+    Args:
+      variables: as in `Trained`.
+      class_names: at most num_classes.
+
+    Raises UserError if the workdir is not new or cannot be written, or the arrays are not those of
+    the config's network.
+    """
+    state = init_state(parallel.build_model(config), config)
+    mismatch = _mismatch(state.params, variables["params"])
+    if mismatch:
+        raise UserError(f"the weights are not of variant {config.model.variant}: {mismatch}")
+    state = state.replace(
+        params=jax.tree.map(jnp.asarray, variables["params"]),
+        batch_stats=jax.tree.map(jnp.asarray, variables.get("batch_stats", {})),
+    )
+    if workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty; choose another workdir")
+    with explained_write_errors(workdir, "another workdir"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(workdir, config)
+        try:
+            checkpoints.save(state, position=None)
+        finally:
+            checkpoints.close()
+        save_statistics(workdir, stats, class_names)
+        # last: without it the workdir holds nothing
+        (workdir / "config.json").write_text(configs.to_json(config) + "\n")
+
+
+def saved_config(workdir: Path) -> ConfigDict:
+    """Returns a workdir's config with parallel="jit". Raises UserError if there is none to read."""
+    path = workdir / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no trained network in {workdir}: it has no config.json; name a workdir of train.py "
+            "or of alexnet_jax.convert"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; put back a copy of it") from error
+    config = configs.from_saved(saved, str(path))
+    config.parallel = "jit"
+    return config
+
+
+def save_statistics(workdir: Path, stats: Statistics, class_names: Sequence[str]) -> None:
+    """Writes what a network's inputs and outputs mean, `statistics.npz`, whole or not at all."""
+    with explained_write_errors(workdir, "another --workdir", DISK_FULL):
+        new = workdir / "statistics.new.npz"
+        np.savez(new, class_names=np.array(class_names, np.str_), **stats._asdict())
+        new.replace(workdir / STATISTICS_FILE)
+
+
+def load_statistics(workdir: Path) -> tuple[Statistics, tuple[str, ...]]:
+    """Returns what `save_statistics` wrote. Raises UserError if it cannot be read."""
+    path = workdir / STATISTICS_FILE
+    try:
+        with np.load(path) as saved:
+            stats = Statistics(*(saved[field] for field in Statistics._fields))
+            return stats, tuple(str(name) for name in saved["class_names"])
+    except Exception as error:  # of zipfile, zlib, NumPy or the file system
+        raise UserError(
+            f"{path} cannot be read ({error}); the run's own training command writes it again, "
+            "also when the run is finished"
+        ) from error
+
+
+def classifier(trained: Trained) -> Callable[[np.ndarray], jax.Array]:
+    """Returns uint8[B, S, S, 3] -> log-probabilities float32[B, num_classes], on all devices.
+
+    S is the config's image_size, B any number. The call returns while the devices compute.
+    """
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    variables = jax.device_put(trained.variables, whole)
+
+    @functools.partial(jax.jit, in_shardings=(whole, split), out_shardings=split)
+    def log_probs(variables: dict[str, Any], images: jax.Array) -> jax.Array:
+        return log_probabilities(trained.model, variables, images, trained.stats, trained.config)
+
+    def classify(images: np.ndarray) -> jax.Array:
+        share = -(-len(images) // mesh.size)
+        missing = share * mesh.size - len(images)
+        padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
+        return log_probs(variables, jax.device_put(padded, split))[: len(images)]
+
+    return classify
+
+
+def _chosen_step(workdir: Path, checkpoints: Checkpoints, step: int | None) -> int:
+    steps = checkpoints.all_steps
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint yet; train longer or name another workdir")
+    if step is None:
+        return checkpoints.latest_step if checkpoints.best_step is None else checkpoints.best_step
+    if step not in steps:
+        raise UserError(
+            f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+        )
+    return step
+
+
+def _mismatch(expected: Any, given: Any) -> str | None:
+    """Tells the first array that is missing, too many or of another shape."""
+    flat = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(x) for path, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (expected, given))
+    ]
+    for name in sorted(flat[0].keys() | flat[1].keys()):
+        here, there = flat[0].get(name, "none"), flat[1].get(name, "none")
+        if here != there:
+            return f"{name} has shape {there}, not {here}"
+    return None
