@@ -7,13 +7,23 @@ import threading
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import ExifTags, Image
 
 from alexnet_jax.buffers import Buffers
 
 WHITE = (255, 255, 255, 255)
 # 400 MB of decoded pixels; a file that claims more is an attack or damaged.
 MAX_PIXELS = 2**27
+# EXIF 2.3, tag 0x0112: how stored pixels become upright.
+TURNED = {
+    2: np.fliplr,
+    3: lambda square: np.rot90(square, 2),
+    4: np.flipud,
+    5: lambda square: square.swapaxes(0, 1),
+    6: lambda square: np.rot90(square, -1),
+    7: lambda square: np.rot90(square, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
 Image.MAX_IMAGE_PIXELS = None  # which would warn for some and raise for others
 cv2.setNumThreads(1)  # the callers decode in as many threads as there are cores
 
@@ -27,7 +37,7 @@ def decode_square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     Scaling antialiases when it shrinks. Colour and grey JPEGs that have to shrink, nearly all
     there is in ImageNet, go a way of their own, twice as fast (see `_shrink_jpeg`). All else
     is Pillow's, with its bicubic filter, which widens with the scale. An EXIF orientation is not
-    applied: the ImageNet preparations of 2012 and of tfds ignore it too.
+    applied: the ImageNet preparations of 2012 and of tfds ignore it too (see `decode_upright`).
 
     Args:
       image: bytes of any format that Pillow reads, or an array uint8[H, W], uint8[H, W, 1],
@@ -51,6 +61,19 @@ def decode_square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     except ValueError:  # no JPEG, or one that libjpeg warns of: let Pillow judge
         shrunk = None
     return _scale_square(Image.open(io.BytesIO(image)), size) if shrunk is None else shrunk
+
+
+def decode_upright(image: bytes, size: int) -> np.ndarray:
+    """Decodes as `decode_square` does, turned as the file's EXIF orientation says it is to be seen.
+
+    The centre square of a turned image is the turned centre square.
+    """
+    square = decode_square(image, size)
+    picture = Image.open(io.BytesIO(image))
+    turned = TURNED.get(picture.getexif().get(ExifTags.Base.Orientation))
+    if turned is None or picture.format == "TIFF":  # which Pillow turns by itself
+        return square
+    return np.ascontiguousarray(turned(square))
 
 
 def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:

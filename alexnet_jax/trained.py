@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from alexnet_jax import augment, parallel
 from alexnet_jax import config as configs
-from alexnet_jax import parallel
 from alexnet_jax.augment import Statistics
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
@@ -21,6 +21,10 @@ from alexnet_jax.model import AlexNet
 from alexnet_jax.step import init_state, log_probabilities
 
 STATISTICS_FILE = "statistics.npz"
+
+# What is computed of a batch of any length on all devices of this process. The call returns while
+# they compute. Every length is compiled anew, so give batches of one length.
+OfImages = Callable[[np.ndarray], Any]
 
 
 class Trained(NamedTuple):
@@ -160,26 +164,46 @@ def load_statistics(workdir: Path) -> tuple[Statistics, tuple[str, ...]]:
         ) from error
 
 
-def classifier(trained: Trained) -> Callable[[np.ndarray], jax.Array]:
-    """Returns uint8[B, S, S, 3] -> log-probabilities float32[B, num_classes], on all devices.
+def classifier(trained: Trained) -> OfImages:
+    """Returns uint8[B, S, S, 3] -> log-probabilities float32[B, num_classes].
 
-    S is the config's image_size, B any number. The call returns while the devices compute.
+    Of the views that config.eval.views asks for; S is the config's image_size. See `OfImages`.
     """
-    mesh = Mesh(np.array(jax.local_devices()), ("data",))
-    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    variables = jax.device_put(trained.variables, whole)
 
-    @functools.partial(jax.jit, in_shardings=(whole, split), out_shardings=split)
     def log_probs(variables: dict[str, Any], images: jax.Array) -> jax.Array:
         return log_probabilities(trained.model, variables, images, trained.stats, trained.config)
 
-    def classify(images: np.ndarray) -> jax.Array:
-        share = -(-len(images) // mesh.size)
-        missing = share * mesh.size - len(images)
-        padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
-        return log_probs(variables, jax.device_put(padded, split))[: len(images)]
+    return _on_all_devices(trained, log_probs)
 
-    return classify
+
+def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
+    """Returns uint8[B, S, S, 3] -> {name: float32[B, …]}, features of the images' centre crops.
+
+    Args:
+      names: out of `model.FEATURES`; see `AlexNet.__call__` for what each is.
+    """
+
+    def features(variables: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
+        view = augment.center_crop(images, trained.stats, trained.config)
+        found = trained.model.apply(variables, view, train=False, features=names)[1]
+        return {name: x.astype(jnp.float32) for name, x in found.items()}
+
+    return _on_all_devices(trained, features)
+
+
+def _on_all_devices(trained: Trained, function: Callable[[Any, jax.Array], Any]) -> OfImages:
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    variables = jax.device_put(trained.variables, whole)
+    compiled = jax.jit(function, in_shardings=(whole, split), out_shardings=split)
+
+    def of_images(images: np.ndarray) -> Any:
+        missing = -len(images) % mesh.size
+        padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
+        found = compiled(variables, jax.device_put(padded, split))
+        return jax.tree.map(lambda x: x[: len(images)], found) if missing else found
+
+    return of_images
 
 
 def _chosen_step(workdir: Path, checkpoints: Checkpoints, step: int | None) -> int:

@@ -5,9 +5,9 @@ import io
 import numpy as np
 import pytest
 from images import encode, photograph
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from alexnet_jax.decode import decode_square
+from alexnet_jax.decode import decode_square, decode_upright
 
 SIDE = 32
 PHOTO = photograph(3, SIDE, SIDE)
@@ -102,6 +102,27 @@ def test_the_exif_orientation_is_ignored_as_in_2012():
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     np.testing.assert_array_equal(decode_square(encode(PHOTO, "PNG", exif=exif), SIDE), PHOTO)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "side"), [("PNG", SIDE), ("TIFF", SIDE), ("JPEG", SIDE // 2)])
+def test_an_upright_image_is_as_pillow_transposes_it(orientation, kind, side):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = encode(photograph(3, SIDE, SIDE + 8), kind, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(stored)))
+    lossless = io.BytesIO()
+    upright.save(lossless, "PNG")
+    expected = decode_square(lossless.getvalue(), side).astype(int)
+    difference = np.abs(decode_upright(stored, side) - expected)
+    # Pillow alone scales the expected image: see the test of a photograph's own way below.
+    assert difference.max() == 0 if kind != "JPEG" else difference.mean() < 4
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_is_as_good_as_none():
+    stored = encode(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*garbage")
+    np.testing.assert_array_equal(decode_upright(stored, SIDE), decode_square(stored, SIDE))
 
 
 @pytest.mark.parametrize(
