@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 LEAST_TILE = 112  # pixels: room enough for a class name
 CAPTION_HEIGHT = 16
 FILTER_ZOOM = 4
+MOST_NAMED = 40  # classes whose names and counts a confusion matrix has room for
 
 
 def save_sample_grid(images: np.ndarray, captions: Sequence[str], path: Path) -> None:
@@ -70,6 +71,38 @@ def save_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     loss.legend(frameon=False)
     for axes in (loss, error, rate):
         axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def save_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+    """Draws int[C, C] examples by label (rows) and answer (columns), as shares of each label's.
+
+    With few classes each cell has its count and each axis its names. Shares are coloured on a
+    scale that shows the rare mistakes beside the many right answers.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    count = len(confusion)
+    shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    told = count <= MOST_NAMED
+    side = max(5.0, 0.42 * count + 1.5) if told else 9.0
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    scale = matplotlib.colors.SymLogNorm(linthresh=1.0, vmin=0.0, vmax=100.0)
+    picture = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
+    bar = figure.colorbar(picture, shrink=0.7, label="share of the label's examples (%)")
+    bar.set_ticks([0, 1, 10, 100], labels=["0", "1", "10", "100"])
+    if told:
+        axes.set_xticks(range(count), class_names, rotation=90)
+        axes.set_yticks(range(count), class_names)
+        for row, column in zip(*np.nonzero(confusion), strict=True):
+            color = "white" if shares[row, column] > 10 else "black"
+            number = f"{confusion[row, column]}"
+            axes.text(column, row, number, ha="center", va="center", color=color, fontsize=8)
+    axes.set(xlabel="answer", ylabel="label")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -207,16 +207,18 @@ def log_probabilities(
     images: jax.Array,
     stats: augment.Statistics,
     config: ConfigDict,
+    views: str,
 ) -> jax.Array:
     """Returns the float32[B, num_classes] that the network gives to stored uint8[B, S, S, 3].
 
-    Of the centre crop, or with `config.eval.views` "ten" of the softmax averaged over ten views.
+    Args:
+      views: "center", the centre crop; or "ten", the softmax averaged over the ten views.
     """
 
     def of_view(view: jax.Array) -> jax.Array:
         return nn.log_softmax(model.apply(variables, view, train=False))
 
-    if config.eval.views == "center":
+    if views == "center":
         return of_view(augment.center_crop(images, stats, config))
     views = jax.lax.map(of_view, augment.ten_views(images, stats, config))
     return nn.logsumexp(views, axis=0) - jnp.log(augment.TEN_VIEWS)
@@ -240,7 +242,9 @@ def make_eval_step(
         counted = batch["label"] >= 0
         labels = jnp.maximum(batch["label"], 0)
         variables = {"params": params, "batch_stats": batch_stats}
-        log_probs = log_probabilities(model, variables, batch["image"], stats, config)
+        log_probs = log_probabilities(
+            model, variables, batch["image"], stats, config, config.eval.views
+        )
         losses = -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
 
         def total(values: jax.Array) -> jax.Array:

@@ -21,9 +21,6 @@ from alexnet_jax.model import AlexNet
 from alexnet_jax.step import init_state, log_probabilities
 
 STATISTICS_FILE = "statistics.npz"
-
-# What is computed of a batch of any length on all devices of this process. The call returns while
-# they compute. Every length is compiled anew, so give batches of one length.
 OfImages = Callable[[np.ndarray], Any]
 
 
@@ -76,7 +73,7 @@ def load(workdir: str | Path, step: int | None = None) -> Trained:
     finally:
         checkpoints.close()
     stats, class_names = load_statistics(workdir)
-    others = [f"class {number}" for number in range(len(class_names), config.model.num_classes)]
+    others = map(unnamed, range(len(class_names), config.model.num_classes))
     return Trained(
         config,
         model,
@@ -125,6 +122,11 @@ def create(
         (workdir / "config.json").write_text(configs.to_json(config) + "\n")
 
 
+def unnamed(label: int) -> str:
+    """Returns what a class is called whose name is not known."""
+    return f"class {label}"
+
+
 def saved_config(workdir: Path) -> ConfigDict:
     """Returns a workdir's config with parallel="jit". Raises UserError if there is none to read."""
     path = workdir / "config.json"
@@ -164,16 +166,28 @@ def load_statistics(workdir: Path) -> tuple[Statistics, tuple[str, ...]]:
         ) from error
 
 
-def classifier(trained: Trained) -> OfImages:
+def log_probs(
+    trained: Trained, views: str, variables: dict[str, Any], images: jax.Array
+) -> jax.Array:
+    """Returns log-probabilities float32[B, num_classes] of uint8[B, S, S, 3], a pure function.
+
+    Args:
+      views: "center" or "ten".
+      variables: the network's; apart, so that they are no constants of what is compiled.
+    """
+    return log_probabilities(trained.model, variables, images, trained.stats, trained.config, views)
+
+
+def classifier(trained: Trained, views: str | None = None) -> OfImages:
     """Returns uint8[B, S, S, 3] -> log-probabilities float32[B, num_classes].
 
-    Of the views that config.eval.views asks for; S is the config's image_size. See `OfImages`.
+    S is the config's image_size. See `on_all_devices`.
+
+    Args:
+      views: "center" or "ten"; by default the config's.
     """
-
-    def log_probs(variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        return log_probabilities(trained.model, variables, images, trained.stats, trained.config)
-
-    return _on_all_devices(trained, log_probs)
+    function = functools.partial(log_probs, trained, views or trained.config.eval.views)
+    return on_all_devices(function, trained.variables)
 
 
 def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
@@ -188,22 +202,37 @@ def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
         found = trained.model.apply(variables, view, train=False, features=names)[1]
         return {name: x.astype(jnp.float32) for name, x in found.items()}
 
-    return _on_all_devices(trained, features)
+    return on_all_devices(features, trained.variables)
 
 
-def _on_all_devices(trained: Trained, function: Callable[[Any, jax.Array], Any]) -> OfImages:
+def on_all_devices(function: Callable[..., Any], variables: Any) -> Callable[..., Any]:
+    """Returns arrays -> function(variables, *arrays), each device of this process with its share.
+
+    The arrays have one length; so have those that the function returns, a row for each of theirs.
+    Every length is compiled anew, so give arrays of one. The call returns while they compute.
+    """
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
-    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-    variables = jax.device_put(trained.variables, whole)
-    compiled = jax.jit(function, in_shardings=(whole, split), out_shardings=split)
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    variables = jax.device_put(variables, NamedSharding(mesh, whole))
 
-    def of_images(images: np.ndarray) -> Any:
-        missing = -len(images) % mesh.size
-        padded = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
-        found = compiled(variables, jax.device_put(padded, split))
-        return jax.tree.map(lambda x: x[: len(images)], found) if missing else found
+    @jax.jit
+    def compiled(variables: Any, *shares: jax.Array) -> Any:
+        specs = (whole, *(split for _ in shares))
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False
+        )
+        return mapped(variables, *shares)
 
-    return of_images
+    def of_arrays(*arrays: np.ndarray) -> Any:
+        missing = -len(arrays[0]) % mesh.size
+        if missing:
+            arrays = tuple(
+                np.pad(x, ((0, missing), *((0, 0) for _ in x.shape[1:]))) for x in arrays
+            )
+        found = compiled(variables, *jax.device_put(arrays, NamedSharding(mesh, split)))
+        return jax.tree.map(lambda x: x[:-missing], found) if missing else found
+
+    return of_arrays
 
 
 def _chosen_step(workdir: Path, checkpoints: Checkpoints, step: int | None) -> int:

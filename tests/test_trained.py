@@ -33,7 +33,7 @@ def test_all_devices_find_what_the_evaluation_step_finds_on_one(trained_run, dig
     network = trained.load(trained_run)
     network.config.eval.views = views
     batch = eval_store(digits).read(np.arange(43))  # divides over no 8 devices
-    log_probs = np.asarray(trained.classifier(network)(batch["image"]))
+    log_probs = np.asarray(trained.classifier(network, views)(batch["image"]))
     assert log_probs.shape == (43, 10)
     state = step.init_state(network.model, network.config).replace(**network.variables)
     sums = step.make_eval_step(network.model, network.config, network.stats)(state, batch)
