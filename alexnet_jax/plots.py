@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 LEAST_TILE = 112  # pixels: room enough for a class name
 CAPTION_HEIGHT = 16
 FILTER_ZOOM = 4
+PANEL_COLUMNS = 8
 MOST_NAMED = 40  # classes whose names and counts a confusion matrix has room for
 
 
@@ -71,6 +72,54 @@ def save_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     loss.legend(frameon=False)
     for axes in (loss, error, rate):
         axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def save_predictions(
+    images: Sequence[np.ndarray],
+    truths: Sequence[str | None],
+    classes: Sequence[Sequence[str]],
+    probabilities: Sequence[Sequence[float]],
+    path: Path,
+) -> None:
+    """Draws images with their most probable classes as bars under them (paper, Fig. 4 left).
+
+    Args:
+      images: each uint8[S, S, 3].
+      truths: each image's right class, written under it and its bar red; None if not known.
+      classes, probabilities: of each image, highest first; probabilities 0 to 1.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(PANEL_COLUMNS, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure, axes = plt.subplots(
+        2 * rows,
+        columns,
+        figsize=(2.2 * columns, 3.6 * rows),
+        height_ratios=[2, 1.3] * rows,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        picture, bars = axes[2 * row, column], axes[2 * row + 1, column]
+        picture.imshow(image)
+        picture.text(
+            *(0.5, -0.04, truths[place] or ""),
+            **{"ha": "center", "va": "top", "transform": picture.transAxes, "fontsize": 9},
+        )
+        colors = ["tab:red" if name == truths[place] else "tab:blue" for name in classes[place]]
+        bars.barh(range(len(colors)), probabilities[place], color=colors, alpha=0.55)
+        bars.set(xlim=(0, 1), ylim=(len(colors) - 0.4, -0.6))
+        for number, name in enumerate(classes[place]):
+            bars.text(0.02, number, name, va="center", fontsize=8, clip_on=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
