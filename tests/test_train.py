@@ -63,7 +63,7 @@ def test_a_run_learns_and_leaves_the_files_of_the_design(undisturbed):
     workdir, _ = undisturbed("jit")
     assert {p.name for p in workdir.iterdir()} == {
         *("config.json", "summary.txt", "metrics.jsonl", "checkpoints", "tensorboard"),
-        *("samples.png", "curves.png", "filters.png", ".lock"),
+        *("samples.png", "curves.png", "filters.png", "statistics.npz", ".lock"),
     }
     train_rows, evaluations = rows(workdir, "train"), rows(workdir, "eval")
     assert [r["step"] for r in train_rows] == list(range(1, 41))
