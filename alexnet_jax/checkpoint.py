@@ -16,6 +16,15 @@ from alexnet_jax import hosts
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.step import TrainState
 
+# Of an array that is the same on several devices Orbax has each write a share, for which it
+# compiles a program a device: seconds at the first save, which only large shares give back.
+LEAST_SHARE_BYTES = 2**20
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_SHARE_BYTES),
+    override=True,
+)
+
 
 class Restored(NamedTuple):
     """A checkpoint's content.
