@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, hosts, optim, parallel, pipeline, plots, trained
+from alexnet_jax import augment, hosts, optim, parallel, pipeline, plots, runtime, trained
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
@@ -216,7 +216,7 @@ class _Run:
                 self.batches.set_state(restored.position)
             hosts.say(f"going on from step {int(state.step)} of {self.total_steps}")
         else:
-            state = jax.jit(initial, out_shardings=self.compiled.shardings)()
+            state = runtime.run_once(initial, out_shardings=self.compiled.shardings)
         hosts.check_same("checkpoints", {"step": int(state.step)})
         on = f" of {jax.process_count()} processes" if hosts.several() else ""
         hosts.say(

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, parallel
+from alexnet_jax import augment, parallel, runtime
 from alexnet_jax import config as configs
 from alexnet_jax.augment import Statistics
 from alexnet_jax.checkpoint import Checkpoints
@@ -100,7 +100,8 @@ def create(
     Raises UserError if the workdir is not new or cannot be written, or the arrays are not those of
     the config's network.
     """
-    state = init_state(parallel.build_model(config), config)
+    model = parallel.build_model(config)
+    state = runtime.run_once(functools.partial(init_state, model, config))
     mismatch = _mismatch(state.params, variables["params"])
     if mismatch:
         raise UserError(f"the weights are not of variant {config.model.variant}: {mismatch}")
