@@ -1,5 +1,6 @@
 """Running the real command line on a small network and the real digits."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,11 @@ SMALL = (
     "--config.num_epochs=2",
     "--config.log_every_steps=1",
 )  # 20 steps an epoch
+
+
+def flags_of_devices(count):
+    """XLA_FLAGS for so many CPU devices in place of eight."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
 
 def arguments(data_dir, workdir, *more):

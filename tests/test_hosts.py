@@ -10,7 +10,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from commands import ROOT, SMALL, run, saved_state, saved_steps, train
+from commands import ROOT, SMALL, flags_of_devices, run, saved_state, saved_steps, train
 
 from alexnet_jax import hosts, launch
 from alexnet_jax.errors import EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USER_ERROR
@@ -32,8 +32,7 @@ class Cluster:
     def __init__(self, count, data_dir, workdir, *more):
         where = (f"--config.data_dir={data_dir}", f"--workdir={workdir}")
         command = ("train.py", "--config", "configs/quickstart.py", *SMALL, *EVERY_7, *where)
-        flag = f"--xla_force_host_platform_device_count={DEVICES // count}"
-        environment = {**os.environ, "XLA_FLAGS": flag}
+        environment = {**os.environ, "XLA_FLAGS": flags_of_devices(DEVICES // count)}
         environment.pop("TF_CPP_MIN_LOG_LEVEL")  # JAX sets it when it is imported
         self.processes = launch.start((*command, *more), count, environment, ROOT)
         self.outputs = [""] * count
@@ -112,7 +111,7 @@ def test_the_first_process_alone_reports_and_every_step_once(undisturbed):
 
 @pytest.mark.pods
 def test_two_processes_train_as_one_does(undisturbed, digits, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={DEVICES}")
+    monkeypatch.setenv("XLA_FLAGS", flags_of_devices(DEVICES))
     done = train(digits, tmp_path, *EVERY_7)
     assert done.returncode == 0, done.stderr
     assert_close_losses(undisturbed[0], tmp_path)
@@ -194,7 +193,7 @@ with hosts.joined():
 @pytest.mark.pods
 def test_loss_and_gradient_norm_are_the_same_on_every_process(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    monkeypatch.setenv("XLA_FLAGS", flags_of_devices(2))
     processes = launch.start(("-c", PRINTS_METRICS), 2)
     printed = [p.communicate(timeout=200)[0].splitlines()[-1] for p in processes]
     assert "grad_norm" in printed[0]
