@@ -1,0 +1,96 @@
+"""The images whose fc7 features lie nearest, as in the right half of the paper's Figure 4."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from alexnet_jax import pipeline, trained
+from alexnet_jax.store import Store
+from alexnet_jax.trained import OfImages, Trained
+
+BATCH = 128  # images; of one length, so that the network is compiled once
+
+
+def nearest(
+    queries: np.ndarray, batches: Iterable[np.ndarray], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds each query's nearest features by Euclidean distance (paper §6.1).
+
+    Holds one batch and the nearest so far, however many batches there are.
+
+    Args:
+      queries: float32[Q, D].
+      batches: float32[B, D] each, B may differ.
+      count: how many to find, from 1 up.
+
+    Returns:
+      int64[Q, count], places in the stream of all batches, and float32[Q, count], their
+      distances, rising; what is equally near is in the stream's order. Where the stream is
+      shorter than count, so are both.
+    """
+    queries = np.asarray(queries, np.float64)
+    places = np.empty((len(queries), 0), np.int64)
+    distances = np.empty((len(queries), 0), np.float64)
+    seen = 0
+    for batch in batches:
+        features = np.asarray(batch, np.float64)
+        near = _candidates(queries, features, count)
+        apart = np.linalg.norm(features[near] - queries[:, None], axis=2)
+        places = np.hstack([places, seen + near])
+        distances = np.hstack([distances, apart])
+        kept = np.lexsort((places, distances))[:, :count]
+        places = np.take_along_axis(places, kept, axis=1)
+        distances = np.take_along_axis(distances, kept, axis=1)
+        seen += len(features)
+    return places, distances.astype(np.float32)
+
+
+def nearest_in_store(
+    network: Trained, store: Store, images: np.ndarray, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the examples of a store that are nearest to images by the network's fc7.
+
+    Reads all of the store; on a terminal a bar shows how far it is.
+
+    Args:
+      images: uint8[Q, S, S, 3], S the config's image_size.
+
+    Returns the examples' indices int64[Q, count] and their distances, as `nearest`.
+    """
+    extract = trained.feature_extractor(network, ["fc7"])
+    return nearest(_of_images(extract, images), _of_store(extract, store), count)
+
+
+def _candidates(queries: np.ndarray, features: np.ndarray, count: int) -> np.ndarray:
+    """Returns int64[Q, up to count], the nearest rows of features, in any order.
+
+    |a - b|² = |a|² - 2ab + |b|² is one matrix product, but cancels where a and b are close: in
+    float32 to an error of a thousandth of |a|. In float64, which costs nothing beside the network,
+    it is good enough to choose by, and no more.
+    """
+    squares = np.square(features).sum(1) - 2 * queries @ features.T
+    return np.argsort(squares, axis=1, kind="stable")[:, :count]
+
+
+def _of_images(extract: OfImages, images: np.ndarray) -> np.ndarray:
+    """Returns float32[Q, D], computed in batches of the same length as the store's."""
+    found = []
+    for start in range(0, len(images), BATCH):
+        part = images[start : start + BATCH]
+        padded = np.pad(part, ((0, BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
+        found.append(np.asarray(extract(padded)["fc7"])[: len(part)])
+    return np.concatenate(found)
+
+
+def _of_store(extract: OfImages, store: Store) -> Iterator[np.ndarray]:
+    """Yields float32[B, D] of the examples in order; the next are computed meanwhile."""
+
+    def place(batch: pipeline.Batch) -> tuple[np.ndarray, np.ndarray]:
+        return extract(batch["image"])["fc7"], batch["label"] >= 0
+
+    batches = pipeline.eval_batches(store, BATCH, place=place)
+    with tqdm(total=store.num_examples, unit="image", disable=None) as bar:
+        for features, real in batches:
+            yield np.asarray(features)[real]
+            bar.update(int(real.sum()))
