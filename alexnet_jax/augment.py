@@ -163,6 +163,13 @@ def center_crop(images: jax.Array, stats: Statistics, config: ConfigDict) -> jax
     return _view(images, border // 2, border // 2, stats, config)
 
 
+def center_window(image: np.ndarray, config: ConfigDict) -> np.ndarray:
+    """Returns the [C, C, …] of an image [S, S, …] that `center_crop` keeps."""
+    size = config.augment.crop_size
+    start = (config.image_size - size) // 2
+    return image[start : start + size, start : start + size]
+
+
 def ten_views(images: jax.Array, stats: Statistics, config: ConfigDict) -> jax.Array:
     """Returns the paper's test views of uint8[B, S, S, 3]: float32[10, B, crop, crop, 3].
 

@@ -22,6 +22,7 @@ from alexnet_jax.errors import UserError, one_line
 # A run may go on with other values of these, since they change no parameter of the network.
 FIELDS_FREE_TO_CHANGE = ("data_dir", "log_every_steps", "checkpoint.keep", "checkpoint.every_steps")
 
+OVERRIDES_HELP = "Any field of the config: --config.FIELD=VALUE, e.g. --config.batch_size=64"
 
 INFINITY = float("inf")
 TINY = 1e-6
@@ -199,10 +200,25 @@ def parse(
     argument that is not known.
     """
     parser.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/imagenet.py")
-    parser.epilog = "Any field of the config: --config.FIELD=VALUE, e.g. --config.batch_size=64"
+    parser.epilog = OVERRIDES_HELP
+    others, overrides = split_overrides(argv)
+    args, unknown = parser.parse_known_args(others)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}; --help shows those there are")
+    config = load(args.config, overrides)
+    del args.config
+    return config, args
+
+
+def split_overrides(argv: Sequence[str] | None) -> tuple[list[str], list[tuple[str, str]]]:
+    """Returns the words of a command line that are no `--config.FIELD=VALUE`, and those that are.
+
+    The latter as `load` takes them. Not argparse does it, which takes a value with a space in it
+    for a positional argument.
+    """
     words, overrides = list(sys.argv[1:] if argv is None else argv), []
     others = []
-    while words:  # not argparse: it takes a value with a space in it for a positional argument
+    while words:
         word = words.pop(0)
         flag, has_value, value = word.partition("=")
         if not flag.startswith("--config."):
@@ -213,12 +229,7 @@ def parse(
                 raise UserError(f"{flag} needs a value: {flag}=VALUE")
             value = words.pop(0)
         overrides.append((flag.removeprefix("--config."), value))
-    args, unknown = parser.parse_known_args(others)
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}; --help shows those there are")
-    config = load(args.config, overrides)
-    del args.config
-    return config, args
+    return others, overrides
 
 
 def to_json(config: ConfigDict) -> str:

@@ -3,6 +3,7 @@
 import io
 import math
 import threading
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ import simplejpeg
 from PIL import ExifTags, Image
 
 from alexnet_jax.buffers import Buffers
+from alexnet_jax.errors import UserError, one_line
 
 WHITE = (255, 255, 255, 255)
 # 400 MB of decoded pixels; a file that claims more is an attack or damaged.
@@ -74,6 +76,20 @@ def decode_upright(image: bytes, size: int) -> np.ndarray:
     if turned is None or picture.format == "TIFF":  # which Pillow turns by itself
         return square
     return np.ascontiguousarray(turned(square))
+
+
+def read_upright(path: str | Path, size: int) -> np.ndarray:
+    """Reads a file's image as `decode_upright` does: uint8[size, size, 3].
+
+    Raises UserError if it cannot be read or is no whole image.
+    """
+    try:
+        return decode_upright(Path(path).read_bytes(), size)
+    except OSError as error:
+        told = error.strerror or "it is no image that Pillow reads, or not a whole one"
+    except Exception as error:  # Pillow's formats raise of many kinds
+        told = one_line(error)
+    raise UserError(f"{path} cannot be read: {told}; name an image file")
 
 
 def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from jax import Array
 
 from alexnet_jax.winograd import winograd_conv
 
+POOL_SIZE, POOL_STRIDE = 3, 2  # paper §3.4
 LEAST_CHANNELS = 20  # inputs · outputs / (inputs + outputs) of a group
 
 
@@ -241,7 +242,7 @@ def max_pool(x: Array) -> Array:
     Returns:
       float[B, ceil((H - 3) / 2) + 1, ceil((W - 3) / 2) + 1, C].
     """
-    pads = [ceil_padding(length, 3, 2) for length in x.shape[1:3]]
+    pads = [ceil_padding(length, POOL_SIZE, POOL_STRIDE) for length in x.shape[1:3]]
 
     def on_cpu(x: Array) -> Array:
         wide = x.astype(_wide(x))
@@ -249,7 +250,7 @@ def max_pool(x: Array) -> Array:
         return _pool_whole_windows(whole).astype(x.dtype)
 
     def plain(x: Array) -> Array:
-        return nn.max_pool(x, (3, 3), (2, 2), pads)
+        return nn.max_pool(x, (POOL_SIZE,) * 2, (POOL_STRIDE,) * 2, pads)
 
     return jax.lax.platform_dependent(x, cpu=on_cpu, default=plain)
 

@@ -36,6 +36,7 @@ DTYPES = ("float32", "bfloat16")
 LEAST_SIZE = 63  # from here on pool5 has a whole window under either rounding (as torchvision)
 
 KERNEL_SIZES = (11, 5, 3, 3, 3)
+STRIDES = (4, 1, 1, 1, 1)
 HIDDEN_UNITS = 4096
 # Paper §5: "the second, fourth, and fifth convolutional layers, as well as [...] the
 # fully-connected hidden layers" start with a bias of 1, the others with 0.
@@ -272,7 +273,7 @@ class AlexNet(nn.Module):
         return nn.Conv(
             self._scaled(variant.filters[number - 1]),
             (size, size),
-            strides=4 if number == 1 else 1,
+            strides=STRIDES[number - 1],
             padding=self._conv1_padding(x) if number == 1 else size // 2,
             feature_group_count=variant.groups[number - 1],
             use_bias="bn" not in variant.blocks[number - 1],

@@ -1,79 +1,154 @@
-"""Pictures of a run: sample images, training curves, conv1's filters; and of a plan."""
+"""Pictures of runs: images with captions, conv1's filters, training curves; and of a plan."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 LEAST_TILE = 112  # pixels: room enough for a class name
 CAPTION_HEIGHT = 16
 FILTER_ZOOM = 4
+TOWER_GAP = 2  # pixels before zooming, between the filters of two towers
 PANEL_COLUMNS = 8
 MOST_NAMED = 40  # classes whose names and counts a confusion matrix has room for
 
 
 def save_sample_grid(images: np.ndarray, captions: Sequence[str], path: Path) -> None:
     """Writes images, uint8[N, S, S, 3], as a grid with a caption under each."""
-    zoom = math.ceil(LEAST_TILE / images.shape[1])
-    side = images.shape[1] * zoom
     columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
+    rows = [slice(start, start + columns) for start in range(0, len(images), columns)]
+    _save_rows([images[row] for row in rows], [captions[row] for row in rows], path)
+
+
+def save_neighbors(
+    queries: np.ndarray,
+    neighbors: np.ndarray,
+    captions: Sequence[Sequence[str]],
+    path: Path,
+) -> None:
+    """Writes each query, uint8[Q, S, S, 3], and its neighbours, uint8[Q, K, S, S, 3], as a row.
+
+    Args:
+      captions: 1 + K for each row.
+    """
+    rows = np.concatenate([queries[:, None], neighbors], axis=1)
+    _save_rows(rows, captions, path, gap_after_first=12)
+
+
+def _save_rows(
+    rows: Sequence[np.ndarray],
+    captions: Sequence[Sequence[str]],
+    path: Path,
+    gap_after_first: int = 0,
+) -> None:
+    size = rows[0].shape[1]
+    side = size * math.ceil(LEAST_TILE / size)
     cell = (side + 4, side + CAPTION_HEIGHT + 4)
-    sheet = Image.new("RGB", (columns * cell[0], rows * cell[1]), "white")
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", (columns * cell[0] + gap_after_first, len(rows) * cell[1]), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for place, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = place % columns * cell[0] + 2, place // columns * cell[1] + 2
-        tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
-        sheet.paste(tile, (x, y))
-        draw.text((x + 2, y + side), _shorten(caption, side, font), "black", font)
+    for down, (row, told) in enumerate(zip(rows, captions, strict=True)):
+        for along, (image, caption) in enumerate(zip(row, told, strict=True)):
+            x = along * cell[0] + 2 + (gap_after_first if along else 0)
+            y = down * cell[1] + 2
+            tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(tile, (x, y))
+            draw.text((x + 2, y + side), _shorten(caption, side, font), "black", font)
     sheet.save(path)
 
 
-def save_filters(kernel: np.ndarray, path: Path) -> None:
-    """Writes a first layer's float32[H, W, 3, N] kernel as a grid of N pictures (paper, Fig. 3).
+def save_filters(kernel: np.ndarray, towers: int, path: Path) -> None:
+    """Writes a first layer's float32[H, W, 3, N] kernel as the paper's Figure 3 has it.
 
-    All filters share one scale, so that strong and weak ones can be told apart.
+    That is 96 filters in rows of 16, the first tower's above the second's. All filters share one
+    scale, with grey for zero, so that strong and weak ones can be told apart.
     """
     height, width, _, count = kernel.shape
     scaled = np.uint8(np.clip(127.5 + 127.5 * kernel / (np.abs(kernel).max() + 1e-12), 0, 255))
-    columns = math.ceil(math.sqrt(count * 2))
-    rows = math.ceil(count / columns)
-    sheet = np.full((rows * (height + 1) + 1, columns * (width + 1) + 1, 3), 255, np.uint8)
+    columns = filter_columns(count, towers)
+    rows = count // columns
+    gap = (towers - 1) * TOWER_GAP
+    sheet = np.full((rows * (height + 1) + 1 + gap, columns * (width + 1) + 1, 3), 255, np.uint8)
     for place in range(count):
-        y, x = place // columns * (height + 1) + 1, place % columns * (width + 1) + 1
+        row = place // columns
+        y = row * (height + 1) + 1 + row * towers // rows * TOWER_GAP
+        x = place % columns * (width + 1) + 1
         sheet[y : y + height, x : x + width] = scaled[..., place]
     size = (sheet.shape[1] * FILTER_ZOOM, sheet.shape[0] * FILTER_ZOOM)
     Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)
 
 
+def filter_columns(count: int, towers: int) -> int:
+    """Returns how many filters a row has, so that no row is ragged or shared by towers.
+
+    Of those, the nearest to Figure 3's proportions, 16 to 6.
+    """
+    of_tower = count // towers
+    whole = [columns for columns in range(1, of_tower + 1) if of_tower % columns == 0]
+    return min(whole, key=lambda columns: abs(columns - math.sqrt(count * 16 / 6)))
+
+
 def save_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
     """Writes loss, error and learning rate over epochs from the rows of a metrics.jsonl."""
-    import matplotlib  # takes a while, and most of a run does without
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    figure, panels = _curve_panels()
     rows = list(rows)
-    figure, (loss, error, rate) = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    for split, color in (("train", "black"), ("eval", "tab:red")):
-        of_split = [row for row in rows if row["split"] == split]
-        epochs = [row["epoch"] for row in of_split]
-        style = {"color": color, "label": split, "marker": "o" if split == "eval" else None}
-        loss.plot(epochs, [row["loss"] for row in of_split], markersize=3, **style)
-        error.plot(epochs, [100 * (1 - row["top1"]) for row in of_split], markersize=3, **style)
-        if split == "train":
-            rate.plot(epochs, [row["learning_rate"] for row in of_split], color=color)
-    loss.set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
-    error.set(xlabel="epoch", ylabel="top-1 error (%)")
-    rate.set(xlabel="epoch", ylabel="learning rate", yscale="log")
-    loss.legend(frameon=False)
-    for axes in (loss, error, rate):
+    _draw_curve(panels, rows, "train", color="black", label="train")
+    _draw_curve(panels, rows, "eval", color="tab:red", label="eval", marker="o")
+    panels[0].legend(frameon=False)
+    figure.savefig(path)
+
+
+def curves_of_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+    """Draws loss, error and learning rate over epochs, a colour for each run.
+
+    Thin lines are of training, thick ones with dots of evaluation.
+    """
+    from matplotlib import colormaps
+
+    figure, panels = _curve_panels()
+    colors = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
+    for number, (name, rows) in enumerate(runs.items()):
+        color = colors[number % len(colors)]
+        _draw_curve(panels, rows, "train", color=color, linewidth=0.8, alpha=0.6)
+        _draw_curve(panels, rows, "eval", color=color, linewidth=1.8, marker="o")
+        panels[0].plot([], [], color=color, linewidth=3, label=name)
+    panels[0].plot([], [], color="grey", linewidth=0.8, label="train")
+    panels[0].plot([], [], color="grey", linewidth=1.8, marker="o", markersize=3, label="eval")
+    columns = min(len(runs) + 2, 6)
+    figure.legend(loc="outside upper left", ncols=columns, frameon=False)
+    return figure
+
+
+def _curve_panels() -> tuple["Figure", Sequence["Axes"]]:
+    from matplotlib.figure import Figure  # takes a while, and most of a run does without
+
+    figure = Figure(figsize=(13, 3.6), dpi=100, layout="constrained")
+    panels = figure.subplots(1, 3)
+    panels[0].set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
+    panels[1].set(xlabel="epoch", ylabel="top-1 error (%)")
+    panels[2].set(xlabel="epoch", ylabel="learning rate", yscale="log")
+    for axes in panels:
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure, panels
+
+
+def _draw_curve(
+    panels: Sequence["Axes"], rows: Sequence[Mapping[str, Any]], split: str, **style: Any
+) -> None:
+    loss, error, rate = panels
+    of_split = [row for row in rows if row["split"] == split]
+    epochs = [row["epoch"] for row in of_split]
+    loss.plot(epochs, [row["loss"] for row in of_split], markersize=3, **style)
+    error.plot(epochs, [100 * (1 - row["top1"]) for row in of_split], markersize=3, **style)
+    if split == "train":
+        rate.plot(epochs, [row["learning_rate"] for row in of_split], **style)
 
 
 def save_predictions(

@@ -21,11 +21,11 @@ from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
 from alexnet_jax.interrupt import StopRequest
-from alexnet_jax.model import AlexNet, format_layer_table, layer_table
+from alexnet_jax.model import VARIANTS, AlexNet, format_layer_table, layer_table
 from alexnet_jax.report import Meter, NoReport, Report
+from alexnet_jax.samples import save_samples
 from alexnet_jax.step import Metrics, TrainState, init_state
 from alexnet_jax.store import Store, open_or_prepare
-from alexnet_jax.visualize import save_samples
 
 # Steps that JAX may be behind the loop. It runs on while the next batches are read; without a
 # limit they would pile up on the device.
@@ -311,7 +311,8 @@ class _Run:
         self._save(metrics["top1"])
         kernel = parallel.whole(self.compiled.unplace(self.state.params["conv1"]["kernel"]))
         if hosts.is_first():
-            plots.save_filters(kernel, self.workdir / "filters.png")
+            towers = max(VARIANTS[self.config.model.variant].groups)
+            plots.save_filters(kernel, towers, self.workdir / "filters.png")
         self.meter.restart_clock()
         self.evaluated = True
         return True

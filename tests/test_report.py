@@ -85,7 +85,7 @@ def test_sample_grid_shows_each_image_in_its_place(tmp_path):
 def test_filters_share_one_scale_with_grey_for_zero(tmp_path):
     kernel = np.zeros((11, 11, 3, 96), np.float32)
     kernel[..., 0], kernel[..., 1] = 2.0, -1.0
-    plots.save_filters(kernel, tmp_path / "f.png")
+    plots.save_filters(kernel, 2, tmp_path / "f.png")
     picture = np.asarray(Image.open(tmp_path / "f.png")).astype(int)
     step = 12 * plots.FILTER_ZOOM
     first, second, third = (picture[8, 8 + step * n, 0] for n in range(3))
