@@ -260,5 +260,8 @@ def _title(axes: "Axes", model: AlexNet, image_shape: tuple[int, int, int], top:
     told = f"AlexNet, variant {model.variant}: {params:,} parameters, {flops:,} FLOPs an image"
     left = -PITCH / 2 + 0.15
     axes.text(left, top + ABOVE - 0.15, told, size=13, weight="bold", va="top")
-    scale = "Drawn to the square roots of pixels, maps and units. White: what one place sees."
+    scale = (
+        "Sizes are square roots of pixels, maps and units. "
+        "White: what one place of the next layer sees."
+    )
     axes.text(left, top + ABOVE - 0.45, scale, size=9, color="#444444", va="top")

@@ -4,6 +4,7 @@ After Zeiler and Fergus 2013 (arXiv 1311.2901, section 4.2).
 """
 
 import math
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -78,7 +79,7 @@ def occlude(
     side = math.ceil(size / stride)
     count = 1 + side**2
     found = []
-    batches = _batches(network, image, patch, stride)
+    batches = occluded(network, image, patch, stride)
     for batch in tqdm(batches, total=math.ceil(count / BATCH), unit="batch", disable=None):
         probabilities = np.asarray(jax.nn.softmax(extract(batch)["fc8"]))
         label = int(probabilities[0].argmax()) if label is None else label
@@ -92,6 +93,25 @@ def occlude(
         patch=patch,
         stride=stride,
     )
+
+
+def occluded(network: Trained, image: np.ndarray, patch: int, stride: int) -> Iterator[np.ndarray]:
+    """Yields uint8[BATCH, S, S, 3]: the image, then with the square at each place by rows.
+
+    The last batch is filled up with the image.
+    """
+    config = network.config
+    size = config.augment.crop_size
+    start = (config.image_size - size) // 2
+    mean = np.broadcast_to(np.rint(network.stats.mean), image.shape)
+    centers = [int((place + 0.5) * stride) for place in range(math.ceil(size / stride))]
+    spans = [_span(center, patch, start, size) for center in centers]
+    squares = [(slice(0), slice(0)), *((rows, columns) for rows in spans for columns in spans)]
+    for first in range(0, len(squares), BATCH):
+        batch = np.repeat(image[None], BATCH, axis=0)
+        for picture, square in zip(batch, squares[first : first + BATCH], strict=False):
+            picture[square] = mean[square]
+        yield batch
 
 
 def occlusion_figure(found: Occlusion, class_name: str) -> "Figure":
@@ -116,8 +136,8 @@ def occlusion_figure(found: Occlusion, class_name: str) -> "Figure":
         axes.set(xlim=(0, len(found.view)), ylim=(len(found.view), 0), xticks=[], yticks=[])
     figure.colorbar(drawn, ax=both, shrink=0.85)
     figure.suptitle(
-        f"{class_name}: probability {found.probability:.3f} with all in view; behind a grey square "
-        f"of {found.patch}×{found.patch} pixels, moved by {found.stride}, as the map shows"
+        f"{textwrap.shorten(class_name, 40)}: probability {found.probability:.3f} with all in view; "
+        f"behind a grey square of {found.patch}×{found.patch} pixels, in steps of {found.stride}, as the map shows"
     )
     return figure
 
@@ -129,25 +149,6 @@ def _most_harmful_square(found: Occlusion) -> "Rectangle":
     rows, columns = (_span(center, found.patch, 0, len(found.view)) for center in (row, column))
     size = columns.stop - columns.start, rows.stop - rows.start
     return Rectangle((columns.start, rows.start), *size, fill=False, edgecolor="red", linewidth=2)
-
-
-def _batches(network: Trained, image: np.ndarray, patch: int, stride: int) -> Iterator[np.ndarray]:
-    """Yields uint8[BATCH, S, S, 3]: the image, then with the square at each place by rows.
-
-    The last batch is filled up with the image.
-    """
-    config = network.config
-    size = config.augment.crop_size
-    start = (config.image_size - size) // 2
-    mean = np.broadcast_to(np.rint(network.stats.mean), image.shape)
-    centers = [int((place + 0.5) * stride) for place in range(math.ceil(size / stride))]
-    spans = [_span(center, patch, start, size) for center in centers]
-    squares = [(slice(0), slice(0)), *((rows, columns) for rows in spans for columns in spans)]
-    for first in range(0, len(squares), BATCH):
-        batch = np.repeat(image[None], BATCH, axis=0)
-        for picture, square in zip(batch, squares[first : first + BATCH], strict=False):
-            picture[square] = mean[square]
-        yield batch
 
 
 def _span(center: int, patch: int, start: int, size: int) -> slice:

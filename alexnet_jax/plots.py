@@ -130,6 +130,7 @@ def _curve_panels() -> tuple["Figure", Sequence["Axes"]]:
     from matplotlib.figure import Figure  # takes a while, and most of a run does without
 
     figure = Figure(figsize=(13, 3.6), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12)
     panels = figure.subplots(1, 3)
     panels[0].set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
     panels[1].set(xlabel="epoch", ylabel="top-1 error (%)")

@@ -247,8 +247,9 @@ def _parser() -> argparse.ArgumentParser:
     what = add("network", network, out="WORKDIR/network.png, or runs/<config name>/network.png")
     what.add_argument("workdir", type=Path, nargs="?", metavar="WORKDIR", help="or else a config")
     _add_config(what)
-    usages = [what.format_usage().removeprefix("usage: ") for what in whats.choices.values()]
-    parser.epilog = "\n".join(["In full, and more of each by WHAT --help:\n", *usages])
+    usages = [what.format_usage().split(maxsplit=4)[4] for what in whats.choices.values()]
+    told = [" ".join(usage.replace("[-h] ", "").split()) for usage in usages]
+    parser.epilog = "\n  ".join(["WHAT in full, and more of each by WHAT --help:", *told])
     return parser
 
 

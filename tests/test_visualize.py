@@ -1,0 +1,443 @@
+"""`python -m alexnet_jax.visualize`: each picture shows what it says, from a workdir alone."""
+
+import json
+import shutil
+import sys
+
+import commands
+import images
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.neighbors import NearestNeighbors
+
+from alexnet_jax import (
+    augment,
+    decode,
+    feature_maps,
+    neighbors,
+    network_picture,
+    occlusion,
+    parallel,
+    plots,
+    store,
+    trained,
+    visualize,
+)
+from alexnet_jax import config as configs
+from alexnet_jax.errors import EXIT_USER_ERROR
+from alexnet_jax.model import FEATURES, VARIANTS, AlexNet, layer_table
+from alexnet_jax.step import init_state
+
+
+@pytest.fixture
+def draw(capsys):
+    """Runs the command in this process; returns its exit code, its output and its errors."""
+
+    def run(*words):
+        with pytest.raises(SystemExit) as ended:
+            visualize.main([str(word) for word in words])
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def network(trained_run):
+    return trained.load(trained_run)
+
+
+@pytest.fixture(scope="module")
+def splits(digits):
+    config = configs.load("configs/quickstart.py", [("data_dir", str(digits))])
+    return {use: store.open_store(path) for use, path in store.store_paths(config).items()}
+
+
+@pytest.fixture(scope="module")
+def train_store(splits):
+    return splits["train"]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def figure_pixels(figure, path):
+    figure.savefig(path)
+    return pixels(path)
+
+
+def write_image(path, array):
+    Image.fromarray(array).save(path)
+    return path
+
+
+def test_filters_pixels_are_conv1s_weights(trained_run, network, draw, tmp_path):
+    code, told, _ = draw("filters", trained_run, "--out", tmp_path / "f.png")
+    assert code == 0 and told.strip() == str(tmp_path / "f.png")
+    kernel = np.asarray(network.variables["params"]["conv1"]["kernel"])
+    assert kernel.shape == (11, 11, 3, 8)
+    zoom = plots.FILTER_ZOOM
+    small = pixels(tmp_path / "f.png")[zoom // 2 :: zoom, zoom // 2 :: zoom].astype(float)
+    for number in range(8):  # in two rows of four
+        y, x = (1 + 12 * place for place in divmod(number, 4))
+        shown = (small[y : y + 11, x : x + 11] - 127.5) / 127.5 * np.abs(kernel).max()
+        np.testing.assert_allclose(shown, kernel[..., number], atol=np.abs(kernel).max() / 120)
+
+
+def test_ninety_six_filters_lie_as_in_figure_3(tmp_path):
+    """Six rows of sixteen, the first tower's 48 above the second's."""
+    kernel = np.zeros((11, 11, 3, 96), np.float32)
+    kernel[..., :48], kernel[..., 48:] = 1.0, -1.0
+    plots.save_filters(kernel, 2, tmp_path / "f.png")
+    picture = pixels(tmp_path / "f.png")
+    zoom = plots.FILTER_ZOOM
+    assert picture.shape == ((6 * 12 + 1 + plots.TOWER_GAP) * zoom, (16 * 12 + 1) * zoom, 3)
+    middles = picture[[(6 + 12 * row + (row > 2) * plots.TOWER_GAP) * zoom for row in range(6)]]
+    shades = middles[:, [(6 + 12 * column) * zoom for column in range(16)], 0]
+    np.testing.assert_array_equal(shades, np.repeat([[255], [0]], 3, axis=0).repeat(16, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("count", "towers", "columns"), [(96, 2, 16), (96, 1, 16), (64, 1, 16), (24, 2, 6), (8, 2, 4)]
+)
+def test_no_row_of_filters_is_ragged_or_shared(count, towers, columns):
+    assert plots.filter_columns(count, towers) == columns
+
+
+def test_features_are_those_of_the_network(trained_run, network, train_store, draw, tmp_path):
+    image = train_store.read(np.array([3]))["image"][0]
+    file = write_image(tmp_path / "digit.png", image)
+    code, told, _ = draw("features", trained_run, file, "--out", tmp_path / "page.png")
+    assert code == 0 and told.strip() == str(tmp_path / "page.png")
+    figure = feature_maps.features_figure(network, image)
+    drawn = figure_pixels(figure, tmp_path / "expected.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "page.png"), drawn)
+    view = augment.center_crop(image[None], network.stats, network.config)
+    apply = jax.jit(lambda variables, x: network.model.apply(variables, x, features=FEATURES))
+    logits, expected = apply(network.variables, view)
+    page = dict(zip((name for row in feature_maps.PAGE for name in row), figure.axes, strict=True))
+    np.testing.assert_array_equal(page["image"].images[0].get_array(), image[4:68, 4:68])
+    maps = np.asarray(expected["conv1"][0])
+    assert page["conv1"].get_title() == "conv1, 15×15×8, all"
+    by_strength = np.argsort(-np.abs(maps).mean((0, 1)))
+    first = page["conv1"].images[0].get_array()[: feature_maps.TILE, : feature_maps.TILE]
+    stretched = np.arange(feature_maps.TILE) * 15 // feature_maps.TILE
+    strongest = maps[stretched[:, None], stretched, by_strength[0]]
+    np.testing.assert_allclose(first, strongest, atol=1e-4)
+    units = np.asarray(expected["fc7"][0])
+    shown = page["fc7"].images[0].get_array().compressed()
+    np.testing.assert_allclose(shown, units, atol=1e-4)
+    shares = np.sort(jax.nn.softmax(logits[0]))[::-1][:5]
+    bars = [bar.get_width() for bar in page["fc8"].patches]
+    np.testing.assert_allclose(bars, shares, atol=1e-5)
+
+
+def test_maps_lie_by_rows_with_gaps_between():
+    maps = np.arange(5, dtype=np.float32) * np.ones((2, 2, 1), np.float32)
+    sheet = feature_maps.mosaic(maps)
+    step = feature_maps.TILE + feature_maps.GAP
+    assert sheet.shape == (3 * step - feature_maps.GAP,) * 2
+    middles = sheet[feature_maps.TILE // 2 :: step, feature_maps.TILE // 2 :: step]
+    np.testing.assert_array_equal(middles[:2], [[0, 1, 2], [3, 4, np.nan]])
+    assert np.isnan(sheet[feature_maps.TILE])[: 3 * step].all()
+
+
+def test_a_training_image_is_its_own_nearest(trained_run, train_store, draw, tmp_path):
+    chosen = [11, 3999]
+    found = train_store.read(np.array(chosen))
+    files = [
+        write_image(tmp_path / f"{n}.png", image)
+        for n, image in zip(chosen, found["image"], strict=True)
+    ]
+    out = tmp_path / "n.png"
+    code, told, _ = draw("neighbors", trained_run, *files, "--out", out)
+    assert code == 0
+    lines = told.splitlines()
+    assert lines[-1] == str(out)
+    picture = pixels(out)
+    side, row, start = 144, 144 + 20, 148 + 12  # 72 pixels, doubled
+    for place, label in enumerate(found["label"]):
+        name, _, others = lines[place].partition(": ")
+        assert name == files[place].name
+        nearest = [caption.split("  ") for caption in others.split(", ")]
+        assert nearest[0][0] == train_store.class_names[label]
+        distances = [float(distance) for _, distance in nearest]
+        assert len(distances) == 6 and distances == sorted(distances)
+        assert distances[0] < 1e-3 < distances[1]
+        shown = [picture[2 + place * row :, 2 + x :][:side:2, :side:2] for x in (0, start)]
+        np.testing.assert_array_equal(shown[0], found["image"][place])
+        np.testing.assert_array_equal(shown[1], found["image"][place])
+
+
+def test_neighbors_in_a_store_are_scikit_learns(network, splits):
+    split = splits["eval"]
+    queries = images.photograph(0, 72, 72)[None]
+    places, distances = neighbors.nearest_in_store(network, split, queries, 4)
+    extract = trained.feature_extractor(network, ["fc7"])
+    everything = split.read(np.arange(split.num_examples))["image"]
+    reference = NearestNeighbors(n_neighbors=4, algorithm="brute")
+    reference.fit(np.asarray(extract(everything)["fc7"]))
+    apart, expected = reference.kneighbors(np.asarray(extract(queries)["fc7"]))
+    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_allclose(distances, apart, rtol=1e-3)
+
+
+def test_without_images_neighbors_are_of_the_eval_split(
+    trained_run, digits, splits, draw, tmp_path
+):
+    moved = tmp_path / "moved"
+    shutil.copytree(trained_run, moved)
+    code, _, error = draw("neighbors", moved, "--data-dir", tmp_path)
+    assert code == EXIT_USER_ERROR and "--data-dir" in error and str(tmp_path) in error
+    code, told, _ = draw("neighbors", moved, "--data-dir", digits)
+    assert code == 0
+    lines = told.splitlines()
+    assert len(lines) == 6 and lines[-1] == str(moved / "neighbors.png")
+    split = splits["eval"]
+    expected = [split.class_names[split.labels[place]] for place in (0, 249, 499, 749, 999)]
+    assert [line.split(": ")[0] for line in lines[:5]] == expected
+
+
+@pytest.fixture(scope="module")
+def corner_run(tmp_path_factory):
+    """A network whose first class is as probable as its image's upper left corner is bright."""
+    config = configs.load(
+        "configs/quickstart.py",
+        [("model.variant", "single"), ("model.width", "0.001"), ("model.num_classes", "2")]
+        + [("image_size", "140"), ("augment.crop_size", "128")],
+    )
+    config.parallel = "jit"
+    state = init_state(parallel.build_model(config), config)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), state.params)
+    params["conv1"]["kernel"][..., 0] = 1 / 363
+    for layer in ("conv2", "conv3", "conv4", "conv5"):
+        kernel = params[layer]["kernel"]
+        kernel[kernel.shape[0] // 2, kernel.shape[1] // 2, 0, 0] = 1.0
+    params["fc6"]["kernel"][0, 0] = params["fc7"]["kernel"][0, 0] = 1.0  # of pool5's 3x3 the first
+    params["fc8"]["kernel"][0] = 2.0, -2.0
+    mean = np.full((140, 140, 3), 100, np.float32)
+    stats = augment.Statistics(mean, np.eye(3, dtype=np.float32))
+    place = tmp_path_factory.mktemp("corner") / "run"
+    trained.create(place, config, {"params": params}, stats, ["bright", "dark"])
+    return place
+
+
+def test_occluding_the_decisive_part_lowers_the_probability(corner_run, draw, tmp_path):
+    picture = np.full((140, 140, 3), 100, np.uint8)
+    picture[12:30, 12:30] = 255
+    picture[100:130, 100:130] = 255  # which the network does not look at
+    file = write_image(tmp_path / "corner.png", picture)
+    found = occlusion.occlude(trained.load(corner_run), picture)
+    assert found.map.shape == (32, 32) and (found.patch, found.stride) == (32, 4)
+    assert found.label == 0 and found.probability > 0.9
+    assert found.map[4, 4] == pytest.approx(0.5)  # nothing but the mean is left
+    least, row, column = found.lowest()
+    assert least == found.map.min() and row < 32 and column < 32
+    np.testing.assert_allclose(found.map[20:, :], found.probability, rtol=1e-5)
+    code, told, _ = draw("occlusion", corner_run, file)
+    assert code == 0
+    first, path = told.splitlines()
+    assert path == str(corner_run / "occlusion.png")
+    assert first.startswith(f"bright: probability {found.probability:.3f}, and {least:.3f} behind")
+    expected = figure_pixels(occlusion.occlusion_figure(found, "bright"), tmp_path / "e.png")
+    np.testing.assert_array_equal(pixels(path), expected)
+    code, told, _ = draw(
+        *("occlusion", corner_run, file, "--class", "dark"),
+        *("--patch", 64, "--stride", 32, "--out", tmp_path / "dark.png"),
+    )
+    assert code == 0
+    assert told.startswith(f"dark: probability {1 - found.probability:.3f}")
+    assert "64x64" in told
+
+
+def test_every_place_of_the_crop_is_hidden_by_the_mean_once(corner_run):
+    """With a square as large as the stride the places are tiles; other pixels stay."""
+    picture = images.photograph(1, 140, 140)
+    batches = occlusion.occluded(trained.load(corner_run), picture, patch=30, stride=30)
+    shown = np.concatenate(list(batches))
+    np.testing.assert_array_equal(shown[0], picture)
+    hidden = (shown[1:26] != picture).any(axis=-1)  # 5 x 5 places, the last clipped
+    assert hidden.sum(axis=0).max() == 1
+    assert not hidden[:, :6].any() and not hidden[:, 134:].any()
+    assert hidden[:, 6:134, 6:134].sum(axis=0).mean() > 0.99  # some pixels are the mean's colour
+    assert (shown[1:26][hidden] == 100).all()
+    np.testing.assert_array_equal(shown[26:], np.broadcast_to(picture, shown[26:].shape))
+
+
+def metrics(workdir, rate, epochs, cut=""):
+    workdir.mkdir()
+    rows = []
+    for epoch in range(1, epochs + 1):
+        common = {"step": epoch, "epoch": epoch, "loss": rate / epoch, "top1": 1 - rate / epoch}
+        rows.append({**common, "split": "train", "learning_rate": rate})
+        rows.append({**common, "split": "eval", "top1": 1 - rate / epoch / 2})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (workdir / "metrics.jsonl").write_text(text + cut)
+    return rows
+
+
+def test_curves_are_the_rows_of_each_run(draw, tmp_path):
+    fast = metrics(tmp_path / "fast", 0.5, 4)
+    slow = metrics(tmp_path / "slow", 0.1, 9, cut='{"step": 10, "epo')  # as a running one's may be
+    code, told, _ = draw("curves", tmp_path / "fast", tmp_path / "slow")
+    assert code == 0 and told.strip() == str(tmp_path / "fast" / "compared.png")
+    figure = plots.curves_of_runs({"fast": fast, "slow": slow})
+    drawn = figure_pixels(figure, tmp_path / "expected.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "fast" / "compared.png"), drawn)
+    loss, error, rate = figure.axes
+    lines = [np.array(line.get_data()) for line in error.lines]
+    for line, (most, epochs, part) in zip(
+        lines, [(0.5, 4, 1), (0.5, 4, 2), (0.1, 9, 1), (0.1, 9, 2)], strict=True
+    ):
+        numbers = np.arange(1, epochs + 1)
+        np.testing.assert_allclose(line, [numbers, 100 * most / numbers / part])
+    assert [line.get_ydata()[0] for line in rate.lines] == [0.5, 0.1]
+    assert loss.lines[0].get_color() == loss.lines[1].get_color() != loss.lines[3].get_color()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["fast", "slow", "train", "eval"]
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(draw, tmp_path):
+    for parent, rate in (("a", 0.5), ("b", 0.1)):
+        (tmp_path / parent).mkdir()
+        metrics(tmp_path / parent / "run", rate, 3)
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    assert draw("curves", *runs, "--out", tmp_path / "c.png")[0] == 0
+    rows = {str(run): [json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs}
+    expected = figure_pixels(plots.curves_of_runs(rows), tmp_path / "e.png")
+    np.testing.assert_array_equal(pixels(tmp_path / "c.png"), expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_network_is_drawn_with_the_shapes_and_parameters_of_its_table(variant):
+    model, size = AlexNet(variant, num_classes=10, width=0.25), (227, 227, 3)
+    figure = network_picture.network_figure(model, size)
+    told = [text.get_text() for text in figure.axes[0].texts]
+    towers = max(VARIANTS[variant].groups)
+    for row in layer_table(model, size):
+        *sides, maps = row.output_shape
+        part = "+".join([str(maps // towers)] * towers)
+        shape = "×".join([*map(str, sides), f"({part})" if towers > 1 else part])
+        assert row.name in told and (shape if sides else f"{maps:,}") in told
+        assert not row.params or f"{row.params:,} params" in told
+    total = sum(row.params for row in layer_table(model, size))
+    assert any(f"variant {variant}: {total:,} parameters" in text for text in told)
+    layers = {layer.name: layer for layer in network_picture.network_layers(model, size)}
+    assert [layers[f"conv{n}"].apart for n in range(1, 6)] == [
+        groups > 1 for groups in VARIANTS[variant].groups
+    ]
+
+
+def test_operations_stand_below_the_layer_they_follow():
+    def told(variant, dropout=0.5):
+        model = AlexNet(variant, dropout=dropout)
+        layers = network_picture.network_layers(model, (224, 224, 3))
+        return {layer.name: layer.operations for layer in layers}
+
+    assert told("paper")["conv1"] == ("11×11 conv, stride 4", "ReLU", "LRN")
+    assert told("caffenet")["pool1"] == ("3×3 max, stride 2", "LRN")
+    assert told("original")["conv2"][1:] == ("ReLU", "LRN, per tower", "norm within maps")
+    assert told("original")["pool1"] == ("3×3 max, stride 2", "ReLU")
+    assert told("owt")["fc6"] == ("dropout 0.5", "fully connected", "ReLU")
+    assert told("owt", dropout=0.0)["fc6"] == ("fully connected", "ReLU")
+    assert told("bn")["conv3"] == ("3×3 conv", "batch norm", "ReLU")
+
+
+def test_the_network_is_drawn_of_a_workdir_or_a_config(trained_run, network, draw, tmp_path):
+    expected = network_picture.network_figure(network.model, (64, 64, 3))
+    drawn = figure_pixels(expected, tmp_path / "e.png")
+    of_config = ("--config", "configs/quickstart.py", *commands.SMALL)
+    for what in ((trained_run,), of_config):
+        code, told, _ = draw("network", *what, "--out", tmp_path / "n.png")
+        assert code == 0 and told.strip() == str(tmp_path / "n.png")
+        np.testing.assert_array_equal(pixels(tmp_path / "n.png"), drawn)
+
+
+def test_photographs_of_any_kind_are_taken(trained_run, draw, tmp_path):
+    """Grey ones, turned ones, with transparency; as the network's decoder has them."""
+    photograph = images.photograph(0)
+    grey, alpha = tmp_path / "grey.jpg", tmp_path / "alpha.png"
+    grey.write_bytes(images.encode(photograph, mode="L"))
+    alpha.write_bytes(images.encode(photograph, "PNG", mode="RGBA"))
+    for file in (grey, alpha):
+        code, told, _ = draw(*("occlusion", trained_run, file, "--patch", 64, "--stride", 32))
+        assert code == 0 and "probability" in told
+    assert decode.read_upright(grey, 72).shape == (72, 72, 3)
+
+
+BAD_INPUT = {
+    "no image": (["features", "RUN", "text.jpg"], "text.jpg cannot be read: it is no image"),
+    "half an image": (["features", "RUN", "half.jpg"], "half.jpg cannot be read"),
+    "no file": (["occlusion", "RUN", "none.jpg"], "none.jpg cannot be read: No such file"),
+    "a folder": (["neighbors", "RUN", "folder"], "folder cannot be read: Is a directory"),
+    "no class": (["occlusion", "RUN", "good.jpg", "--class", "cat"], "no class 'cat'; there are"),
+    "a patch": (["occlusion", "RUN", "good.jpg", "--patch", "65"], "stride <= patch <= 64"),
+    "a stride": (["occlusion", "RUN", "good.jpg", "--stride", "0"], "1 <= stride"),
+    "no run": (["filters", "folder"], "no trained network in folder"),
+    "no step": (["filters", "RUN", "--step", "7"], "no checkpoint of step 7"),
+    "a name": (["filters", "RUN", "--out", "f.jpg"], "--out=f.jpg must name a file"),
+    "out": (["filters", "RUN", "--out", "text.jpg/f.png"], "cannot write text.jpg"),
+    "no rows": (["curves", "folder"], "folder/metrics.jsonl has no rows yet"),
+    "other rows": (["curves", "RUN", "bad"], "bad/metrics.jsonl, line 2, is no row of metrics"),
+    "no network": (["network"], "name either a workdir or --config"),
+    "two networks": (
+        ["network", "RUN", "--config", "configs/quickstart.py"],
+        "name either a workdir or --config",
+    ),
+    "no config": (["filters", "RUN", "--config.seed=1"], "--config.seed goes with --config FILE"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_sentence_that_names_it(name, trained_run, draw, tmp_path, monkeypatch):
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "good.jpg").write_bytes(images.encode(images.photograph(0)))
+    (tmp_path / "half.jpg").write_bytes(images.encode(images.photograph(0))[:2000])
+    (tmp_path / "folder").mkdir()
+    row = {"split": "eval", "epoch": 1, "step": 1, "loss": 1.0, "top1": 0.5}
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "metrics.jsonl").write_text(f"{json.dumps(row)}\n5\n")
+    monkeypatch.chdir(tmp_path)
+    words, told = BAD_INPUT[name]
+    before = images.contents(tmp_path)
+    code, _, error = draw(*(trained_run if word == "RUN" else word for word in words))
+    assert code == EXIT_USER_ERROR
+    (line,) = error.splitlines()
+    assert line.startswith("error: ") and told in line
+    assert images.contents(tmp_path) == before
+
+
+def test_the_real_command_prints_where_its_picture_is(trained_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    photograph = tmp_path / "photograph.jpg"
+    photograph.write_bytes(images.encode(images.photograph(1)))
+    command = (sys.executable, "-m", "alexnet_jax.visualize", "features", run, photograph)
+    done = commands.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(run / "features.png")
+    assert done.stderr == ""
+    assert pixels(run / "features.png").std() > 20
+
+
+def test_a_full_disk_leaves_the_picture_before_it(tmp_path):
+    out = tmp_path / "network.png"
+    out.write_bytes(b"an older one")
+    command = (sys.executable, "-m", "alexnet_jax.visualize", "network")
+    done = commands.run(
+        *("bash", "-c", 'ulimit -f 8 && exec "$@"', "bash", *command),
+        *("--config", "configs/quickstart.py", "--out", out),
+    )
+    assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
+    assert "cannot write" in done.stderr and "Traceback" not in done.stderr
+    assert images.contents(tmp_path) == {"network.png": b"an older one"}
+
+
+def test_help_tells_of_every_picture(draw):
+    code, told, _ = draw("--help")
+    assert code == 0
+    for what in ("data", "filters", "features", "neighbors", "occlusion", "curves", "network"):
+        assert f"\n  {what} " in told
+        assert draw(what, "--help")[0] == 0
