@@ -41,11 +41,16 @@ class Occlusion(NamedTuple):
     patch: int
     stride: int
 
-    def lowest(self) -> tuple[float, int, int]:
-        """Returns the least probability, and the row and column of its square's centre."""
-        row, column = np.unravel_index(self.map.argmin(), self.map.shape)
-        center = [int((place + 0.5) * self.stride) for place in (row, column)]
-        return float(self.map.min()), *center
+    def largest_change(self) -> tuple[float, int, int]:
+        """Returns the probability that is farthest from the whole image's.
+
+        And the row and column of the square's centre, in the view.
+        """
+        place = np.abs(self.map - self.probability).argmax()
+        row, column = (
+            _center(cell, self.stride) for cell in np.unravel_index(place, self.map.shape)
+        )
+        return float(self.map.flat[place]), row, column
 
 
 def occlude(
@@ -104,7 +109,7 @@ def occluded(network: Trained, image: np.ndarray, patch: int, stride: int) -> It
     size = config.augment.crop_size
     start = (config.image_size - size) // 2
     mean = np.broadcast_to(np.rint(network.stats.mean), image.shape)
-    centers = [int((place + 0.5) * stride) for place in range(math.ceil(size / stride))]
+    centers = [_center(cell, stride) for cell in range(math.ceil(size / stride))]
     spans = [_span(center, patch, start, size) for center in centers]
     squares = [(slice(0), slice(0)), *((rows, columns) for rows in spans for columns in spans)]
     for first in range(0, len(squares), BATCH):
@@ -125,30 +130,35 @@ def occlusion_figure(found: Occlusion, class_name: str) -> "Figure":
     style = {"cmap": "viridis", "vmin": 0, "vmax": most, "extent": (0, side, side, 0)}
     whole = {"extent": (0, len(found.view), len(found.view), 0)}
     image.imshow(found.view, **whole)
-    image.add_patch(_most_harmful_square(found))
+    image.add_patch(_square_of_largest_change(found))
     drawn = heat.imshow(found.map, interpolation="nearest", **style)
     both.imshow(found.view.mean(axis=2), cmap="gray", **whole)
     both.imshow(found.map, interpolation="bilinear", alpha=0.5, **style)
-    image.set_title("image; red: the square that harms most")
+    image.set_title("image; red: the square that changes it most")
     heat.set_title("probability, by the square's centre")
     both.set_title("one over the other")
     for axes in (image, heat, both):
         axes.set(xlim=(0, len(found.view)), ylim=(len(found.view), 0), xticks=[], yticks=[])
     figure.colorbar(drawn, ax=both, shrink=0.85)
+    name = textwrap.shorten(class_name, 40, placeholder="…")
     figure.suptitle(
-        f"{textwrap.shorten(class_name, 40)}: probability {found.probability:.3f} with all in view; "
-        f"behind a grey square of {found.patch}×{found.patch} pixels, in steps of {found.stride}, as the map shows"
+        f"{name}: probability {found.probability:.3f} with all in view; behind a grey square of "
+        f"{found.patch}×{found.patch} pixels, in steps of {found.stride}, as the map shows"
     )
     return figure
 
 
-def _most_harmful_square(found: Occlusion) -> "Rectangle":
+def _square_of_largest_change(found: Occlusion) -> "Rectangle":
     from matplotlib.patches import Rectangle
 
-    _, row, column = found.lowest()
+    _, row, column = found.largest_change()
     rows, columns = (_span(center, found.patch, 0, len(found.view)) for center in (row, column))
     size = columns.stop - columns.start, rows.stop - rows.start
     return Rectangle((columns.start, rows.start), *size, fill=False, edgecolor="red", linewidth=2)
+
+
+def _center(cell: int, stride: int) -> int:
+    return int((cell + 0.5) * stride)
 
 
 def _span(center: int, patch: int, start: int, size: int) -> slice:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 LEAST_TILE = 112  # pixels: room enough for a class name
 CAPTION_HEIGHT = 16
-FILTER_ZOOM = 4
+FILTER_ZOOM = 4  # at least; more where filters are few
+FILTERS_WIDTH = 700  # pixels, about
 TOWER_GAP = 2  # pixels before zooming, between the filters of two towers
 PANEL_COLUMNS = 8
 MOST_NAMED = 40  # classes whose names and counts a confusion matrix has room for
@@ -81,7 +82,8 @@ def save_filters(kernel: np.ndarray, towers: int, path: Path) -> None:
         y = row * (height + 1) + 1 + row * towers // rows * TOWER_GAP
         x = place % columns * (width + 1) + 1
         sheet[y : y + height, x : x + width] = scaled[..., place]
-    size = (sheet.shape[1] * FILTER_ZOOM, sheet.shape[0] * FILTER_ZOOM)
+    zoom = max(FILTER_ZOOM, FILTERS_WIDTH // sheet.shape[1])
+    size = (sheet.shape[1] * zoom, sheet.shape[0] * zoom)
     Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)
 
 

@@ -108,9 +108,9 @@ def occlude(args: argparse.Namespace) -> None:
     label = None if args.label is None else _label(network.class_names, args.label)
     found = occlusion.occlude(network, image, label, args.patch, args.stride)
     name = network.class_names[found.label]
-    least, row, column = found.lowest()
+    changed, row, column = found.largest_change()
     print(
-        f"{name}: probability {found.probability:.3f}, and {least:.3f} behind a square of "
+        f"{name}: probability {found.probability:.3f}, and {changed:.3f} behind a square of "
         f"{found.patch}x{found.patch} pixels around row {row}, column {column} of the centre crop"
     )
     with _drawn(path) as new:

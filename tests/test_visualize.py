@@ -78,8 +78,9 @@ def test_filters_pixels_are_conv1s_weights(trained_run, network, draw, tmp_path)
     assert code == 0 and told.strip() == str(tmp_path / "f.png")
     kernel = np.asarray(network.variables["params"]["conv1"]["kernel"])
     assert kernel.shape == (11, 11, 3, 8)
-    zoom = plots.FILTER_ZOOM
-    small = pixels(tmp_path / "f.png")[zoom // 2 :: zoom, zoom // 2 :: zoom].astype(float)
+    picture = pixels(tmp_path / "f.png")
+    zoom = picture.shape[1] // (4 * 12 + 1)
+    small = picture[zoom // 2 :: zoom, zoom // 2 :: zoom].astype(float)
     for number in range(8):  # in two rows of four
         y, x = (1 + 12 * place for place in divmod(number, 4))
         shown = (small[y : y + 11, x : x + 11] - 127.5) / 127.5 * np.abs(kernel).max()
@@ -233,14 +234,17 @@ def test_occluding_the_decisive_part_lowers_the_probability(corner_run, draw, tm
     assert found.map.shape == (32, 32) and (found.patch, found.stride) == (32, 4)
     assert found.label == 0 and found.probability > 0.9
     assert found.map[4, 4] == pytest.approx(0.5)  # nothing but the mean is left
-    least, row, column = found.lowest()
+    least, row, column = found.largest_change()
     assert least == found.map.min() and row < 32 and column < 32
     np.testing.assert_allclose(found.map[20:, :], found.probability, rtol=1e-5)
     code, told, _ = draw("occlusion", corner_run, file)
     assert code == 0
     first, path = told.splitlines()
     assert path == str(corner_run / "occlusion.png")
-    assert first.startswith(f"bright: probability {found.probability:.3f}, and {least:.3f} behind")
+    assert first == (
+        f"bright: probability {found.probability:.3f}, and {least:.3f} behind a square of 32x32 "
+        f"pixels around row {row}, column {column} of the centre crop"
+    )
     expected = figure_pixels(occlusion.occlusion_figure(found, "bright"), tmp_path / "e.png")
     np.testing.assert_array_equal(pixels(path), expected)
     code, told, _ = draw(
