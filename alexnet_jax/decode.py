@@ -8,10 +8,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from alexnet_jax.buffers import Buffers
-from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.errors import one_line
 
 WHITE = (255, 255, 255, 255)
 # 400 MB of decoded pixels; a file that claims more is an attack or damaged.
@@ -78,18 +78,16 @@ def decode_upright(image: bytes, size: int) -> np.ndarray:
     return np.ascontiguousarray(turned(square))
 
 
-def read_upright(path: str | Path, size: int) -> np.ndarray:
-    """Reads a file's image as `decode_upright` does: uint8[size, size, 3].
-
-    Raises UserError if it cannot be read or is no whole image.
-    """
+def read_upright(path: Path, size: int) -> np.ndarray | str:
+    """Returns a file's uint8[size, size, 3], as `decode_upright` does, or why there is none."""
+    if path.exists() and not path.is_file():
+        return "it is not a regular file"
     try:
-        return decode_upright(Path(path).read_bytes(), size)
-    except OSError as error:
-        told = error.strerror or "it is no image that Pillow reads, or not a whole one"
-    except Exception as error:  # Pillow's formats raise of many kinds
-        told = one_line(error)
-    raise UserError(f"{path} cannot be read: {told}; name an image file")
+        return decode_upright(path.read_bytes(), size)
+    except UnidentifiedImageError:
+        return "it is no image"
+    except Exception as error:  # whatever Pillow and the file system make of it
+        return one_line(error) or type(error).__name__
 
 
 def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:

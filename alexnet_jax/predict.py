@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-from PIL import UnidentifiedImageError
 
 from alexnet_jax import plots, runtime, trained
-from alexnet_jax.decode import decode_upright
-from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors, one_line
+from alexnet_jax.decode import read_upright
+from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
 from alexnet_jax.trained import Trained
 
 EXIT_SOME_SKIPPED = 3
@@ -133,7 +132,7 @@ def _batches(
     """
     length = min(batch_size, len(files))
     threads = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * length)
-    decoded = grain.MapDataset.source(files).map(lambda path: (path, _read(path, size)))
+    decoded = grain.MapDataset.source(files).map(lambda path: (path, read_upright(path, size)))
     read, images = [], np.zeros((length, size, size, 3), np.uint8)
     filled = 0
     for path, image in decoded.to_iter_dataset(threads):
@@ -148,18 +147,6 @@ def _batches(
             read, images, filled = [], np.zeros_like(images), 0
     if read:
         yield read, images
-
-
-def _read(path: Path, size: int) -> np.ndarray | str:
-    """Returns a file's uint8[size, size, 3], upright, or why there is none."""
-    if not path.is_file():
-        return "it is not a regular file"
-    try:
-        return decode_upright(path.read_bytes(), size)
-    except UnidentifiedImageError:
-        return "it is no image"
-    except Exception as error:  # whatever Pillow and the file system make of it
-        return one_line(error) or type(error).__name__
 
 
 def format_line(prediction: Prediction, class_names: Sequence[str], file_width: int) -> str:

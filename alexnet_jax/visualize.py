@@ -68,7 +68,7 @@ def features(args: argparse.Namespace) -> None:
     """What each layer makes of an image: maps, units and answers, on one page."""
     path = _out(args, "features.png")
     network = trained.load(args.workdir, args.step)
-    image = decode.read_upright(args.image, network.config.image_size)
+    image = _image(args.image, network.config.image_size)
     figure = feature_maps.features_figure(network, image)
     with _drawn(path) as new:
         figure.savefig(new)
@@ -83,7 +83,7 @@ def nearest(args: argparse.Namespace) -> None:
     train = _store(network.config, "train")
     if args.image:
         size = network.config.image_size
-        queries = np.stack([decode.read_upright(image, size) for image in args.image])
+        queries = np.stack([_image(image, size) for image in args.image])
         names = [image.name for image in args.image]
     else:
         queries, names = _spread(_store(network.config, "eval"), QUERIES)
@@ -104,7 +104,7 @@ def occlude(args: argparse.Namespace) -> None:
     """How probable a class is while a grey square hides each place of an image."""
     path = _out(args, "occlusion.png")
     network = trained.load(args.workdir, args.step)
-    image = decode.read_upright(args.image, network.config.image_size)
+    image = _image(args.image, network.config.image_size)
     label = None if args.label is None else _label(network.class_names, args.label)
     found = occlusion.occlude(network, image, label, args.patch, args.stride)
     name = network.class_names[found.label]
@@ -166,6 +166,13 @@ def _out(args: argparse.Namespace, name: str) -> Path:
     if path.suffix.lower() != ".png" or path.is_dir():
         raise UserError(f"--out={path} must name a file that ends in .png")
     return path
+
+
+def _image(path: Path, size: int) -> np.ndarray:
+    image = decode.read_upright(path, size)
+    if isinstance(image, str):
+        raise UserError(f"{path} cannot be read ({image}); name an image file")
+    return image
 
 
 def _store(config: ConfigDict, use: str) -> Store:

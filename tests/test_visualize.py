@@ -372,10 +372,16 @@ def test_photographs_of_any_kind_are_taken(trained_run, draw, tmp_path):
 
 
 BAD_INPUT = {
-    "no image": (["features", "RUN", "text.jpg"], "text.jpg cannot be read: it is no image"),
+    "no image": (["features", "RUN", "text.jpg"], "text.jpg cannot be read (it is no image)"),
     "half an image": (["features", "RUN", "half.jpg"], "half.jpg cannot be read"),
-    "no file": (["occlusion", "RUN", "none.jpg"], "none.jpg cannot be read: No such file"),
-    "a folder": (["neighbors", "RUN", "folder"], "folder cannot be read: Is a directory"),
+    "no file": (
+        ["occlusion", "RUN", "none.jpg"],
+        "none.jpg cannot be read ([Errno 2] No",
+    ),
+    "a folder": (
+        ["neighbors", "RUN", "folder"],
+        "folder cannot be read (it is not a",
+    ),
     "no class": (["occlusion", "RUN", "good.jpg", "--class", "cat"], "no class 'cat'; there are"),
     "a patch": (["occlusion", "RUN", "good.jpg", "--patch", "65"], "stride <= patch <= 64"),
     "a stride": (["occlusion", "RUN", "good.jpg", "--stride", "0"], "1 <= stride"),
@@ -422,7 +428,6 @@ def test_the_real_command_prints_where_its_picture_is(trained_run, tmp_path):
     done = commands.run(*command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(run / "features.png")
-    assert done.stderr == ""
     assert pixels(run / "features.png").std() > 20
 
 
