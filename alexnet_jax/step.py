@@ -55,7 +55,11 @@ def init_state(model: AlexNet, config: ConfigDict) -> TrainState:
     """Returns the state before the first step, a function of config.seed alone."""
     init_key = jax.random.fold_in(jax.random.PRNGKey(config.seed), INIT)
     size = config.augment.crop_size
-    variables = model.init(init_key, jnp.zeros((1, size, size, 3)), train=False)
+    return state_of(model.init(init_key, jnp.zeros((1, size, size, 3)), train=False), config)
+
+
+def state_of(variables: dict[str, Any], config: ConfigDict) -> TrainState:
+    """Returns the state before the first step of a network of {"params": …, "batch_stats": …}."""
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

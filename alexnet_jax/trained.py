@@ -2,6 +2,7 @@
 
 import functools
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, parallel, runtime
+from alexnet_jax import augment, parallel
 from alexnet_jax import config as configs
 from alexnet_jax.augment import Statistics
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
 from alexnet_jax.model import AlexNet
-from alexnet_jax.step import init_state, log_probabilities
+from alexnet_jax.step import init_state, log_probabilities, state_of
 
 STATISTICS_FILE = "statistics.npz"
 OfImages = Callable[[np.ndarray], Any]
@@ -93,6 +94,8 @@ def create(
 ) -> None:
     """Makes a workdir of a network that was trained elsewhere, as a run's before its first step.
 
+    It gets its name when it is whole.
+
     Args:
       variables: as in `Trained`.
       class_names: at most num_classes.
@@ -100,27 +103,26 @@ def create(
     Raises UserError if the workdir is not new or cannot be written, or the arrays are not those of
     the config's network.
     """
-    model = parallel.build_model(config)
-    state = runtime.run_once(functools.partial(init_state, model, config))
-    mismatch = _mismatch(state.params, variables["params"])
+    expected = jax.eval_shape(functools.partial(init_state, parallel.build_model(config), config))
+    mismatch = _mismatch(expected.params, variables["params"])
     if mismatch:
         raise UserError(f"the weights are not of variant {config.model.variant}: {mismatch}")
-    state = state.replace(
-        params=jax.tree.map(jnp.asarray, variables["params"]),
-        batch_stats=jax.tree.map(jnp.asarray, variables.get("batch_stats", {})),
-    )
+    state = state_of(jax.tree.map(jnp.asarray, variables), config)
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty; choose another workdir")
     with explained_write_errors(workdir, "another workdir"):
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(workdir, config)
-        try:
-            checkpoints.save(state, position=None)
-        finally:
-            checkpoints.close()
-        save_statistics(workdir, stats, class_names)
-        # last: without it the workdir holds nothing
-        (workdir / "config.json").write_text(configs.to_json(config) + "\n")
+        workdir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}.") as part:
+            new = Path(part) / workdir.name
+            new.mkdir()
+            checkpoints = Checkpoints(new, config)
+            try:
+                checkpoints.save(state, position=None)
+            finally:
+                checkpoints.close()
+            save_statistics(new, stats, class_names)
+            (new / "config.json").write_text(configs.to_json(config) + "\n")
+            new.replace(workdir)
 
 
 def unnamed(label: int) -> str:
