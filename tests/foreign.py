@@ -1,41 +1,53 @@
-"""What other programs' weights are tested with: random ones in channels first, and two photographs.
+"""Weights as other programs have them, channels first, and what to compare networks of them on."""
 
-Also the geometry of all AlexNets, for PyTorch.
-"""
-
+import contextlib
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import images
 import numpy as np
+import pytest
 
-from alexnet_jax import trained
+from alexnet_jax import convert, trained
+from alexnet_jax.errors import UserError
 from alexnet_jax.model import LAYERS
 
 CLASSES = 7
-GEOMETRY = {"conv2": 2, "conv3": 1, "conv4": 1, "conv5": 1}  # padding; stride 1
-TWO_TOWERS = {"conv1": 1, "conv2": 2, "conv3": 1, "conv4": 2, "conv5": 2}  # groups
 FILTERS = {"owt": (64, 192, 384, 256, 256), "towers": (96, 256, 384, 384, 256)}
+GROUPS = {"owt": (1, 1, 1, 1, 1), "towers": (1, 2, 1, 2, 2)}
 SIZES = (11, 5, 3, 3, 3)
 
 Weights = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def random_weights(filters: str, bias: float, classes: int = CLASSES) -> Weights:
-    """Float32[O, I / groups, R, R] or [O, I], and [O], which keep the scale of their inputs."""
+def shapes(kind: str) -> dict[str, tuple[int, ...]]:
+    """By layer the weight's shape, [O, I / groups, R, R] or [O, I], of `owt` or `towers`."""
+    inputs = (3, *FILTERS[kind][:4])
+    convolutions = zip(FILTERS[kind], inputs, GROUPS[kind], SIZES, strict=True)
+    found = [(o, i // groups, size, size) for o, i, groups, size in convolutions]
+    return dict(zip(LAYERS, [*found, (4096, 9216), (4096, 4096), (CLASSES, 4096)], strict=True))
+
+
+def random_weights(kind: str, bias: float) -> Weights:
+    """Float32 weights that keep the scale of their inputs, and biases [O] of that deviation."""
     rng = np.random.default_rng(11)
-    outputs = FILTERS[filters]
-    shapes = {}
-    for layer, inputs, units, size in zip(LAYERS, (3, *outputs), outputs, SIZES, strict=False):
-        groups = TWO_TOWERS[layer] if filters == "towers" else 1
-        shapes[layer] = (units, inputs // groups, size, size)
-    shapes |= {"fc6": (4096, 9216), "fc7": (4096, 4096), "fc8": (classes, 4096)}
 
     def draw(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         weight = rng.standard_normal(shape, np.float32)
         weight *= np.float32(np.sqrt(2 / np.prod(shape[1:])))
         return weight, rng.normal(0, bias, shape[0]).astype(np.float32)
 
-    return {layer: draw(shape) for layer, shape in shapes.items()}
+    return {layer: draw(shape) for layer, shape in shapes(kind).items()}
+
+
+def tiny_weights() -> Weights:
+    """Of sides of 2: enough for a file, and no AlexNet."""
+    axes = {layer: len(shape) for layer, shape in shapes("owt").items()}
+    return {
+        layer: (np.arange(2.0**n, dtype=np.float32).reshape((2,) * n), np.zeros(2, np.float32))
+        for layer, n in axes.items()
+    }
 
 
 def photographs() -> np.ndarray:
@@ -50,3 +62,21 @@ def log_probs(workdir: Path) -> np.ndarray:
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def converted(*arguments: str | Path) -> str:
+    """Runs the command in this process, and returns what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
+        convert.main([str(argument) for argument in arguments])
+    assert end.value.code is None
+    return printed.getvalue()
+
+
+def assert_refused(told: str, source: Path, *others: Path, to: Callable = convert.to_workdir):
+    """That no workdir is made of a file, nor anything else, and why."""
+    folder = source.parent
+    before = sorted(folder.iterdir())
+    with pytest.raises(UserError, match=told):
+        to(source, folder / "new", *others)
+    assert sorted(folder.iterdir()) == before

@@ -25,6 +25,14 @@ class Called:
 
 
 @dataclass(frozen=True)
+class Built:
+    """An object that is given a state."""
+
+    instance: Any
+    state: Any
+
+
+@dataclass(frozen=True)
 class OldStyle:
     """An instance of a class without bases, of which the program of 2012 had many."""
 
@@ -70,6 +78,11 @@ class Pickler(pickle._Pickler):
             self.save(state)
             self.write(pickle.BUILD)
 
+    def save_built(self, built: Built) -> None:
+        self.save(built.instance)
+        self.save(built.state)
+        self.write(pickle.BUILD)
+
     def save_old_style(self, instance: OldStyle) -> None:
         if self.bin:
             self.write(pickle.MARK)
@@ -98,6 +111,7 @@ class Pickler(pickle._Pickler):
     dispatch[str] = dispatch[bytes] = save_str
     dispatch[Global] = save_global_of
     dispatch[Called] = save_called
+    dispatch[Built] = save_built
     dispatch[OldStyle] = save_old_style
     dispatch[np.ndarray] = save_array
     dispatch[Dtype] = save_dtype

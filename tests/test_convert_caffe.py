@@ -1,0 +1,150 @@
+"""A .caffemodel becomes a workdir with the logits that Caffe's layers, by PyTorch, have."""
+
+import shutil
+
+import caffemodel
+import foreign
+import numpy as np
+import pytest
+
+from alexnet_jax import caffe_weights, convert
+from alexnet_jax.errors import UserError
+
+VARIANTS = {"bvlc_alexnet": "paper", "bvlc_reference_caffenet": "caffenet"}
+BLUE_GREEN_RED = (104.0069879317889, 116.66876761696767, 122.6789143406786)
+
+
+def mean_image() -> np.ndarray:
+    """Float32[3, 256, 256], blue, green, red, of which no two pixels or channels are alike."""
+    y, x = np.mgrid[:256, :256] / 256
+    return np.stack([80 + 30 * y * x, 110 + 20 * y, 140 + 30 * x]).astype(np.float32)
+
+
+def caffe_log_probs(
+    name: str, weights: foreign.Weights, mean: np.ndarray, k: float = 1.0
+) -> np.ndarray:
+    """Of the photographs by the layers of deploy.prototxt.
+
+    Args:
+      mean: [3, 256, 256] or [3, 1, 1], blue, green, red.
+      k: of LRN, which in Caffe is 1.
+    """
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    images = foreign.photographs()[..., ::-1].transpose(0, 3, 1, 2) - mean
+    x = torch.tensor(images[:, :, 14:241, 14:241].astype(np.float32))
+    tensors = {layer: list(map(torch.tensor, pair)) for layer, pair in weights.items()}
+
+    def norm_and_pool(x):
+        norms = [
+            lambda x: F.local_response_norm(x, 5, alpha=1e-4, beta=0.75, k=k),
+            lambda x: F.max_pool2d(x, 3, 2),
+        ]
+        for layer in norms if name == "bvlc_alexnet" else reversed(norms):
+            x = layer(x)
+        return x
+
+    x = norm_and_pool(F.relu(F.conv2d(x, *tensors["conv1"], stride=4)))
+    x = norm_and_pool(F.relu(F.conv2d(x, *tensors["conv2"], padding=2, groups=2)))
+    for layer, groups in (("conv3", 1), ("conv4", 2), ("conv5", 2)):
+        x = F.relu(F.conv2d(x, *tensors[layer], padding=1, groups=groups))
+    x = F.max_pool2d(x, 3, 2).flatten(1)
+    for layer in ("fc6", "fc7"):
+        x = F.relu(F.linear(x, *tensors[layer]))
+    return torch.log_softmax(F.linear(x, *tensors["fc8"]), 1).numpy()
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_are_those_of_pytorch(name, tmp_path):
+    weights = foreign.random_weights("towers", bias=3.0)
+    source, workdir = tmp_path / f"{name}.caffemodel", tmp_path / "run"
+    source.write_bytes(caffemodel.net(name, weights, v1=name == "bvlc_alexnet"))
+    more, mean = [], np.reshape(BLUE_GREEN_RED, (3, 1, 1))
+    if name == "bvlc_alexnet":
+        mean = mean_image()
+        (tmp_path / "mean.binaryproto").write_bytes(caffemodel.blob(mean, old=True))
+        more = ["--mean", tmp_path / "mean.binaryproto"]
+    told = foreign.converted(source, workdir, *more)
+    assert f"holds variant {VARIANTS[name]}, 7 classes, for crops of 227" in told
+    want = caffe_log_probs(name, weights, mean)
+    assert foreign.relative_error(foreign.log_probs(workdir), want) < 1e-4
+    # LRN is so strong here that without its conversion they would not be equal.
+    assert foreign.relative_error(caffe_log_probs(name, weights, mean, k=2.0), want) > 0.03
+    shutil.rmtree(workdir)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["of 2014", "later"])
+@pytest.mark.parametrize("double", [False, True], ids=["float", "double"])
+def test_a_file_is_read_in_each_of_its_forms_whatever_fc8_is_called(tmp_path, old, double):
+    weights, path = foreign.tiny_weights(), tmp_path / "a.caffemodel"
+    name, renamed = "bvlc_reference_caffenet", {"fc8": "fc8_flickr"}
+    path.write_bytes(caffemodel.net(name, weights, v1=old, rename=renamed, double=double))
+    variant, got = caffe_weights.read(path)
+    assert variant == "caffenet"
+    weight, bias = weights["conv1"]
+    weights["conv1"] = weight[:, ::-1], bias  # to red, green, blue
+    for layer, pair in weights.items():
+        for array, expected in zip(got[layer], pair, strict=True):
+            np.testing.assert_array_equal(array, expected)
+
+
+def net(name: str = "bvlc_alexnet", without: str = "", **others) -> bytes:
+    weights = foreign.tiny_weights()
+    weights.pop(without, None)
+    return caffemodel.net(name, weights, **others)
+
+
+def claim_of_a_terabyte() -> bytes:
+    return net().replace(caffemodel.message({1: 2, 2: 2}), caffemodel.message({1: 2, 2: 2**40}), 1)
+
+
+FAULTS = {
+    "cannot be read as Caffe's protobuf": lambda: net()[:-10],
+    r"neither bvlc_alexnet nor bvlc_reference_caffenet: it has 0 layers": lambda: b"",
+    "it has 7 layers of weights and 2 of LRN": lambda: net(without="fc7"),
+    "a layer norm1 with k 2, which in .* is 1": lambda: net(lrn=caffemodel.LRN | {5: 2.0}),
+    "a layer norm1 with local_size 3": lambda: net(lrn=caffemodel.LRN | {1: 3}),
+    r"conv1 in .* has 64 bytes .* not its shape of \[2, 1099511627776": claim_of_a_terabyte,
+    r"the weight of conv1 has the shape \[2, 2, 2, 2\], .* paper is \[96, 3, 11, 11\]": net,
+}
+
+
+@pytest.mark.parametrize("told", FAULTS)
+def test_a_file_that_is_not_one_of_the_two_is_refused(tmp_path, told):
+    path = tmp_path / "a.caffemodel"
+    path.write_bytes(FAULTS[told]())
+    foreign.assert_refused(told, path)
+
+
+def test_a_mean_image_is_the_same_from_either_of_caffes_files(tmp_path):
+    np.save(tmp_path / "mean.npy", mean_image())
+    (tmp_path / "mean.binaryproto").write_bytes(caffemodel.blob(mean_image()))
+    for name in ("mean.npy", "mean.binaryproto"):
+        mean = convert.read_mean(tmp_path / name, convert.CAFFE)
+        assert mean.dtype == np.float32
+        np.testing.assert_array_equal(mean, mean_image()[::-1].transpose(1, 2, 0))
+
+
+def test_channel_means_do_for_a_mean(tmp_path):
+    np.save(tmp_path / "mean.npy", np.array(BLUE_GREEN_RED))
+    mean = convert.read_mean(tmp_path / "mean.npy", convert.CAFFE)
+    np.testing.assert_array_equal(mean, np.float32(BLUE_GREEN_RED[::-1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.npy", b"\x93NUMPY", "cannot be read as a .npy"),
+        ("a.binaryproto", b"\x2a", "cannot be read as Caffe's protobuf"),
+        ("a.binaryproto", caffemodel.blob(mean_image()[:, :9]), r"an array of \[3, 9, 256\]"),
+        ("a.binaryproto", caffemodel.blob(-mean_image()), "from 0 to 255"),
+        ("missing.npy", None, "cannot be read as a .npy"),
+        ("missing.binaryproto", None, "No such file"),
+    ],
+)
+def test_a_file_that_is_no_mean_is_refused(tmp_path, name, content, told):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        convert.read_mean(tmp_path / name, convert.CAFFE)
