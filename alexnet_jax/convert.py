@@ -114,6 +114,8 @@ def to_torch(workdir: Path, target: Path, step: int | None = None) -> str:
     """
     if target.suffix not in torch_weights.SUFFIXES:
         raise UserError(f"{target} must end in one of {' '.join(torch_weights.SUFFIXES)}")
+    if target.exists():
+        raise UserError(f"{target} exists; name another file, or remove that one")
     network = trained.load(workdir, step)
     model, crop_size = network.config.model, network.config.augment.crop_size
     if model.variant != "owt" or model.width != 1 or crop_size not in TORCH_CROPS:

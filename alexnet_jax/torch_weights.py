@@ -59,10 +59,8 @@ def read(path: Path) -> tuple[str, ChannelsFirst]:
 def write(path: Path, weights: ChannelsFirst) -> None:
     """Writes a state_dict that torchvision's alexnet loads, whole or not at all.
 
-    Raises UserError if the file exists or cannot be written, or PyTorch is missing for a .pth.
+    Raises UserError if the file cannot be written, or PyTorch is missing for a .pth.
     """
-    if path.exists():
-        raise UserError(f"{path} exists; name another file, or remove that one")
     arrays = {
         f"{MODULES[layer]}.{part}": array
         for layer, pair in weights.items()
@@ -113,7 +111,7 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
         raise UserError(f"{path} holds no state_dict; torch.save(model.state_dict(), FILE) does")
     return {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
         for name, tensor in content.items()
     }
 
