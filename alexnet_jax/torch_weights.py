@@ -1,6 +1,7 @@
 """torchvision's alexnet: its state_dict, as torch.save or safetensors writes it."""
 
 import io
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def _encoded(path: Path, arrays: dict[str, np.ndarray]) -> bytes | memoryview:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return safetensors.flax.load_file(path)  # safetensors.numpy cannot read bfloat16
-    except (OSError, safetensors.SafetensorError) as error:
+    except Exception as error:  # of the file system, safetensors, or a type that JAX has not
         raise UserError(f"{path} cannot be read as safetensors: {one_line(error)}") from error
 
 
@@ -99,19 +100,26 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
     """
     torch = _import_torch(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and any(
+            m.compress_type for m in zipfile.ZipFile(path).filelist
+        ):
+            raise ValueError("it is compressed, as torch.save has no file")
+        return _floats(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # of pickle, zip, tar or PyTorch
         raise UserError(
             f"{path} cannot be read as a state_dict ({one_line(error)[:100]}); write it again by "
             "torch.save(model.state_dict(), FILE)"
         ) from error
+
+
+def _floats(content: Any) -> dict[str, np.ndarray]:
+    if not isinstance(content, Mapping):
+        raise TypeError(f"it holds a {type(content).__name__}")
     for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+        if isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(map(torch.is_tensor, content.values())):
-        raise UserError(f"{path} holds no state_dict; torch.save(model.state_dict(), FILE) does")
     return {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
+        str(name): (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
         for name, tensor in content.items()
     }
 

@@ -2,7 +2,7 @@
 
 import functools
 import json
-import tempfile
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,19 +110,22 @@ def create(
     state = state_of(jax.tree.map(jnp.asarray, variables), config)
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty; choose another workdir")
+    place = workdir.absolute()
+    part = place.with_name(f".{place.name}.part")
     with explained_write_errors(workdir, "another workdir"):
-        workdir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=workdir.parent, prefix=f".{workdir.name}.") as part:
-            new = Path(part) / workdir.name
-            new.mkdir()
-            checkpoints = Checkpoints(new, config)
+        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+        try:
+            part.mkdir(parents=True)
+            checkpoints = Checkpoints(part, config)
             try:
                 checkpoints.save(state, position=None)
             finally:
                 checkpoints.close()
-            save_statistics(new, stats, class_names)
-            (new / "config.json").write_text(configs.to_json(config) + "\n")
-            new.replace(workdir)
+            save_statistics(part, stats, class_names)
+            (part / "config.json").write_text(configs.to_json(config) + "\n")
+            part.replace(place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def unnamed(label: int) -> str:

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import zipfile
 
 import commands
 import foreign
@@ -136,7 +137,7 @@ def test_what_pytorch_users_have_is_read(tmp_path, zipped, wrapper):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["module", "tensor", "attack", "truncated", "text"])
+@pytest.mark.parametrize("kind", ["module", "tensor", "attack", "truncated", "text", "bomb"])
 def test_a_pth_that_is_no_state_dict_is_refused_and_not_run(tmp_path, kind):
     torch = pytest.importorskip("torch", reason=NO_PYTORCH)
     path, made = tmp_path / "a.pth", tmp_path / "made"
@@ -149,6 +150,9 @@ def test_a_pth_that_is_no_state_dict_is_refused_and_not_run(tmp_path, kind):
     torch.save(content.get(kind, {}), path)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-30])
+    if kind == "bomb":
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a/data/7", bytes(10**6))
     if kind == "text":
         path.write_text("<html>")
     foreign.assert_refused("torch.save", path)

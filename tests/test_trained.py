@@ -1,5 +1,6 @@
 """A workdir as what it is for afterwards: a network, its pixel statistics and its class names."""
 
+import resource
 import shutil
 
 import commands
@@ -51,6 +52,29 @@ def test_what_is_created_is_what_is_loaded(trained_run, tmp_path):
     assert again.step == 0 and again.class_names == network.class_names
     jax.tree.map(np.testing.assert_array_equal, again.variables, network.variables)
     jax.tree.map(np.testing.assert_array_equal, again.stats, network.stats)
+
+
+def test_a_creation_that_was_killed_is_not_in_the_way(trained_run, tmp_path):
+    network = trained.load(trained_run)
+    (tmp_path / ".new.part" / "checkpoints" / "0").mkdir(parents=True)
+    rest = network.variables, network.stats, network.class_names
+    trained.create(tmp_path / "new", network.config, *rest)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+# Orbax's threads tell of each write that fails after the first.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_network_is_created_whole_or_not_at_all(trained_run, tmp_path):
+    network = trained.load(trained_run)
+    rest = network.variables, network.stats, network.class_names
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write .*new: file too large"):
+            trained.create(tmp_path / "new", network.config, *rest)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "new").exists()
 
 
 def test_training_goes_on_from_a_network_that_was_created(trained_run, digits, tmp_path):
