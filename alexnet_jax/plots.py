@@ -1,4 +1,7 @@
-"""Pictures of runs: images with captions, conv1's filters, training curves; and of a plan."""
+"""Pictures of runs: images with captions, conv1's filters, training curves; and of a plan.
+
+Drawn without pyplot, whose backend is the caller's: a notebook goes on showing its own pictures.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -168,21 +171,12 @@ def save_predictions(
       truths: each image's right class, written under it and its bar red; None if not known.
       classes, probabilities: of each image, highest first; probabilities 0 to 1.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     columns = min(PANEL_COLUMNS, len(images))
     rows = math.ceil(len(images) / columns)
-    figure, axes = plt.subplots(
-        2 * rows,
-        columns,
-        figsize=(2.2 * columns, 3.6 * rows),
-        height_ratios=[2, 1.3] * rows,
-        layout="constrained",
-        squeeze=False,
-    )
+    figure = Figure(figsize=(2.2 * columns, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, height_ratios=[2, 1.3] * rows, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for place, image in enumerate(images):
@@ -199,7 +193,6 @@ def save_predictions(
         for number, name in enumerate(classes[place]):
             bars.text(0.02, number, name, va="center", fontsize=8, clip_on=True)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def save_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -208,17 +201,16 @@ def save_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Path
     With few classes each cell has its count and each axis its names. Shares are coloured on a
     scale that shows the rare mistakes beside the many right answers.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.colors import SymLogNorm
+    from matplotlib.figure import Figure
 
     count = len(confusion)
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     told = count <= MOST_NAMED
     side = max(5.0, 0.42 * count + 1.5) if told else 9.0
-    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    scale = matplotlib.colors.SymLogNorm(linthresh=1.0, vmin=0.0, vmax=100.0)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    scale = SymLogNorm(linthresh=1.0, vmin=0.0, vmax=100.0)
     picture = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
     bar = figure.colorbar(picture, shrink=0.7, label="share of the label's examples (%)")
     bar.set_ticks([0, 1, 10, 100], labels=["0", "1", "10", "100"])
@@ -231,7 +223,6 @@ def save_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Path
             axes.text(column, row, number, ha="center", va="center", color=color, fontsize=8)
     axes.set(xlabel="answer", ylabel="label")
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def save_scaling(
@@ -241,12 +232,10 @@ def save_scaling(
 
     Beside it, a chip's rate as a share of the best that there is.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (rates, shares) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    rates, shares = figure.subplots(1, 2)
     alone = max((rate / chips for curve in curves.values() for chips, rate in curve), default=1.0)
     most = max(chips for curve in curves.values() for chips, _ in curve)
     rates.plot(
@@ -270,7 +259,6 @@ def save_scaling(
     shares.set_ylabel("a chip's rate over the best chip's")
     shares.set_ylim(0, 1.05)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
