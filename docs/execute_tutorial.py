@@ -10,6 +10,7 @@ The second takes its code from the first, so the two must have the same cells in
 import os
 from collections.abc import Mapping
 from copy import deepcopy
+from itertools import zip_longest
 from pathlib import Path
 
 import nbformat
@@ -65,13 +66,13 @@ def with_code_of(translation: NotebookNode, notebook: NotebookNode) -> NotebookN
 
     Raises ValueError if their cells are not the same ones in the same order.
     """
-    ours, theirs = ([(c.id, c.cell_type) for c in n.cells] for n in (translation, notebook))
-    if ours != theirs:
-        missing, extra = sorted(set(theirs) - set(ours)), sorted(set(ours) - set(theirs))
-        raise ValueError(
-            f"the translation has not the notebook's cells in its order: missing {missing}, "
-            f"too many {extra}"
-        )
+    for number, (own, other) in enumerate(zip_longest(translation.cells, notebook.cells)):
+        ids = [cell and f"{cell.cell_type} cell {cell.id}" for cell in (own, other)]
+        if ids[0] != ids[1]:
+            raise ValueError(
+                f"cell number {number} is the {ids[0]} in the translation but the {ids[1]} in the "
+                "notebook; give both the same cells in the same order"
+            )
     translation = deepcopy(translation)
     translation.metadata = notebook.metadata
     translation.cells = [
