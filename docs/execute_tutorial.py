@@ -87,10 +87,11 @@ def main() -> None:
     english, chinese = read(ENGLISH), read(CHINESE)
     with_code_of(chinese, english)  # fails now, not after a minute
     english = executed(english)
-    for path, notebook in ((ENGLISH, english), (CHINESE, with_code_of(chinese, english))):
-        new = path.with_suffix(".new")
-        nbformat.write(notebook, new)
-        new.replace(path)
+    stored = {ENGLISH: english, CHINESE: with_code_of(chinese, english)}
+    for path, notebook in stored.items():
+        nbformat.write(notebook, path.with_suffix(".new"))
+    for path in stored:
+        path.with_suffix(".new").replace(path)
 
 
 if __name__ == "__main__":
