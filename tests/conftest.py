@@ -4,6 +4,7 @@ XLA compiles for a small network longer than it runs it: at LLVM's lower level t
 compiled in half the time and takes no longer, to the same bits (test_compiled_step reads the HLO).
 """
 
+import fcntl
 import os
 import tempfile
 
@@ -20,21 +21,47 @@ import pytest  # noqa: E402  (JAX must find the variables above)
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """A data_dir with the quickstart's prepared digits."""
-    from alexnet_jax import config, store
+def made_once(tmp_path_factory):
+    """Returns `make(name, fill)`: a folder, filled by the first of xdist's workers to ask."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
 
-    data_dir = tmp_path_factory.mktemp("data")
-    store.open_or_prepare(config.load("configs/quickstart.py", [("data_dir", str(data_dir))]))
-    return data_dir
+    def make(name, fill):
+        folder, made = root / name, root / f"{name}.made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                fill(folder)
+                made.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def trained_run(digits, tmp_path_factory):
+def digits(made_once):
+    """A data_dir with the quickstart's prepared digits, all and few of them."""
+    import commands
+
+    from alexnet_jax import config, store
+
+    def fill(data_dir):
+        for fields in ((), commands.FEW):
+            more = [tuple(field.removeprefix("--config.").split("=", 1)) for field in fields]
+            fields = [("data_dir", str(data_dir)), *more]
+            store.open_or_prepare(config.load("configs/quickstart.py", fields))
+
+    return made_once("digits", fill)
+
+
+@pytest.fixture(scope="session")
+def trained_run(digits, made_once):
     """A workdir in which a small network learned the digits; read it or copy it."""
     import commands
 
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    result = commands.train(digits, workdir)
-    assert result.returncode == 0, result.stderr
-    return workdir
+    def fill(workdir):
+        result = commands.train(digits, workdir)
+        assert result.returncode == 0, result.stderr
+
+    return made_once("trained_run", fill)
