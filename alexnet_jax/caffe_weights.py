@@ -151,8 +151,11 @@ def _array(blob: Message, axes: int, what: str, path: Path) -> np.ndarray:
             f"{what} in {path} has {len(content)} bytes of numbers, which is not its shape of "
             f"{list(shape)}; the file is damaged"
         )
-    array = np.frombuffer(content, dtype).astype(np.float32).reshape(shape)
-    return array.reshape(shape[-axes:]) if math.prod(shape[:-axes]) == 1 else array
+    if len(shape) < axes or math.prod(shape[:-axes]) != 1:
+        raise UserError(
+            f"{what} in {path} has the shape {list(shape)}, which is not of {axes} axes"
+        )
+    return np.frombuffer(content, dtype).astype(np.float32).reshape(shape[-axes:])
 
 
 def _parsed(message: str, path: Path) -> Message:

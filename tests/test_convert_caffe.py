@@ -101,6 +101,11 @@ FAULTS = {
     "it has 7 layers of weights and 2 of LRN": lambda: net(without="fc7"),
     "a layer norm1 with k 2, which in .* is 1": lambda: net(lrn=caffemodel.LRN | {5: 2.0}),
     "a layer norm1 with local_size 3": lambda: net(lrn=caffemodel.LRN | {1: 3}),
+    r"conv1 in .* has the shape \[4\], which is not of 4 axes": lambda: caffemodel.net(
+        "bvlc_alexnet",
+        foreign.tiny_weights() | {"conv1": (np.ones(4, np.float32), np.ones(2, np.float32))},
+        v1=False,
+    ),
     r"the weight of conv1 has the shape \[2, 2, 2, 2\], .* paper is \[96, 3, 11, 11\]": net,
 }
 
