@@ -1,6 +1,8 @@
 """Orbax checkpoints: everything a run needs to go on, saved while it runs."""
 
+import functools
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +21,6 @@ from alexnet_jax.step import TrainState
 # Of an array that is the same on several devices Orbax has each write a share, for which it
 # compiles a program a device: seconds at the first save, which only large shares give back.
 LEAST_SHARE_BYTES = 2**20
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_SHARE_BYTES),
-    override=True,
-)
 
 
 class Restored(NamedTuple):
@@ -50,6 +47,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, read_only: bool = False):
+        _share_large_arrays_only()
         self._folder = workdir.absolute() / "checkpoints"
         self._config = config
         policy = ocp.checkpoint_managers
@@ -180,6 +178,19 @@ class Checkpoints:
         hosts.wait_for_all(f"set aside {step}")
         self._manager.reload()
         return place
+
+
+@functools.cache
+def _share_large_arrays_only() -> None:
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # Orbax warns that this takes its own handler's place
+    ocp.type_handlers.register_type_handler(
+        jax.Array,
+        ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_SHARE_BYTES),
+        override=True,
+    )
+    logger.setLevel(level)
 
 
 def _top1(metrics: dict[str, float]) -> float:
