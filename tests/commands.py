@@ -23,6 +23,14 @@ FEW = (
     "--config.eval_split=test[:480]",
     "--config.batch_size=24",
 )  # 20 steps an epoch too, which are compiled in half the time and take a quarter of it
+# A checkpoint every 7 steps, and a schedule whose state a restart must bring back.
+OFTEN = (
+    *FEW,
+    "--config.checkpoint.every_steps=7",
+    "--config.schedule.kind=plateau",
+    "--config.schedule.patience=1",
+    "--config.parallel=jit",
+)
 
 
 def flags_of_devices(count):
@@ -46,24 +54,31 @@ def train(data_dir, workdir, *more, **options):
     return run(*arguments(data_dir, workdir, *more), **options)
 
 
-def signalled_at(data_dir, workdir, line, number: signal.Signals, *more):
-    """Trains until a line of output starts so, sends a signal, and waits for the end.
+def started(data_dir, workdir, *more):
+    """Starts training; the process's `lines` are its output.
 
-    The output goes through a socket that holds some five lines, so that the run cannot be further
-    ahead when the signal comes.
+    They come through a socket that holds some five, so that the run cannot be further ahead of
+    who reads them.
     """
     ours, theirs = socket.socketpair()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
     command = arguments(data_dir, workdir, *more)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=theirs, text=True)
-    theirs.close()
+    with ours, theirs:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=theirs, stderr=theirs)
+        process.lines = ours.makefile()
+    return process
+
+
+def signalled_at(data_dir, workdir, line, number: signal.Signals, *more):
+    """Trains until a line of output starts so, sends a signal, and waits for the end."""
+    process = started(data_dir, workdir, *more)
     process.output = ""
-    with ours, ours.makefile() as lines:
-        for text in lines:
+    with process.lines:
+        for text in process.lines:
             process.output += text
             if text.startswith(line):
                 process.send_signal(number)
-        process.wait(timeout=300)
+    process.wait(timeout=300)
     return process
 
 

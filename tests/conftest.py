@@ -65,3 +65,17 @@ def trained_run(digits, made_once):
         assert result.returncode == 0, result.stderr
 
     return made_once("trained_run", fill)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(digits, made_once):
+    """A whole run with commands.OFTEN: its workdir, and what it printed."""
+    import commands
+
+    def fill(folder):
+        result = commands.train(digits, folder / "run", *commands.OFTEN)
+        assert result.returncode == 0, result.stderr
+        (folder / "printed.txt").write_text(result.stdout)
+
+    folder = made_once("undisturbed", fill)
+    return folder / "run", (folder / "printed.txt").read_text()

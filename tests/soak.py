@@ -37,6 +37,7 @@ LIMIT_S = hosts.HEARTBEAT_S + 15
 
 def run_of(workdir: Path, data_dir: Path, processes: int) -> Cluster:
     more = (
+        *("--config.train_split=train", "--config.eval_split=test", "--config.batch_size=200"),
         f"--config.num_epochs={EPOCHS}",
         "--config.checkpoint.every_steps=5",
         "--config.checkpoint.keep=1000",

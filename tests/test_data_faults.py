@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, arguments, run, saved_state, train
+from commands import OFTEN, run, saved_state, started, train
 from images import encode, folder_config, mark, mark_number, prepare_command, write_marks
 
 from alexnet_jax import config as configs
@@ -194,34 +195,27 @@ def test_a_read_only_data_dir_is_a_sentence_and_enough_to_train_once_it_is_prepa
         assert ran.returncode == 0, ran.stderr
 
 
-def test_a_store_deleted_under_a_running_training_costs_no_step(digits, tmp_path):
+def test_a_store_deleted_under_a_running_training_costs_no_step(undisturbed, digits, tmp_path):
     """The images of open shards stay readable; at the first evaluation the store is missed."""
     data_dir, workdir = tmp_path / "data", tmp_path / "run"
-    ran = run("cp", "-r", digits, data_dir)
-    config = configs.load("configs/quickstart.py", [("data_dir", str(data_dir))])
-    test_store = Path(store_path(config, "test"))
-    process = subprocess.Popen(
-        arguments(data_dir, workdir),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while not process.stdout.readline().startswith("step "):
+    shutil.copytree(digits, data_dir)
+    fields = [field.removeprefix("--config.").split("=", 1) for field in OFTEN]
+    config = configs.load("configs/quickstart.py", [*fields, ("data_dir", str(data_dir))])
+    test_store = Path(store_path(config, config.eval_split))
+    process = started(data_dir, workdir, *OFTEN)
+    while not process.lines.readline().startswith("step "):
         pass
     test_store.parent.rename(tmp_path / "away")
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 2
+    said = process.lines.read()
+    assert process.wait(timeout=200) == 2
     assert re.search(f"^error: .*{test_store}.* shard image/c/0/0/0/0 is missing; ", said, re.M)
     assert "Traceback" not in said
     assert saved_state(workdir)[0] == 20  # all steps until the evaluation
     (tmp_path / "away").rename(test_store.parent)
-    ran = train(data_dir, workdir)
+    ran = train(data_dir, workdir, *OFTEN)
     assert ran.returncode == 0, ran.stderr
     assert "going on from step 20" in ran.stdout
-    undisturbed = train(digits, tmp_path / "undisturbed")
-    assert undisturbed.returncode == 0, undisturbed.stderr
     np.testing.assert_array_equal(
         saved_state(workdir)[1]["params"]["fc8"]["kernel"],
-        saved_state(tmp_path / "undisturbed")[1]["params"]["fc8"]["kernel"],
+        saved_state(undisturbed[0])[1]["params"]["fc8"]["kernel"],
     )
