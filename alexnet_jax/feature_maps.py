@@ -100,7 +100,7 @@ def _draw_answers(axes: "Axes", logits: np.ndarray, class_names: Sequence[str]) 
     best = np.argsort(-probabilities, kind="stable")[:5]
     axes.barh(range(len(best)), probabilities[best], color="tab:orange")
     for place, label in enumerate(best):
-        told = f"{class_names[label]}  {probabilities[label]:.1%}"
+        told = f"{probabilities[label]:.1%}  {class_names[label]}"
         axes.text(0.02, place, told, va="center", clip_on=True)
     axes.set(xlim=(0, 1), ylim=(len(best) - 0.5, -0.5), xticks=[0, 0.5, 1])
     axes.set_title(f"fc8, {len(logits)} logits: the first {len(best)} by softmax")
