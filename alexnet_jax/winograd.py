@@ -124,7 +124,12 @@ def _tilings(x: Array, kernel: Array, padding: int) -> Tilings:
 
 
 def _in_parts(x: Array) -> list[Array]:
-    """Parts of the batch, since all of its products at once would take much memory."""
+    """Parts of the batch, since all of its products at once would take much memory.
+
+    A program that is exported for every batch size takes it whole.
+    """
+    if jax.export.is_symbolic_dim(x.shape[0]):
+        return [x]
     return [x[first : first + PART] for first in range(0, len(x), PART)]
 
 

@@ -1,0 +1,232 @@
+"""A trained network in a file for other programs: the suffix chooses what the file holds.
+
+    python -m alexnet_jax.export runs/quickstart digits.jaxexport
+
+FILE.jaxexport is a program for jax.export, from uint8 images to probabilities, preprocessing
+inside, of any batch size, for CPU, CUDA and TPU; FILE.jaxexport.json beside tells what its input
+and output mean. FILE.onnx is the same for onnxruntime, FILE.safetensors the parameters; these two
+hold what the JSON tells in their own metadata.
+"""
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import Array
+
+from alexnet_jax import config as configs
+from alexnet_jax import runtime, trained
+from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
+from alexnet_jax.step import log_probabilities
+from alexnet_jax.trained import Trained
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+FORMATS = (".jaxexport", ".onnx", ".safetensors")
+VIEWS = ("center", "ten")
+
+
+def probabilities(network: Trained) -> Callable[[Array], Array]:
+    """Returns uint8[B, S, S, 3] -> float32[B, num_classes], a pure function of any batch size.
+
+    The same as `trained.classifier`, but for the logarithm.
+    """
+
+    def of_images(images: Array) -> Array:
+        _, model, variables, stats, *_ = network
+        return jnp.exp(log_probabilities(model, variables, images, stats, network.config))
+
+    return of_images
+
+
+def program(network: Trained, platforms: Sequence[str]) -> jax.export.Exported:
+    """Returns `probabilities` lowered for the platforms, parameters inside, any batch size."""
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *image_shape(network)), jnp.uint8)
+    return jax.export.export(jax.jit(probabilities(network)), platforms=platforms)(images)
+
+
+def arrays(network: Trained) -> dict[str, np.ndarray]:
+    """Returns all of a network by names like conv1.kernel, bn1.mean and statistics.mean."""
+    found = {}
+    for tree in (*network.variables.values(), {"statistics": network.stats._asdict()}):
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            found[name] = np.asarray(x)
+    return found
+
+
+def image_shape(network: Trained) -> tuple[int, int, int]:
+    size = network.config.image_size
+    return size, size, 3
+
+
+def description(network: Trained) -> dict[str, Any]:
+    """Returns what a user of the file must know of the network, as JSON's types."""
+    size, classes = network.config.image_size, network.config.model.num_classes
+    return {
+        "variant": network.config.model.variant,
+        "step": network.step,
+        "class_names": list(network.class_names),
+        "input": {
+            "name": "images",
+            "dtype": "uint8",
+            "shape": ["batch", size, size, 3],
+            "meaning": f"RGB, 0 to 255, rows from the top: the picture upright, its shorter side "
+            f"scaled to {size} pixels with antialiasing, the central square of it",
+        },
+        "output": {
+            "name": "probabilities",
+            "dtype": "float32",
+            "shape": ["batch", classes],
+            "meaning": "of each class in the order of class_names; they sum to 1",
+            "views": network.config.eval.views,
+        },
+        "config": json.loads(configs.to_json(network.config)),
+    }
+
+
+def jaxexport_files(network: Trained, file: Path, platforms: Sequence[str]) -> dict[Path, bytes]:
+    exported = program(network, platforms)
+    told = description(network) | {
+        "platforms": list(exported.platforms),
+        "jax_version": jax.__version__,
+        "calling_convention_version": exported.calling_convention_version,
+    }
+    beside = file.with_name(f"{file.name}.json")
+    text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+    return {file: bytes(exported.serialize()), beside: text.encode()}
+
+
+def safetensors_bytes(network: Trained) -> bytes:
+    layouts = {
+        "conv*.kernel": "[height, width, inputs / groups, outputs]",
+        "fc*.kernel": "[inputs, outputs]; fc6's inputs are pool5's [height, width, channels]",
+        "statistics.mean": "subtracted from the pixels; then times pixel_scale and channel_scale",
+    }
+    told = description(network) | {"layout": layouts}
+    return safetensors.numpy.save(arrays(network), _texts(told))
+
+
+def onnx_bytes(network: Trained) -> bytes:
+    """Raises UserError if the converter is not installed."""
+    try:
+        import onnx
+
+        from alexnet_jax import onnx_graph  # imports jax2onnx
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed, which makes ONNX files; run "
+            "pip install --no-deps -r requirements-export.txt"
+        ) from error
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # shapes that it leaves out
+    # onnxruntime has no convolution of bfloat16 on CPU; the parameters are float32 anyway.
+    network = network._replace(model=network.model.clone(dtype="float32"))
+    model = onnx_graph.convert(probabilities(network), image_shape(network))
+    onnx.helper.set_model_props(model, _texts(description(network)))
+    onnx.checker.check_model(model, full_check=True)
+    return model.SerializeToString()
+
+
+def _texts(told: dict[str, Any]) -> dict[str, str]:
+    """Metadata in files of other libraries are texts by name; what is no text becomes JSON."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in told.items()
+    }
+
+
+def write_whole(files: dict[Path, bytes]) -> None:
+    """Writes files beside each other, each whole or not at all, and none before all are written."""
+    new = {path: path.with_name(f"{path.name}.new") for path in files}
+    folder = next(iter(files)).parent
+    with explained_write_errors(folder, "another FILE"):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for path, content in files.items():
+                new[path].write_bytes(content)
+            for path in files:
+                new[path].replace(path)
+        finally:
+            for path in new.values():
+                path.unlink(missing_ok=True)
+
+
+def export(network: Trained, file: Path, platforms: Sequence[str] = PLATFORMS) -> list[Path]:
+    """Writes a network into a file of the format that its suffix names; returns what it wrote.
+
+    Args:
+      platforms: out of PLATFORMS, those that a .jaxexport file is for.
+    """
+    match file.suffix:
+        case ".jaxexport":
+            files = jaxexport_files(network, file, platforms)
+        case ".safetensors":
+            files = {file: safetensors_bytes(network)}
+        case ".onnx":
+            files = {file: onnx_bytes(network)}
+        case _:
+            raise ValueError(f"{file} ends in none of {FORMATS}")
+    write_whole(files)
+    return list(files)
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alexnet_jax.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("workdir", type=Path, help="of train.py, e.g. runs/quickstart")
+    parser.add_argument("file", type=Path, metavar="FILE", help=f"ends in {', '.join(FORMATS)}")
+    parser.add_argument(
+        "--step", type=int, help="of which checkpoint; default: the best, or the newest"
+    )
+    parser.add_argument(
+        "--views",
+        choices=VIEWS,
+        help="probabilities of the centre crop or the mean of ten views; default: the config's",
+    )
+    parser.add_argument(
+        "--platforms",
+        metavar="LIST",
+        help=f"for FILE.jaxexport, out of {','.join(PLATFORMS)}; default: all",
+    )
+    args = parser.parse_args(argv)
+    file = args.file.expanduser()
+    platforms = _checked(file, args.platforms)
+    runtime.set_up()
+    network = trained.load(args.workdir, args.step)
+    if args.views:
+        network.config.eval.views = args.views
+    for path in export(network, file, platforms):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _checked(file: Path, platforms: str | None) -> list[str]:
+    """Returns the platforms. Raises UserError before anything is loaded."""
+    if file.suffix not in FORMATS:
+        raise UserError(f"{file} must end in {', '.join(FORMATS)}: that chooses the format")
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; name a file")
+    if platforms is None:
+        return list(PLATFORMS)
+    if file.suffix != ".jaxexport":
+        raise UserError(f"--platforms is for FILE.jaxexport; {file} is the same for all: leave it")
+    names = platforms.split(",")
+    for name in names:
+        if name not in PLATFORMS:
+            raise UserError(f"--platforms={platforms}: {name!r} is none of {', '.join(PLATFORMS)}")
+    return names
+
+
+if __name__ == "__main__":
+    main()
