@@ -24,32 +24,30 @@ from jax import Array
 from alexnet_jax import config as configs
 from alexnet_jax import runtime, trained
 from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
-from alexnet_jax.step import log_probabilities
 from alexnet_jax.trained import Trained
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMATS = (".jaxexport", ".onnx", ".safetensors")
-VIEWS = ("center", "ten")
 
 
-def probabilities(network: Trained) -> Callable[[Array], Array]:
-    """Returns uint8[B, S, S, 3] -> float32[B, num_classes], a pure function of any batch size.
+def probabilities(network: Trained, views: str) -> Callable[[Array], Array]:
+    """Returns uint8[B, S, S, 3] -> float32[B, num_classes], a pure function for any B.
 
-    The same as `trained.classifier`, but for the logarithm.
+    Args:
+      views: "center" or "ten".
     """
 
     def of_images(images: Array) -> Array:
-        _, model, variables, stats, *_ = network
-        return jnp.exp(log_probabilities(model, variables, images, stats, network.config))
+        return jnp.exp(trained.log_probs(network, views, network.variables, images))
 
     return of_images
 
 
-def program(network: Trained, platforms: Sequence[str]) -> jax.export.Exported:
-    """Returns `probabilities` lowered for the platforms, parameters inside, any batch size."""
+def program(network: Trained, views: str, platforms: Sequence[str]) -> jax.export.Exported:
+    """Returns `probabilities` lowered for the platforms, parameters inside, for any batch."""
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *image_shape(network)), jnp.uint8)
-    return jax.export.export(jax.jit(probabilities(network)), platforms=platforms)(images)
+    return jax.export.export(jax.jit(probabilities(network, views)), platforms=platforms)(images)
 
 
 def arrays(network: Trained) -> dict[str, np.ndarray]:
@@ -68,7 +66,7 @@ def image_shape(network: Trained) -> tuple[int, int, int]:
 
 
 def description(network: Trained) -> dict[str, Any]:
-    """Returns what a user of the file must know of the network, as JSON's types."""
+    """Returns what the network is and what its input and output mean, as JSON's types."""
     size, classes = network.config.image_size, network.config.model.num_classes
     return {
         "variant": network.config.model.variant,
@@ -86,15 +84,18 @@ def description(network: Trained) -> dict[str, Any]:
             "dtype": "float32",
             "shape": ["batch", classes],
             "meaning": "of each class in the order of class_names; they sum to 1",
-            "views": network.config.eval.views,
         },
         "config": json.loads(configs.to_json(network.config)),
     }
 
 
-def jaxexport_files(network: Trained, file: Path, platforms: Sequence[str]) -> dict[Path, bytes]:
-    exported = program(network, platforms)
+def jaxexport_files(
+    network: Trained, file: Path, views: str, platforms: Sequence[str]
+) -> dict[Path, bytes]:
+    """Returns the contents of the program's file and of the JSON beside it."""
+    exported = program(network, views, platforms)
     told = description(network) | {
+        "views": views,
         "platforms": list(exported.platforms),
         "jax_version": jax.__version__,
         "calling_convention_version": exported.calling_convention_version,
@@ -105,6 +106,7 @@ def jaxexport_files(network: Trained, file: Path, platforms: Sequence[str]) -> d
 
 
 def safetensors_bytes(network: Trained) -> bytes:
+    """Returns the file of all arrays, and of what they are."""
     layouts = {
         "conv*.kernel": "[height, width, inputs / groups, outputs]",
         "fc*.kernel": "[inputs, outputs]; fc6's inputs are pool5's [height, width, channels]",
@@ -114,8 +116,8 @@ def safetensors_bytes(network: Trained) -> bytes:
     return safetensors.numpy.save(arrays(network), _texts(told))
 
 
-def onnx_bytes(network: Trained) -> bytes:
-    """Raises UserError if the converter is not installed."""
+def onnx_bytes(network: Trained, views: str) -> bytes:
+    """Returns the model's file. Raises UserError if the converter is not installed."""
     try:
         import onnx
 
@@ -125,11 +127,12 @@ def onnx_bytes(network: Trained) -> bytes:
             f"{error.name} is not installed, which makes ONNX files; run "
             "pip install --no-deps -r requirements-export.txt"
         ) from error
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # shapes that it leaves out
+    for library in ("onnx_ir", "jax2onnx"):  # shapes left out; parts for libraries not installed
+        logging.getLogger(library).setLevel(logging.ERROR)
     # onnxruntime has no convolution of bfloat16 on CPU; the parameters are float32 anyway.
     network = network._replace(model=network.model.clone(dtype="float32"))
-    model = onnx_graph.convert(probabilities(network), image_shape(network))
-    onnx.helper.set_model_props(model, _texts(description(network)))
+    model = onnx_graph.convert(probabilities(network, views), image_shape(network))
+    onnx.helper.set_model_props(model, _texts(description(network) | {"views": views}))
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 
@@ -158,19 +161,22 @@ def write_whole(files: dict[Path, bytes]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def export(network: Trained, file: Path, platforms: Sequence[str] = PLATFORMS) -> list[Path]:
+def export(
+    network: Trained, file: Path, views: str = "center", platforms: Sequence[str] = PLATFORMS
+) -> list[Path]:
     """Writes a network into a file of the format that its suffix names; returns what it wrote.
 
     Args:
+      views: what the probabilities are of, "center" or "ten"; a .safetensors file has none.
       platforms: out of PLATFORMS, those that a .jaxexport file is for.
     """
     match file.suffix:
         case ".jaxexport":
-            files = jaxexport_files(network, file, platforms)
+            files = jaxexport_files(network, file, views, platforms)
         case ".safetensors":
             files = {file: safetensors_bytes(network)}
         case ".onnx":
-            files = {file: onnx_bytes(network)}
+            files = {file: onnx_bytes(network, views)}
         case _:
             raise ValueError(f"{file} ends in none of {FORMATS}")
     write_whole(files)
@@ -185,46 +191,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("workdir", type=Path, help="of train.py, e.g. runs/quickstart")
+    parser.add_argument("workdir", type=Path, help="of train.py or alexnet_jax.convert")
     parser.add_argument("file", type=Path, metavar="FILE", help=f"ends in {', '.join(FORMATS)}")
-    parser.add_argument(
-        "--step", type=int, help="of which checkpoint; default: the best, or the newest"
-    )
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: the best by top-1")
     parser.add_argument(
         "--views",
-        choices=VIEWS,
-        help="probabilities of the centre crop or the mean of ten views; default: the config's",
+        choices=["center", "ten"],
+        help="the centre crop, or the paper's average over ten views; default: center",
     )
     parser.add_argument(
         "--platforms",
         metavar="LIST",
-        help=f"for FILE.jaxexport, out of {','.join(PLATFORMS)}; default: all",
+        help=f"of FILE.jaxexport, out of {','.join(PLATFORMS)}; default: all of them",
     )
     args = parser.parse_args(argv)
     file = args.file.expanduser()
-    platforms = _checked(file, args.platforms)
+    _check(file, args)
+    platforms = _chosen(args.platforms) if args.platforms else PLATFORMS
     runtime.set_up()
     network = trained.load(args.workdir, args.step)
-    if args.views:
-        network.config.eval.views = args.views
-    for path in export(network, file, platforms):
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    for path in export(network, file, args.views or "center", platforms):
+        print(f"wrote {path}, {path.stat().st_size:,} bytes")
 
 
-def _checked(file: Path, platforms: str | None) -> list[str]:
-    """Returns the platforms. Raises UserError before anything is loaded."""
+def _check(file: Path, args: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be, before anything is loaded."""
     if file.suffix not in FORMATS:
         raise UserError(f"{file} must end in {', '.join(FORMATS)}: that chooses the format")
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file")
-    if platforms is None:
-        return list(PLATFORMS)
-    if file.suffix != ".jaxexport":
-        raise UserError(f"--platforms is for FILE.jaxexport; {file} is the same for all: leave it")
-    names = platforms.split(",")
+    if args.platforms and file.suffix != ".jaxexport":
+        raise UserError(f"--platforms is for a .jaxexport file, not for {file}; leave it out")
+    if args.views and file.suffix == ".safetensors":
+        raise UserError(f"{file} holds parameters and no views of images; leave --views out")
+
+
+def _chosen(platforms: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(platforms.split(",")))
     for name in names:
         if name not in PLATFORMS:
-            raise UserError(f"--platforms={platforms}: {name!r} is none of {', '.join(PLATFORMS)}")
+            raise UserError(f"--platforms {platforms}: {name!r} is none of {', '.join(PLATFORMS)}")
     return names
 
 
