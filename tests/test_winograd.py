@@ -80,6 +80,15 @@ def test_a_batch_of_several_parts_is_like_its_parts():
         assert relative_error(ours, plain) < 2e-5
 
 
+def test_a_program_for_every_batch_size_is_exported():
+    x, kernel, padding = operands(5, 5, 2, 3, 3, 1, batch=PART + 3)
+    (batch,) = jax.export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+    program = jax.export.export(jax.jit(lambda x: winograd_conv(x, kernel, padding)))(shape)
+    for images in (x, x[:1]):
+        assert relative_error(program.call(images), plain_conv(images, kernel, padding)) < 2e-5
+
+
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_digits_lost_against_float64(shape):
     x, kernel, padding = operands(*shape)
