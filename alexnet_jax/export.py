@@ -65,8 +65,12 @@ def image_shape(network: Trained) -> tuple[int, int, int]:
     return size, size, 3
 
 
-def description(network: Trained) -> dict[str, Any]:
-    """Returns what the network is and what its input and output mean, as JSON's types."""
+def description(network: Trained, **others: Any) -> dict[str, Any]:
+    """Returns what the network is and what its input and output mean, as JSON's types.
+
+    Args:
+      others: what else to tell, before the config, which is long.
+    """
     size, classes = network.config.image_size, network.config.model.num_classes
     return {
         "variant": network.config.model.variant,
@@ -85,6 +89,7 @@ def description(network: Trained) -> dict[str, Any]:
             "shape": ["batch", classes],
             "meaning": "of each class in the order of class_names; they sum to 1",
         },
+        **others,
         "config": json.loads(configs.to_json(network.config)),
     }
 
@@ -94,12 +99,13 @@ def jaxexport_files(
 ) -> dict[Path, bytes]:
     """Returns the contents of the program's file and of the JSON beside it."""
     exported = program(network, views, platforms)
-    told = description(network) | {
-        "views": views,
-        "platforms": list(exported.platforms),
-        "jax_version": jax.__version__,
-        "calling_convention_version": exported.calling_convention_version,
-    }
+    told = description(
+        network,
+        views=views,
+        platforms=exported.platforms,
+        jax_version=jax.__version__,
+        calling_convention_version=exported.calling_convention_version,
+    )
     beside = file.with_name(f"{file.name}.json")
     text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
     return {file: bytes(exported.serialize()), beside: text.encode()}
@@ -112,7 +118,7 @@ def safetensors_bytes(network: Trained) -> bytes:
         "fc*.kernel": "[inputs, outputs]; fc6's inputs are pool5's [height, width, channels]",
         "statistics.mean": "subtracted from the pixels; then times pixel_scale and channel_scale",
     }
-    told = description(network) | {"layout": layouts}
+    told = description(network, layout=layouts)
     return safetensors.numpy.save(arrays(network), _texts(told))
 
 
@@ -132,7 +138,7 @@ def onnx_bytes(network: Trained, views: str) -> bytes:
     # onnxruntime has no convolution of bfloat16 on CPU; the parameters are float32 anyway.
     network = network._replace(model=network.model.clone(dtype="float32"))
     model = onnx_graph.convert(probabilities(network, views), image_shape(network))
-    onnx.helper.set_model_props(model, _texts(description(network) | {"views": views}))
+    onnx.helper.set_model_props(model, _texts(description(network, views=views)))
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from alexnet_jax import config as configs
-from alexnet_jax import export, parallel, runtime, step, store, trained
+from alexnet_jax import export, parallel, runtime, step, store, tpu, trained
 from alexnet_jax.augment import Statistics
 from alexnet_jax.errors import UserError
 from alexnet_jax.model import VARIANTS
@@ -138,6 +138,17 @@ def test_one_program_has_the_operations_of_each_platform_and_the_parameters_once
     assert "reduce-window" not in compiled and " conditional(" not in compiled
     kernels = sum(x.nbytes for x in jax.tree.leaves(network.variables))
     assert kernels < len(program.serialize()) < 1.2 * kernels
+
+
+@pytest.mark.tpu
+def test_the_program_compiles_for_a_tpu(images):
+    pytest.importorskip("libtpu")
+    program = export.program(random_network("original"), "center", export.PLATFORMS)
+    _, (chip, *_) = tpu.topology_devices("v5e:2x2")
+    there = jax.sharding.SingleDeviceSharding(chip)
+    like = jax.ShapeDtypeStruct(images.shape, images.dtype, sharding=there)
+    lowered = jax.jit(program.call).trace(like).lower(lowering_platforms=("tpu",))
+    assert " convolution(" in lowered.compile().as_text()
 
 
 def operations(exported, name):
