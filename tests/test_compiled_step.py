@@ -1,5 +1,6 @@
 """What XLA makes of the whole training step of `owt`: what is timed nowhere must not creep back."""
 
+import functools
 import math
 import re
 from collections import Counter
@@ -79,12 +80,17 @@ def test_temporary_memory_and_number_of_fusions(compiled, operations):
     assert operations["fusion"] < MOST_FUSIONS
 
 
+@functools.cache
+def traced(dtype):
+    train_step, *inputs = step_and_inputs(dtype)
+    return train_step.trace(*inputs)
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize(("dtype", "element"), [("float32", "f32"), ("bfloat16", "bf16")])
 def test_accelerators_get_plain_convolutions_and_products(platform, dtype, element):
     """In the model's dtype, and beside them no loop, call to the host, float64 or layout change."""
-    train_step, *inputs = step_and_inputs(dtype)
-    text = jax.export.export(train_step, platforms=[platform])(*inputs).mlir_module()
+    text = traced(dtype).lower(lowering_platforms=(platform,)).as_text()
     operations = Counter(re.findall(r"= \"?stablehlo\.(\w+)", text))
     assert operations["convolution"] == CONVOLUTIONS
     assert operations["dot_general"] == PRODUCTS + 1  # the colour noise of the images
