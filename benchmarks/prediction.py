@@ -51,11 +51,11 @@ def evaluate_all(net: Trained, store: Store) -> None:
 
 def main() -> None:
     """Measures and prints."""
-    parser = options(__doc__, quick="a narrow network and 600 photographs, one round")
+    parser = options(__doc__, quick="a narrow network and 200 photographs, one round")
     parser.add_argument("--images", type=int, default=10_000, help="default: 10,000")
     args = parser.parse_args()
     runtime.set_up()
-    count, rounds = (600, 1) if args.quick else (args.images, ROUNDS)
+    count, rounds = (200, 1) if args.quick else (args.images, ROUNDS)
     with tempfile.TemporaryDirectory() as place:
         photographs.write_folder(Path(place, "photos"), {"train": 10, "val": count})
         config = default_config()

@@ -13,7 +13,7 @@ from benchmarks import photographs
 
 BENCHMARKS = (
     *("input_pipeline.py", "preparation.py", "store_scale.py"),
-    *("prefetch_trace.py", "train_step.py"),
+    *("prefetch_trace.py", "train_step.py", "exported.py", "prediction.py"),
 )
 PLOTTING = ("input_pipeline.py", "prefetch_trace.py", "train_step.py")
 ROW = {"what", "batch", "dtype", "value", "unit", "min", "median", "max"}
