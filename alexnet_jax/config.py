@@ -76,6 +76,11 @@ def default_config() -> ConfigDict:
     c.num_epochs = 90
     c.learning_rate = 0.01
 
+    # A workdir, of train.py or of a converted network, whose weights and mean a run starts from;
+    # fc8 is made anew where the classes are others (docs/finetune.md).
+    c.init_from = ""
+    c.freeze = ()  # layers that stay as they are, e.g. ("conv1", "conv2"); bn1 goes with conv1
+
     c.model = ConfigDict()
     c.model.variant = "paper"  # a key of model.VARIANTS
     c.model.num_classes = 1000
@@ -105,6 +110,7 @@ def default_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.0005  # of the weights
     c.optimizer.bias_weight_decay = 0.0
     c.optimizer.bias_learning_rate = 1.0  # biases' rate as a multiple of learning_rate
+    c.optimizer.layer_rates = ()  # multiples of a layer's rates, e.g. (("fc8", 10.0),)
     # Largest global norm of the gradients, shown as grad_norm; 0: no clipping, nor grad_norm.
     c.optimizer.clip_norm = 0.0
     c.optimizer.accumulate_steps = 1  # a batch's gradients in so many parts, to save memory
@@ -321,4 +327,5 @@ def _parse_value(text: str, kind: type) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        names = tuple(name.strip() for name in text.split(","))
+        return names if kind is tuple and all(map(str.isidentifier, names)) else text

@@ -160,6 +160,7 @@ class AlexNet(nn.Module):
       fc_axis: the one of them along which the fc layers are split too, as in "One weird trick"
         (arXiv 1404.5997): their kernels are a device's share of the inputs, [D / m, E], and
         their features a share of the units for the images of all m devices, [m B, E / m].
+      frozen: of LAYERS; their batch norms use and keep their running statistics in training too.
 
     Raises:
       UserError: an attribute, a feature name or an image size that does not exist here.
@@ -174,6 +175,7 @@ class AlexNet(nn.Module):
     width: float = 1.0
     batch_axes: tuple[str, ...] = ()
     fc_axis: str | None = None
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice("model variant", self.variant, tuple(VARIANTS))
@@ -257,7 +259,7 @@ class AlexNet(nn.Module):
                 return within_map_norm(x)
             case "bn":
                 return nn.BatchNorm(
-                    use_running_average=not train,
+                    use_running_average=not train or f"conv{number}" in self.frozen,
                     momentum=0.9,
                     dtype=self.dtype,
                     axis_name=self.batch_axes or None,

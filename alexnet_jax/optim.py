@@ -28,6 +28,7 @@ SCALINGS: dict[str, Callable[[float], float]] = {
     "linear": lambda k: k,
     "sqrt": math.sqrt,
 }
+OTHERS = "others"  # layers that optimizer.layer_rates does not name
 CHANGEABLE = {
     "learning_rate": ("all", *LAYERS),
     "bias_learning_rate": ("all", *LAYERS),
@@ -63,7 +64,7 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> Schedule:
     check(config)
     base = _base_rate(config, steps_per_epoch)
     for change in config.schedule.changes:
-        _check_change(change)
+        _check_change(change, config.freeze)
 
     def changed(step: jax.Array, layers: tuple[str, ...], field: str, value: jax.Array):
         for epoch, layer, changed_field, new in config.schedule.changes:
@@ -90,8 +91,9 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> Schedule:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises UserError for an unknown optimizer or scaling, or a number out of its bounds."""
+    """Raises UserError for an optimizer, scaling or layer that does not exist, or a bad number."""
     check_bounds(config)  # first: batch sizes of 0 or less cannot be divided by, or have no root
+    _check_layers(config)
     for name, kind, kinds in (
         ("optimizer.kind", config.optimizer.kind, OPTIMIZERS),
         ("schedule.scaling", config.schedule.scaling, SCALINGS),
@@ -137,7 +139,34 @@ def _base_rate(config: ConfigDict, steps_per_epoch: float) -> Callable[[jax.Arra
     return optax.join_schedules([warmup, kinds[fields.kind]()], [warmup_steps])
 
 
-def _check_change(change: Any) -> None:
+def _check_layers(config: ConfigDict) -> None:
+    for layer in config.freeze:
+        _check_layer("freeze", layer)
+    if set(config.freeze) == set(LAYERS):
+        raise UserError("freeze names all layers, so that none would train; leave one out")
+    rates = config.optimizer.layer_rates
+    for pair in rates:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise UserError(f'optimizer.layer_rates: {pair!r} must be a pair like ("fc8", 10.0)')
+        layer, times = pair
+        _check_layer("optimizer.layer_rates", layer)
+        if not isinstance(times, int | float) or not 0 < times < math.inf:
+            raise UserError(
+                f"optimizer.layer_rates: {layer}'s {times!r} must be a number above 0; to keep "
+                "the layer as it is, name it in freeze"
+            )
+        if layer in config.freeze or [other for other, _ in rates].count(layer) > 1:
+            where = "in freeze as well" if layer in config.freeze else "twice"
+            raise UserError(f"optimizer.layer_rates names {layer}, {where}; take one out")
+
+
+def _check_layer(field: str, layer: Any) -> None:
+    if layer not in LAYERS:
+        near = difflib.get_close_matches(str(layer), LAYERS) or LAYERS
+        raise UserError(f"{field}: no layer {layer!r}; the nearest are {', '.join(near)}")
+
+
+def _check_change(change: Any, frozen: tuple[str, ...]) -> None:
     if not isinstance(change, tuple | list) or len(change) != 4:
         raise UserError(f"schedule.changes: {change!r} must be (epoch, layer, field, value)")
     epoch, layer, field, value = change
@@ -148,6 +177,11 @@ def _check_change(change: Any) -> None:
         raise UserError(
             f"schedule.changes: {field} cannot change for {layer!r}, only for "
             f"{', '.join(CHANGEABLE[field])}"
+        )
+    if layer in frozen:
+        raise UserError(
+            f"schedule.changes: {change!r} has no effect, since freeze names {layer}; to freeze a "
+            "layer for a time, change its rates to 0 instead"
         )
     if not all(isinstance(number, int | float) for number in (epoch, value)):
         raise UserError(f"schedule.changes: epoch and value of {change!r} must be numbers")
@@ -176,6 +210,8 @@ def sgd(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     The kind "lars" is the same with every weight array's ε times a ratio of its own, 0.001 ‖w‖ /
     ‖∇ + 0.0005 w‖: optax.lars, after You, Gitman, Ginsburg 2017 (arXiv 1708.03888), who divide by
     ‖∇‖ + 0.0005 ‖w‖, which is never less. Biases and batch norm go without the ratio.
+
+    `optimizer.layer_rates` multiplies a layer's ε, whatever the schedule makes of it.
     """
     fields = config.optimizer
     trust = optax.masked(
@@ -188,7 +224,32 @@ def sgd(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
             fields.bias_weight_decay, mask=lambda p: jax.tree.map(lambda w: not w, _is_weight(p))
         ),
         *([trust] if fields.kind == "lars" else []),
+        *([_scaled_by_layer(fields.layer_rates)] if fields.layer_rates else []),
         _momentum(fields.momentum),
+    )
+
+
+def trainable(params: Params, freeze: tuple[str, ...]) -> Params:
+    """Returns those of a dict by layer that train: all but the frozen, and the norms of these."""
+    return {name: arrays for name, arrays in params.items() if layer_of(name) not in freeze}
+
+
+def layer_of(name: str) -> str:
+    """Returns the layer of LAYERS that a key of params belongs to: "conv1" has bn1 too."""
+    return name.replace("bn", "conv")
+
+
+def _scaled_by_layer(layer_rates: tuple) -> optax.GradientTransformationExtraArgs:
+    """ε · (times u) is (ε · times) u, so what multiplies the rate may as well multiply the step."""
+    scales = {layer: optax.scale(times) for layer, times in layer_rates}
+
+    def label(path: tuple[Any, ...], _: jax.Array) -> str:
+        layer = layer_of(path[0].key)
+        return layer if layer in scales else OTHERS
+
+    return optax.multi_transform(
+        {**scales, OTHERS: optax.identity()},
+        lambda params: jax.tree_util.tree_map_with_path(label, params),
     )
 
 
@@ -222,5 +283,5 @@ def _is_weight(params: Params) -> Any:
 
 def _rate_of(path: tuple[Any, ...], rates: dict[str, dict[str, jax.Array]]) -> jax.Array:
     """A layer's batch norm, bn1 to bn5, goes with its biases."""
-    layer = path[0].key.replace("bn", "conv")
+    layer = layer_of(path[0].key)
     return rates[layer]["learning_rate" if path[-1].key == "kernel" else "bias_learning_rate"]

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.augment import Statistics
 from alexnet_jax.errors import UserError
 from alexnet_jax.model import AlexNet, LayerRow
-from alexnet_jax.optim import Schedule
+from alexnet_jax.optim import Schedule, trainable
 from alexnet_jax.step import (
     UNSPREAD,
     EvalStep,
@@ -98,6 +98,7 @@ def build_model(config: ConfigDict) -> AlexNet:
         width=fields.width,
         batch_axes=batch_axes(config),
         fc_axis=fc_axis(config),
+        frozen=tuple(config.freeze),
     )
 
 
@@ -310,12 +311,13 @@ def _mesh(
 
     spread_out = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
     in_specs = (inside, of_batch, WHOLE)
+    of_gradients, inside = trainable(specs, config.freeze), trainable(inside, config.freeze)
     spread = Spread(
-        gradients=functools.partial(spread_out, in_specs=in_specs, out_specs=(specs, WHOLE)),
+        gradients=functools.partial(spread_out, in_specs=in_specs, out_specs=(of_gradients, WHOLE)),
         sums=functools.partial(spread_out, in_specs=in_specs, out_specs=WHOLE),
-        mean=lambda gradients: jax.tree.map(mean, gradients, specs, inside),
+        mean=lambda gradients: jax.tree.map(mean, gradients, of_gradients, inside),
     )
-    shardings = _like_parameters(state, specs, mesh)
+    shardings = _like_parameters(state, (specs, of_gradients), mesh)
     batch_sharding = NamedSharding(mesh, of_batch)
     on_all = NamedSharding(mesh, WHOLE)
     own = _own_places(batch_sharding, config.batch_size)
@@ -384,22 +386,30 @@ def parameter_specs(config: ConfigDict, params: Tree, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def _like_parameters(state: TrainState, specs: Tree, mesh: Mesh) -> Tree:
-    """Shardings of a whole state: what has a tree like that of params lies as params do."""
-    structure = jax.tree.structure(state.params)
+def _like_parameters(state: TrainState, specs: tuple[Tree, Tree], mesh: Mesh) -> Tree:
+    """Shardings of a whole state: what has a tree like that of params lies as params do.
+
+    Args:
+      specs: of all params, and of those that train, which are those with a velocity.
+    """
+    known = {jax.tree.structure(tree, is_leaf=_is_spec): tree for tree in specs}
 
     def is_like_params(part: Any) -> bool:
-        return jax.tree.structure(part) == structure
+        return jax.tree.structure(part) in known
 
     def shardings(part: Any) -> Tree:
-        return specs if is_like_params(part) else WHOLE
+        return known.get(jax.tree.structure(part), WHOLE)
 
     of_state = jax.tree.map(shardings, state, is_leaf=is_like_params)
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         of_state,
-        is_leaf=lambda part: isinstance(part, PartitionSpec),
+        is_leaf=_is_spec,
     )
+
+
+def _is_spec(part: Any) -> bool:
+    return isinstance(part, PartitionSpec)
 
 
 def _mean(

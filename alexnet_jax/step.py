@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import augment
 from alexnet_jax.model import AlexNet
-from alexnet_jax.optim import Params, Schedule, plateau, sgd
+from alexnet_jax.optim import Params, Schedule, plateau, sgd, trainable
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -29,7 +29,7 @@ class TrainState(flax.struct.PyTreeNode):
       step: int32[], number of updates made.
       params: float32 arrays by layer: params["conv1"]["kernel"], …
       batch_stats: running statistics of the `bn` variant, {} for the others.
-      opt_state: Optax's, with the velocity.
+      opt_state: Optax's, with the velocity of the layers that train.
       plateau: state of the plateau schedule; its `scale` multiplies the learning rate.
       key: the base random key; a step's draws come from it and the step's number alone.
     """
@@ -65,7 +65,7 @@ def state_of(variables: dict[str, Any], config: ConfigDict) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=sgd(config).init(params),
+        opt_state=sgd(config).init(trainable(params, config.freeze)),
         plateau=plateau(config).init(params),
         key=train_key(config.seed),
     )
@@ -107,7 +107,8 @@ def make_train_step(
     The batch is {"image": uint8[B, S, S, 3], "label": int32[B]}; augmentation happens inside.
     Metrics are float32[] means over the global batch: loss (nats), top1 and top5 (accuracies, 0
     to 1); and learning_rate. With `optimizer.clip_norm` also grad_norm, the global norm of the
-    gradients before clipping; without, it would cost a pass over all of them.
+    gradients before clipping; without, it would cost a pass over all of them. No gradient is
+    taken of the layers of `freeze`.
 
     Every random draw comes from (seed, step) and an image's place in the global batch, so that a
     step is the same on any number of devices. Where `model.batch_axes` are mapped, the batch is
@@ -130,10 +131,14 @@ def make_train_step(
 
     def gradients(params, batch, rest):
         batch_stats, key, step, color_noise = rest
+
+        def loss_of(trained, *given):
+            return loss_fn({**params, **trained}, *given)
+
         images = augmented(key, step, batch["image"], color_noise, stats, config, axes)
         grads, metrics, batch_stats = _accumulate(
-            jax.grad(loss_fn, has_aux=True),
-            (params, batch_stats),
+            jax.grad(loss_of, has_aux=True),
+            (trainable(params, config.freeze), batch_stats),
             (images, batch["label"]),
             jax.random.fold_in(jax.random.fold_in(key, step), DROPOUT),
             config.optimizer.accumulate_steps,
@@ -145,10 +150,11 @@ def make_train_step(
         now = schedule(state.step, state.plateau.scale)
         rest = (state.batch_stats, state.key, state.step, now.color_noise)
         grads, (metrics, batch_stats) = spread.gradients(gradients)(state.params, batch, rest)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rates=now.rates)
+        params = trainable(state.params, config.freeze)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params, rates=now.rates)
         state = state.replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params={**state.params, **optax.apply_updates(params, updates)},
             batch_stats=batch_stats,
             opt_state=opt_state,
         )

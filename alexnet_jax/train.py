@@ -16,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, hosts, optim, parallel, pipeline, plots, runtime, trained
+from alexnet_jax import (
+    augment,
+    finetune,
+    hosts,
+    optim,
+    parallel,
+    pipeline,
+    plots,
+    runtime,
+    trained,
+)
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
@@ -26,6 +36,7 @@ from alexnet_jax.report import Meter, NoReport, Report
 from alexnet_jax.samples import save_samples
 from alexnet_jax.step import Metrics, TrainState, init_state
 from alexnet_jax.store import Store, open_or_prepare
+from alexnet_jax.trained import Trained
 
 # Steps that JAX may be behind the loop. It runs on while the next batches are read; without a
 # limit they would pile up on the device.
@@ -56,21 +67,29 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     size = config.augment.crop_size
     layers = layer_table(model, (size, size, 3))
     parallel.check_layers(config, layers)
+    source = finetune.load_source(config, model, workdir)
     with (
         explained_write_errors(workdir, "another --workdir", DISK_FULL),
         claimed_workdir(workdir, config) if hosts.is_first() else nullcontext(),
     ):
-        table = format_layer_table(layers)
-        if hosts.is_first():
-            (workdir / "summary.txt").write_text(table + "\n")
+        table = format_layer_table(layers) + finetune.describe_frozen(config, layers)
+        summary = workdir / "summary.txt"
+        if hosts.is_first() and (source or not config.init_from):
+            summary.write_text(table + "\n")
         hosts.say(f"AlexNet, variant {config.model.variant}:\n{table}\n")
         stores = open_or_prepare(config)
         check_labels(config, stores)
+        if source:
+            source = finetune.with_classes(source, config, stores["train"].class_names)
+            told = finetune.describe_source(config, source)
+            hosts.say(told)
+            if hosts.is_first():
+                summary.write_text(f"{table}\n{told}\n")
         with (
             StopRequest() as stop,
             closing(Checkpoints(workdir, config)) as checkpoints,
         ):
-            return _Run(config, workdir, model, stores, checkpoints, stop, started).train()
+            return _Run(config, workdir, model, stores, source, checkpoints, stop, started).train()
 
 
 def check(config: ConfigDict, devices: int | None = None) -> None:
@@ -178,6 +197,7 @@ class _Run:
         workdir: Path,
         model: AlexNet,
         stores: dict[str, Store],
+        source: Trained | None,
         checkpoints: Checkpoints,
         stop: StopRequest,
         started: float,
@@ -190,7 +210,8 @@ class _Run:
         count = math.ceil(config.num_epochs / every)
         self.eval_steps = {self._step_at(every * i) for i in range(1, count)} | {self.total_steps}
 
-        self.stats = augment.statistics(stores["train"], config)
+        of_data = augment.statistics(stores["train"], config)
+        self.stats = finetune.statistics(config, source, workdir, of_data)
         if hosts.is_first():
             trained.save_statistics(workdir, self.stats, stores["train"].class_names)
         self.schedule = optim.make_schedule(config, self.steps_per_epoch)
@@ -217,6 +238,7 @@ class _Run:
             hosts.say(f"going on from step {int(state.step)} of {self.total_steps}")
         else:
             state = runtime.run_once(initial, out_shardings=self.compiled.shardings)
+            state = finetune.with_weights(state, source) if source else state
         hosts.check_same("checkpoints", {"step": int(state.step)})
         on = f" of {jax.process_count()} processes" if hosts.several() else ""
         hosts.say(

@@ -69,7 +69,7 @@ def load(workdir: str | Path, step: int | None = None) -> Trained:
     except ValueError as error:
         raise UserError(
             f"the checkpoint of step {step} in {workdir} cannot be read ({str(error)[:200]}); "
-            "choose another by --step"
+            "choose another step, or put back a copy of it"
         ) from error
     finally:
         checkpoints.close()
@@ -104,9 +104,9 @@ def create(
     the config's network.
     """
     expected = jax.eval_shape(functools.partial(init_state, parallel.build_model(config), config))
-    mismatch = _mismatch(expected.params, variables["params"])
-    if mismatch:
-        raise UserError(f"the weights are not of variant {config.model.variant}: {mismatch}")
+    unlike = mismatch(expected.params, variables["params"])
+    if unlike:
+        raise UserError(f"the weights are not of variant {config.model.variant}: {unlike}")
     state = state_of(jax.tree.map(jnp.asarray, variables), config)
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty; choose another workdir")
@@ -254,7 +254,7 @@ def _chosen_step(workdir: Path, checkpoints: Checkpoints, step: int | None) -> i
     return step
 
 
-def _mismatch(expected: Any, given: Any) -> str | None:
+def mismatch(expected: Any, given: Any) -> str | None:
     """Tells the first array that is missing, too many or of another shape."""
     flat = [
         {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(x) for path, x in leaves}

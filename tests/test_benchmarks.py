@@ -48,6 +48,16 @@ def test_a_folder_repeats_its_photographs_beyond_the_pool(tmp_path, monkeypatch)
     assert files["train/class1/000003.jpg"] != files["train/class1/000001.jpg"]
 
 
+def test_features_of_five_digits_help_to_learn_five_others(tmp_path):
+    """`transfer.py` has them at more rates and draws, and at larger images."""
+    done = run(sys.executable, "benchmarks/transfer.py", "--quick", f"--json={tmp_path}/rows")
+    assert done.returncode == 0, done.stderr
+    scratch, transferred = json.loads((tmp_path / "rows").read_text())
+    assert scratch["what"].startswith("from scratch") and scratch.keys() >= ROW
+    assert transferred["what"].startswith("transferred")
+    assert 70 < scratch["value"] < transferred["value"]
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_quick_run_prints_a_table_and_writes_its_rows_and_plot(name, tmp_path):
     rows, plot = tmp_path / "rows.json", tmp_path / "plot.png"

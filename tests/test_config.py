@@ -99,6 +99,10 @@ OVERRIDES = [
     (["--config.schedule.step_epochs=(3, 6)"], "schedule.step_epochs", (3, 6)),
     (["--config.schedule.changes=((1, 'all', 'learning_rate', 0.1),)"], "schedule.changes", None),
     (["--config.dataset=folder:/my photos"], "dataset", "folder:/my photos"),
+    (["--config.freeze=conv1, conv2"], "freeze", ("conv1", "conv2")),
+    (["--config.freeze=conv1"], "freeze", ("conv1",)),
+    (["--config.freeze=('conv1',)"], "freeze", ("conv1",)),
+    (["--config.freeze=()"], "freeze", ()),
 ]
 
 
@@ -119,6 +123,7 @@ MISTAKES = [
     (["--config", QUICKSTART, "--config.batch_size=1.5"], "batch_size=1.5.*int"),
     (["--config", QUICKSTART, "--config.augment.flip=perhaps"], "flip.*bool, like true or false"),
     (["--config", QUICKSTART, "--config.schedule.step_epochs=3"], "step_epochs=3.*tuple"),
+    (["--config", QUICKSTART, "--config.augment.crop_area=0.2,1.0x"], "crop_area='0.2.*tuple"),
     (["--config", QUICKSTART, "--config.seed"], "--config.seed needs a value"),
     (["--config", QUICKSTART, "--wrokdir=x"], "unknown argument --wrokdir"),
 ]

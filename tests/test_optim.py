@@ -165,6 +165,60 @@ def test_velocity_of_plain_sgd_lies_where_it_lay_before_there_was_lars():
     assert isinstance(states[3], optax.TraceState)
 
 
+@pytest.mark.parametrize("kind", ["sgd", "lars"])
+def test_a_layers_rate_is_a_multiple_of_whatever_the_schedule_gives(kind):
+    """Its steps are those of a run at that multiple of the rate, the other layers' as before."""
+    plain, faster, scaled = default_config(), default_config(), default_config()
+    for c in (plain, faster, scaled):
+        c.optimizer.kind = kind
+        c.schedule.changes = ((0.5, "all", "learning_rate", 0.002),)
+    faster.learning_rate = 0.05
+    faster.schedule.changes = ((0.5, "all", "learning_rate", 0.01),)
+    scaled.optimizer.layer_rates = (("fc8", 5.0), ("conv1", 5))
+    for epoch in (0.0, 1.0):
+        (_, (slow, _)), (_, (fast, _)), (_, (both, _)) = (
+            updates_of(c, [0.5, 0.3], epoch=epoch) for c in (plain, faster, scaled)
+        )
+        for layer in LAYERS:
+            expected = (fast if layer in ("fc8", "conv1") else slow)[layer]
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), both[layer], expected
+            )
+
+
+def test_a_convolutions_batch_norm_goes_with_it():
+    c = default_config()
+    c.optimizer.layer_rates = (("conv2", 3.0),)
+    w = {name: {"scale": jnp.ones(2)} for name in ("bn1", "bn2")}
+    optimizer = optim.sgd(c)
+    steps, _ = optimizer.update(w, optimizer.init(w), w, rates=scheduled(c, 0).rates)
+    np.testing.assert_allclose(steps["bn2"]["scale"], 3 * steps["bn1"]["scale"], rtol=1e-6)
+    assert set(optim.trainable(w, ("conv2",))) == {"bn1"}
+
+
+BAD_LAYERS = [
+    ("freeze", ("conv6",), "freeze: no layer 'conv6'; the nearest are conv"),
+    ("freeze", ("bn1",), "freeze: no layer 'bn1'; the nearest are conv1, conv2"),
+    ("freeze", LAYERS, "freeze names all layers"),
+    ("optimizer.layer_rates", (("fc9", 2.0),), "layer_rates: no layer 'fc9'; the nearest are fc"),
+    ("optimizer.layer_rates", ("fc8", 2.0), "'fc8' must be a pair like"),
+    ("optimizer.layer_rates", (("fc8", 0.0),), "fc8's 0.0 must be a number above 0.*freeze"),
+    ("optimizer.layer_rates", (("fc8", "x"),), "fc8's 'x' must be a number"),
+    ("optimizer.layer_rates", (("fc8", 2.0), ("fc8", 3.0)), "names fc8, twice"),
+    ("optimizer.layer_rates", (("conv1", 2.0),), "names conv1, in freeze as well"),
+    ("schedule.changes", ((1, "conv1", "learning_rate", 0.1),), "since freeze names conv1"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "told"), BAD_LAYERS)
+def test_layers_that_do_not_exist_or_contradict_each_other_are_refused(field, value, told):
+    c = default_config()
+    c.freeze = ("conv1",)
+    c.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=told):
+        optim.make_schedule(c, STEPS_PER_EPOCH)
+
+
 RUN_145 = [
     # epoch, layer, epsW, epsB, colour noise: the facts of the released log
     (0, "conv1", 1e-2, 0.02, 0.1),

