@@ -45,13 +45,13 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = options(__doc__, quick="half a minute: less of everything")
+    parser = options(__doc__, quick="less of everything")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bars there")
     parser.add_argument("--images", type=int, metavar="N", help="training images (4096)")
     parser.add_argument("--batch-size", type=int, metavar="B", help="(128)")
     parser.add_argument("--seconds", type=float, metavar="S", help="of each turn (4)")
     quick = parser.parse_known_args()[0].quick
-    sizes = (128, 16, 0.2) if quick else (4096, 128, 4.0)
+    sizes = (64, 8, 0.05) if quick else (4096, 128, 4.0)
     parser.set_defaults(**dict(zip(("images", "batch_size", "seconds"), sizes, strict=True)))
     return parser.parse_args()
 

@@ -10,10 +10,11 @@ step was being executed.
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+TWO_DEVICES = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TWO_DEVICES}"
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -33,11 +34,17 @@ LANES = {
 STEP = "train"  # the trainer's annotation of a step's start
 WARM_UP = 8  # steps: the first is compiled, and the next ones find all buffers full
 WINDOW_STEPS = 6
+QUICK = {"train_split": "train[:1600]", "eval_split": "test[:64]", "model.width": "0.1"}
 
 
-def traced_epoch(data_dir: Path, workdir: Path) -> dict[str, list[Span]]:
-    """Trains an epoch; returns the spans of each lane between the first steps and the last."""
-    fields = {"data_dir": str(data_dir), "num_epochs": "1", "log_every_steps": "5"}
+def traced_epoch(
+    data_dir: Path, workdir: Path, changes: Mapping[str, str]
+) -> dict[str, list[Span]]:
+    """Trains an epoch of the changed quickstart.
+
+    Returns the spans of each lane between the first steps and the last.
+    """
+    fields = {"data_dir": str(data_dir), "num_epochs": "1", "log_every_steps": "5", **changes}
     config = configs.load(str(ROOT / "configs/quickstart.py"), list(fields.items()))
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
@@ -107,12 +114,12 @@ def save_timeline(spans: dict[str, list[Span]], path: Path) -> None:
 
 def main() -> None:
     """Prints the shares, and writes rows and a timeline if asked."""
-    parser = options(__doc__, quick="the same: it takes under a minute")
+    parser = options(__doc__, quick="a narrower network, and fewer of the digits")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw a timeline there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder, "run")
-        spans = traced_epoch(Path(folder, "data"), workdir)
+        spans = traced_epoch(Path(folder, "data"), workdir, QUICK if args.quick else {})
         waits = [row["data_wait"] for row in read_metrics(workdir) if row["split"] == "train"]
     shares = {
         f"{name} beside a step": share_inside(spans[name], spans["steps"])

@@ -84,7 +84,7 @@ def main() -> None:
     parser = options(__doc__, quick="few images, two rounds")
     parser.add_argument("--scratch", type=Path, help="where stores are written; default: temporary")
     args = parser.parse_args()
-    BenchmarkPhotographs.count = 1024 if args.quick else 12_288
+    BenchmarkPhotographs.count = 128 if args.quick else 12_288
     with (
         tempfile.TemporaryDirectory() as folder,
         tempfile.TemporaryDirectory(dir=args.scratch) as s,

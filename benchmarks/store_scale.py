@@ -29,7 +29,7 @@ from alexnet_jax.store import Store, open_store  # noqa: E402
 
 IMAGENET = 1_281_167
 SIZES = (10_000, 100_000, IMAGENET)
-QUICK_SIZES = (1_000, 10_000, 100_000)
+QUICK_SIZES = (1_000, 10_000)
 SIDE = 2
 BATCH = 256
 EPOCHS = 90
@@ -107,7 +107,7 @@ def main() -> None:
     for count in QUICK_SIZES if args.quick else SIZES:
         with tempfile.TemporaryDirectory() as folder:
             make_store(count, Path(folder))
-            rows += measure(count, Path(folder), 3 if args.quick else ROUNDS)
+            rows += measure(count, Path(folder), 2 if args.quick else ROUNDS)
     for of in sorted(rows, key=lambda of: of["what"].split(",")[0]):
         spread = f"({of['min']:.1f} to {of['max']:.1f})"
         print(f"{of['what']:44} {of['median']:8.1f} {of['unit']}  {spread}")

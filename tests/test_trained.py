@@ -1,5 +1,6 @@
 """A workdir as what it is for afterwards: a network, its pixel statistics and its class names."""
 
+import functools
 import resource
 import shutil
 
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, config, step, store, trained
+from alexnet_jax import augment, config, runtime, step, store, trained
 from alexnet_jax.errors import UserError
 
 
@@ -36,8 +37,10 @@ def test_all_devices_find_what_the_evaluation_step_finds_on_one(trained_run, dig
     batch = eval_store(digits).read(np.arange(43))  # divides over no 8 devices
     log_probs = np.asarray(trained.classifier(network, views)(batch["image"]))
     assert log_probs.shape == (43, 10)
-    state = step.init_state(network.model, network.config).replace(**network.variables)
-    sums = step.make_eval_step(network.model, network.config, network.stats)(state, batch)
+    initial = functools.partial(step.init_state, network.model, network.config)
+    state = runtime.run_once(initial).replace(**network.variables)
+    eval_step = step.make_eval_step(network.model, network.config, network.stats)
+    sums = jax.jit(eval_step)(state, batch)
     np.testing.assert_allclose(
         -log_probs[np.arange(43), batch["label"]].sum(), sums["loss"], rtol=1e-5
     )
