@@ -2,7 +2,8 @@
 
     python benchmarks/prediction.py
 
-Both run a network of full size, in turn, over the same 10,000 photographs, from start to end.
+Both run a network of full size, in turn, over the same 10,000 photographs, from start to end,
+compilation included.
 """
 
 import sys
@@ -71,12 +72,11 @@ def main() -> None:
             "predict, from JPEG files": lambda: predict_all(net, files),
         }
         rates: dict[str, list[float]] = {what: [] for what in runs}
-        for number in range(-1, rounds):  # the first fills the cache of compiled programs
+        for _ in range(rounds):
             for what, run in runs.items():
                 started = time.perf_counter()
                 run()
-                if number >= 0:
-                    rates[what].append(count / (time.perf_counter() - started))
+                rates[what].append(count / (time.perf_counter() - started))
     table = [row(what, found, "images/s", BATCH, "float32") for what, found in rates.items()]
     for line in table:
         print(f"{line['what']}  {line['value']:8.1f} ({line['min']:.1f} to {line['max']:.1f})")
