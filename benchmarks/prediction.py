@@ -54,9 +54,10 @@ def main() -> None:
     """Measures and prints."""
     parser = options(__doc__, quick="a narrow network and 200 photographs, one round")
     parser.add_argument("--images", type=int, default=10_000, help="default: 10,000")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     args = parser.parse_args()
     runtime.set_up()
-    count, rounds = (200, 1) if args.quick else (args.images, ROUNDS)
+    count, rounds = (200, 1) if args.quick else (args.images, args.rounds)
     with tempfile.TemporaryDirectory() as place:
         photographs.write_folder(Path(place, "photos"), {"train": 10, "val": count})
         config = default_config()
