@@ -11,12 +11,11 @@ from tqdm import tqdm
 
 from alexnet_jax import augment, decode, neighbors, trained
 from alexnet_jax.errors import UserError
-from alexnet_jax.store import Store
+from alexnet_jax.store_files import Store
 from alexnet_jax.trained import Trained
 
 TOP = 5
 NEIGHBORS_SHOWN = 8
-BATCH = 128  # images of the index at a time; of one length, so that it is compiled once
 SHEET_WIDTH = 900  # pixels, at most where a map needs no more
 
 MAX_BYTES = 10 * 2**20  # of an upload
@@ -85,11 +84,9 @@ def build_index(network: Trained, store: Store, count: int) -> Index:
     extract = trained.feature_extractor(network, ["fc7"])
     found = []
     with tqdm(total=count, desc="index", unit="image", disable=None) as bar:
-        for start in range(0, count, BATCH):
-            part = rows[start : start + BATCH]
-            images = store.read(part)["image"]
-            padded = np.pad(images, ((0, BATCH - len(part)), (0, 0), (0, 0), (0, 0)))
-            found.append(np.asarray(extract(padded)["fc7"])[: len(part)])
+        for start in range(0, count, neighbors.BATCH):
+            part = rows[start : start + neighbors.BATCH]
+            found.append(neighbors.fc7_of(extract, store.read(part)["image"]))
             bar.update(len(part))
     return Index(store, rows, np.concatenate(found))
 
@@ -104,7 +101,7 @@ def answerer(network: Trained, index: Index | None) -> Callable[[np.ndarray], An
         features = {name: np.asarray(x) for name, x in extract(image[None]).items()}
         responses = features["conv1"][0]
         return Answer(
-            augment.center_window(image, network.config),
+            augment.center_window(image, network.config.augment.crop_size),
             likeliest(network.class_names, np.asarray(classify(image[None]))[0]),
             np.uint8(255 * np.clip(responses / (responses.max() + 1e-12), 0, 1)),
             [] if index is None else _nearest(index, features["fc7"]),
@@ -123,7 +120,7 @@ def likeliest(names: Sequence[str], log_probs: np.ndarray) -> dict[str, float]:
 
 
 def _nearest(index: Index, query: np.ndarray) -> list[tuple[np.ndarray, str]]:
-    parts = np.split(index.features, range(BATCH, len(index.features), BATCH))
+    parts = np.split(index.features, range(neighbors.BATCH, len(index.features), neighbors.BATCH))
     (places,), (distances,) = neighbors.nearest(query, parts, NEIGHBORS_SHOWN)
     found = index.store.read(index.rows[places])
     captions = [

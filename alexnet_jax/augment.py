@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from alexnet_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from alexnet_jax.store import Store
+    from alexnet_jax.store_files import Store
 
 TEN_VIEWS = 10
 BOX_DRAWS = 10
@@ -163,10 +163,9 @@ def center_crop(images: jax.Array, stats: Statistics, config: ConfigDict) -> jax
     return _view(images, border // 2, border // 2, stats, config)
 
 
-def center_window(image: np.ndarray, config: ConfigDict) -> np.ndarray:
-    """Returns the [C, C, …] of an image [S, S, …] that `center_crop` keeps."""
-    size = config.augment.crop_size
-    start = (config.image_size - size) // 2
+def center_window(image: np.ndarray, size: int) -> np.ndarray:
+    """Returns the [size, size, …] of an image [S, S, …] that `center_crop` keeps."""
+    start = (len(image) - size) // 2
     return image[start : start + size, start : start + size]
 
 
@@ -233,7 +232,4 @@ def _crop(image: jax.Array, offset: jax.Array, size: int) -> jax.Array:
 
 def _central_mean(stats: Statistics, size: int) -> np.ndarray:
     """Run #145 took the mean image's central window whatever the crop's offset."""
-    if stats.mean.ndim == 1:
-        return stats.mean
-    start = (stats.mean.shape[0] - size) // 2
-    return stats.mean[start : start + size, start : start + size]
+    return stats.mean if stats.mean.ndim == 1 else center_window(stats.mean, size)

@@ -18,12 +18,13 @@ from alexnet_jax import augment, pipeline, plots, runtime
 from alexnet_jax import config as configs
 from alexnet_jax import trained as networks
 from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
+from alexnet_jax.step import first_five, mean_softmax
 from alexnet_jax.store import Store, open_or_prepare
 from alexnet_jax.trained import Trained
 
 VIEWS = {"center": "centre crop", "ten": "ten views"}
 BATCHES_IN_FLIGHT = 3
-MOST_ROWS = 20  # of a table on the terminal; evaluation.json and per_class.csv have all
+MOST_ROWS = 20  # of a table on the terminal; per_class.csv has all
 
 
 class Tally:
@@ -144,9 +145,8 @@ def _answers(
     }
 
     def judged(views: str, members: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        log_probs = jnp.stack([of_member[number, views] for number in members])
-        mean = jax.nn.logsumexp(log_probs, axis=0) - jnp.log(len(members))
-        _, best = jax.lax.top_k(mean, min(5, mean.shape[-1]))
+        mean = mean_softmax(jnp.stack([of_member[number, views] for number in members]))
+        _, best = first_five(mean)
         return best, jnp.take_along_axis(mean, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
 
     return [judged(views, members) for _, views, members in contest]

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import runtime, trained
 from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
 from alexnet_jax.trained import Trained
+from alexnet_jax.whole_files import written_whole
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMATS = (".jaxexport", ".onnx", ".safetensors")
@@ -153,18 +155,11 @@ def _texts(told: dict[str, Any]) -> dict[str, str]:
 
 def write_whole(files: dict[Path, bytes]) -> None:
     """Writes files beside each other, each whole or not at all, and none before all are written."""
-    new = {path: path.with_name(f"{path.name}.new") for path in files}
     folder = next(iter(files)).parent
-    with explained_write_errors(folder, "another FILE"):
+    with explained_write_errors(folder, "another FILE"), ExitStack() as all_written:
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            for path, content in files.items():
-                new[path].write_bytes(content)
-            for path in files:
-                new[path].replace(path)
-        finally:
-            for path in new.values():
-                path.unlink(missing_ok=True)
+        for path, content in files.items():
+            all_written.enter_context(written_whole(path)).write_bytes(content)
 
 
 def export(

@@ -66,7 +66,7 @@ def features_figure(network: Trained, image: np.ndarray) -> "Figure":
         for name, axes in zip(names, row, strict=True):
             axes.set(xticks=[], yticks=[])
             if name == "image":
-                axes.imshow(augment.center_window(image, network.config))
+                axes.imshow(augment.center_window(image, network.config.augment.crop_size))
                 side = network.config.augment.crop_size
                 axes.set_title(f"image, {side}×{side}×3")
             elif name == "fc8":

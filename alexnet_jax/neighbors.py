@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from alexnet_jax import pipeline, trained
-from alexnet_jax.store import Store
+from alexnet_jax.store_files import Store
 from alexnet_jax.trained import OfImages, Trained
 
 BATCH = 128  # images; of one length, so that the network is compiled once
@@ -59,7 +59,7 @@ def nearest_in_store(
     Returns the examples' indices int64[Q, count] and their distances, as `nearest`.
     """
     extract = trained.feature_extractor(network, ["fc7"])
-    return nearest(_of_images(extract, images), _of_store(extract, store), count)
+    return nearest(fc7_of(extract, images), _of_store(extract, store), count)
 
 
 def _candidates(queries: np.ndarray, features: np.ndarray, count: int) -> np.ndarray:
@@ -73,8 +73,8 @@ def _candidates(queries: np.ndarray, features: np.ndarray, count: int) -> np.nda
     return np.argsort(squares, axis=1, kind="stable")[:, :count]
 
 
-def _of_images(extract: OfImages, images: np.ndarray) -> np.ndarray:
-    """Returns float32[Q, D], computed in batches of the same length as the store's."""
+def fc7_of(extract: OfImages, images: np.ndarray) -> np.ndarray:
+    """Returns float32[Q, D] of uint8[Q, S, S, 3], computed in batches of BATCH."""
     found = []
     for start in range(0, len(images), BATCH):
         part = images[start : start + BATCH]

@@ -91,7 +91,7 @@ def occlude(
         found.append(probabilities[:, label])
     whole, *hidden = np.concatenate(found)[:count]
     return Occlusion(
-        view=augment.center_window(image, network.config),
+        view=augment.center_window(image, size),
         label=label,
         probability=float(whole),
         map=np.reshape(hidden, (side, side)),

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
-import jax
 import numpy as np
 
 from alexnet_jax import plots, runtime, trained
 from alexnet_jax.decode import read_upright
 from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
+from alexnet_jax.step import first_five
 from alexnet_jax.trained import Trained
+from alexnet_jax.whole_files import written_whole
 
 EXIT_SOME_SKIPPED = 3
-FIRST = 5
 MOST_IN_PANEL = 40
 PANEL_KINDS = (".png", ".pdf", ".svg")
 MOST_NAME = 40  # characters of a class's or a file's name that the table makes room for
@@ -96,10 +96,7 @@ def predictions(
       views: "center", or "ten" for the paper's average over ten views.
     """
     classify = trained.on_all_devices(
-        lambda variables, images: jax.lax.top_k(
-            trained.log_probs(network, views, variables, images),
-            min(FIRST, network.config.model.num_classes),
-        ),
+        lambda variables, images: first_five(trained.log_probs(network, views, variables, images)),
         network.variables,
     )
     pending: collections.deque = collections.deque()
@@ -174,13 +171,13 @@ def to_json(result: Prediction | Skipped, class_names: Sequence[str]) -> str:
 
 def _save_panel(shown: Sequence[Prediction], class_names: Sequence[str], path: Path) -> None:
     """A file in a folder that has a class's name is an example of that class."""
-    with explained_write_errors(path, "another file for --panel"):
+    with explained_write_errors(path, "another file for --panel"), written_whole(path) as new:
         plots.save_predictions(
             [prediction.image for prediction in shown],
             [p.path.parent.name if p.path.parent.name in class_names else None for p in shown],
             [[class_names[label] for label in prediction.labels] for prediction in shown],
             [prediction.probabilities for prediction in shown],
-            path,
+            new,
         )
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from alexnet_jax import plots
 from alexnet_jax.step import Metrics
+from alexnet_jax.whole_files import written_whole
 
 Row = dict[str, Any]
 
@@ -30,9 +31,10 @@ class Report:
 
         self._workdir = workdir
         self._rows = [row for row in read_metrics(workdir) if stays(row)]
-        kept = workdir / "metrics.jsonl.new"
-        kept.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-        self._metrics = kept.replace(workdir / "metrics.jsonl").open("a")
+        path = workdir / "metrics.jsonl"
+        with written_whole(path) as kept:
+            kept.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._metrics = path.open("a")
         self._tensorboard = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10
         )

@@ -117,23 +117,11 @@ def make_train_step(
     optimizer = sgd(config)
     axes = model.batch_axes
 
-    def loss_fn(params, batch_stats, images, labels, key):
-        logits, updated = model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            images,
-            train=True,
-            rngs={"dropout": key},
-            mutable=["batch_stats"],
-        )
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        metrics = {"loss": loss, **_in_first(logits, labels, jnp.mean)}
-        return loss, (metrics, updated.get("batch_stats", {}))
-
     def gradients(params, batch, rest):
         batch_stats, key, step, color_noise = rest
 
         def loss_of(trained, *given):
-            return loss_fn({**params, **trained}, *given)
+            return _loss(model, {**params, **trained}, *given)
 
         images = augmented(key, step, batch["image"], color_noise, stats, config, axes)
         grads, metrics, batch_stats = _accumulate(
@@ -163,6 +151,26 @@ def make_train_step(
         return state, {**metrics, "learning_rate": now.learning_rate}
 
     return train_step
+
+
+def _loss(
+    model: AlexNet,
+    params: Params,
+    batch_stats: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
+    logits, updated = model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        images,
+        train=True,
+        rngs={"dropout": key},
+        mutable=["batch_stats"],
+    )
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    metrics = {"loss": loss, **_in_first(logits, labels, jnp.mean)}
+    return loss, (metrics, updated.get("batch_stats", {}))
 
 
 def augmented(
@@ -230,8 +238,20 @@ def log_probabilities(
 
     if views == "center":
         return of_view(augment.center_crop(images, stats, config))
-    views = jax.lax.map(of_view, augment.ten_views(images, stats, config))
-    return nn.logsumexp(views, axis=0) - jnp.log(augment.TEN_VIEWS)
+    return mean_softmax(jax.lax.map(of_view, augment.ten_views(images, stats, config)))
+
+
+def mean_softmax(log_probs: jax.Array) -> jax.Array:
+    """Returns the logarithm of the mean probability, [B, C], of log-probabilities [N, B, C]."""
+    return nn.logsumexp(log_probs, axis=0) - jnp.log(len(log_probs))
+
+
+def first_five(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the five highest of scores [B, C], falling, and their classes int32[B, 5].
+
+    Of fewer classes, all.
+    """
+    return jax.lax.top_k(scores, min(5, scores.shape[-1]))
 
 
 def make_eval_step(
@@ -270,7 +290,7 @@ def make_eval_step(
 
 
 def _in_first(logits: jax.Array, labels: jax.Array, reduce: Callable) -> Metrics:
-    """Whether each label is the first, or among the first five; of fewer classes, among all."""
-    _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
+    """Whether each label is the first, or among the first five."""
+    _, best = first_five(logits)
     hits = (best == labels[:, None]).astype(jnp.float32)
     return {"top1": reduce(hits[:, 0]), "top5": reduce(hits.sum(1))}

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from alexnet_jax.errors import UserError, explained_write_errors, one_line
 from alexnet_jax.layouts import ChannelsFirst
+from alexnet_jax.whole_files import written_whole
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -68,14 +69,10 @@ def write(path: Path, weights: ChannelsFirst) -> None:
         for part, array in zip(("weight", "bias"), pair, strict=True)
     }
     content = _encoded(path, arrays)
-    new = path.with_name(f".{path.name}.new")
-    try:
-        with explained_write_errors(path, "another file"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    with explained_write_errors(path, "another file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as new:
             new.write_bytes(content)
-            new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _encoded(path: Path, arrays: dict[str, np.ndarray]) -> bytes | memoryview:

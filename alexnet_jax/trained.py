@@ -1,5 +1,6 @@
 """A trained network, in a workdir: what uses it needs neither its data nor its training."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -20,6 +21,7 @@ from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
 from alexnet_jax.model import AlexNet
 from alexnet_jax.step import init_state, log_probabilities, state_of
+from alexnet_jax.whole_files import written_whole
 
 STATISTICS_FILE = "statistics.npz"
 OfImages = Callable[[np.ndarray], Any]
@@ -62,17 +64,15 @@ def load(workdir: str | Path, step: int | None = None) -> Trained:
         lambda x: x.update(sharding=here),
         jax.eval_shape(functools.partial(init_state, model, config)),
     )
-    checkpoints = Checkpoints(workdir, config, read_only=True)
-    try:
+    with contextlib.closing(Checkpoints(workdir, config, read_only=True)) as checkpoints:
         step = _chosen_step(workdir, checkpoints, step)
-        state = checkpoints.restore(step, like).state
-    except ValueError as error:
-        raise UserError(
-            f"the checkpoint of step {step} in {workdir} cannot be read ({str(error)[:200]}); "
-            "choose another step, or put back a copy of it"
-        ) from error
-    finally:
-        checkpoints.close()
+        try:
+            state = checkpoints.restore(step, like).state
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint of step {step} in {workdir} cannot be read ({str(error)[:200]}); "
+                "choose another step, or put back a copy of it"
+            ) from error
     stats, class_names = load_statistics(workdir)
     others = map(unnamed, range(len(class_names), config.model.num_classes))
     return Trained(
@@ -116,11 +116,8 @@ def create(
         shutil.rmtree(part, ignore_errors=True)  # of one that was killed
         try:
             part.mkdir(parents=True)
-            checkpoints = Checkpoints(part, config)
-            try:
+            with contextlib.closing(Checkpoints(part, config)) as checkpoints:
                 checkpoints.save(state, position=None)
-            finally:
-                checkpoints.close()
             save_statistics(part, stats, class_names)
             (part / "config.json").write_text(configs.to_json(config) + "\n")
             part.replace(place)
@@ -152,10 +149,11 @@ def saved_config(workdir: Path) -> ConfigDict:
 
 def save_statistics(workdir: Path, stats: Statistics, class_names: Sequence[str]) -> None:
     """Writes what a network's inputs and outputs mean, `statistics.npz`, whole or not at all."""
-    with explained_write_errors(workdir, "another --workdir", DISK_FULL):
-        new = workdir / "statistics.new.npz"
+    with (
+        explained_write_errors(workdir, "another --workdir", DISK_FULL),
+        written_whole(workdir / STATISTICS_FILE) as new,
+    ):
         np.savez(new, class_names=np.array(class_names, np.str_), **stats._asdict())
-        new.replace(workdir / STATISTICS_FILE)
 
 
 def load_statistics(workdir: Path) -> tuple[Statistics, tuple[str, ...]]:
@@ -215,7 +213,10 @@ def on_all_devices(function: Callable[..., Any], variables: Any) -> Callable[...
     """Returns arrays -> function(variables, *arrays), each device of this process with its share.
 
     The arrays have one length; so have those that the function returns, a row for each of theirs.
-    Every length is compiled anew, so give arrays of one. The call returns while they compute.
+    Every length is compiled anew, so give arrays of one. The call returns while they compute, but
+    for a length that the devices do not divide: of that the padding's rows are cut off on the host,
+    because on the devices the cut is an all-gather, and several of those in flight can wait for
+    each other for ever where the devices are more than the processor's threads.
     """
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     split, whole = PartitionSpec("data"), PartitionSpec()
@@ -236,7 +237,7 @@ def on_all_devices(function: Callable[..., Any], variables: Any) -> Callable[...
                 np.pad(x, ((0, missing), *((0, 0) for _ in x.shape[1:]))) for x in arrays
             )
         found = compiled(variables, *jax.device_put(arrays, NamedSharding(mesh, split)))
-        return jax.tree.map(lambda x: x[:-missing], found) if missing else found
+        return jax.tree.map(lambda x: np.asarray(x)[:-missing], found) if missing else found
 
     return of_arrays
 

@@ -28,14 +28,9 @@ from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors,
 from alexnet_jax.model import VARIANTS
 from alexnet_jax.report import Row, read_metrics
 from alexnet_jax.samples import save_samples
-from alexnet_jax.store import (
-    PREPARE_COMMAND,
-    Store,
-    open_or_prepare,
-    open_store,
-    read_attributes,
-    store_paths,
-)
+from alexnet_jax.store import open_or_prepare, store_paths
+from alexnet_jax.store_files import PREPARE_COMMAND, Store, open_store, read_attributes
+from alexnet_jax.whole_files import written_whole
 
 NEIGHBORS, QUERIES = 6, 5  # as in Figure 4
 IMAGE_HELP = "a file of any format that Pillow reads"
@@ -150,14 +145,10 @@ def network(args: argparse.Namespace) -> None:
 @contextmanager
 def _drawn(path: Path, other: str = "another --out") -> Iterator[Path]:
     """Gives a file to draw to, which takes its place when it is whole; prints where it is."""
-    new = path.with_name(f"{path.stem}.new.png")
     with explained_write_errors(path.parent, other):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with written_whole(path) as new:
             yield new
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
     print(path, flush=True)
 
 
