@@ -81,53 +81,10 @@ def default_config() -> ConfigDict:
     c.init_from = ""
     c.freeze = ()  # layers that stay as they are, e.g. ("conv1", "conv2"); bn1 goes with conv1
 
-    c.model = ConfigDict()
-    c.model.variant = "paper"  # a key of model.VARIANTS
-    c.model.num_classes = 1000
-    c.model.dtype = "float32"  # of the arithmetic; "bfloat16" on accelerators. params: float32
-    c.model.dropout = 0.5
-    c.model.init = "paper"  # "paper": N(0, 0.01^2); "he": scaled to each layer's fan-in
-    c.model.hidden_bias = 1.0  # initial bias of conv2, conv4, conv5, fc6 and fc7
-    c.model.width = 1.0  # multiplies the number of filters and hidden units
-
-    c.augment = ConfigDict()
-    c.augment.crop = "random"  # the paper's window; "inception": a random part, resized
-    c.augment.crop_size = 224
-    c.augment.crop_area = (0.08, 1.0)  # inception: the part's share of the image's area ...
-    c.augment.crop_aspect = (3 / 4, 4 / 3)  # inception: ... and its width over its height
-    c.augment.flip = True
-    c.augment.mean = "image"  # subtracted: "image", "image_center" (run #145) or "channel"
-    c.augment.color_noise = 0.1  # standard deviation of the paper's alpha; 0: none
-    c.augment.color_noise_scale = "eigenvalue"  # or "std": its square root (run #145)
-    c.augment.color_noise_shrink = False  # divide the image by 1 + color_noise (run #145)
-    c.augment.pixel_scale = 1.0  # multiplies the mean-subtracted pixels (0 to 255 in the paper)
-    c.augment.channel_scale = (1.0, 1.0, 1.0)  # multiplies red, green and blue besides
-
-    c.optimizer = ConfigDict()
-    c.optimizer.kind = "sgd"  # or "lars": a rate for every weight array, for large batches
-    c.optimizer.trust_coefficient = 0.001  # lars: multiplies the weights' norm over the step's
-    c.optimizer.momentum = 0.9
-    c.optimizer.weight_decay = 0.0005  # of the weights
-    c.optimizer.bias_weight_decay = 0.0
-    c.optimizer.bias_learning_rate = 1.0  # biases' rate as a multiple of learning_rate
-    c.optimizer.layer_rates = ()  # multiples of a layer's rates, e.g. (("fc8", 10.0),)
-    # Largest global norm of the gradients, shown as grad_norm; 0: no clipping, nor grad_norm.
-    c.optimizer.clip_norm = 0.0
-    c.optimizer.accumulate_steps = 1  # a batch's gradients in so many parts, to save memory
-    c.optimizer.gradient_dtype = "float32"  # of gradients on their way between devices; "bfloat16"
-
-    c.schedule = ConfigDict()
-    c.schedule.kind = "constant"  # "constant", "steps", "plateau", "cosine", "polynomial"
-    c.schedule.scaling = "none"  # learning_rate grows with batch_size: "linear", or as its "sqrt"
-    c.schedule.scaling_batch_size = 256  # linear and sqrt: where learning_rate is as it stands
-    c.schedule.warmup_epochs = 0.0  # linear from 0, under any kind
-    c.schedule.step_epochs = (30.0, 60.0)  # steps: epochs at which the rate is multiplied ...
-    c.schedule.factor = 0.1  # steps and plateau: ... by this
-    c.schedule.patience = 5  # plateau: evaluations without a better top-1 before a drop
-    c.schedule.max_drops = 3  # plateau
-    c.schedule.power = 2.0  # polynomial
-    # Absolute values from an epoch on, as a log: (epoch, layer or "all" or "data", field, value).
-    c.schedule.changes = ()
+    c.model = _model()
+    c.augment = _augment()
+    c.optimizer = _optimizer()
+    c.schedule = _schedule()
 
     c.eval = ConfigDict()
     c.eval.every_epochs = 1.0
@@ -139,6 +96,66 @@ def default_config() -> ConfigDict:
 
     c.log_every_steps = 20
     return c.lock()
+
+
+def _model() -> ConfigDict:
+    c = ConfigDict()
+    c.variant = "paper"  # a key of model.VARIANTS
+    c.num_classes = 1000
+    c.dtype = "float32"  # of the arithmetic; "bfloat16" on accelerators. params: float32
+    c.dropout = 0.5
+    c.init = "paper"  # "paper": N(0, 0.01^2); "he": scaled to each layer's fan-in
+    c.hidden_bias = 1.0  # initial bias of conv2, conv4, conv5, fc6 and fc7
+    c.width = 1.0  # multiplies the number of filters and hidden units
+    return c
+
+
+def _augment() -> ConfigDict:
+    c = ConfigDict()
+    c.crop = "random"  # the paper's window; "inception": a random part, resized
+    c.crop_size = 224
+    c.crop_area = (0.08, 1.0)  # inception: the part's share of the image's area ...
+    c.crop_aspect = (3 / 4, 4 / 3)  # inception: ... and its width over its height
+    c.flip = True
+    c.mean = "image"  # subtracted: "image", "image_center" (run #145) or "channel"
+    c.color_noise = 0.1  # standard deviation of the paper's alpha; 0: none
+    c.color_noise_scale = "eigenvalue"  # or "std": its square root (run #145)
+    c.color_noise_shrink = False  # divide the image by 1 + color_noise (run #145)
+    c.pixel_scale = 1.0  # multiplies the mean-subtracted pixels (0 to 255 in the paper)
+    c.channel_scale = (1.0, 1.0, 1.0)  # multiplies red, green and blue besides
+    return c
+
+
+def _optimizer() -> ConfigDict:
+    c = ConfigDict()
+    c.kind = "sgd"  # or "lars": a rate for every weight array, for large batches
+    c.trust_coefficient = 0.001  # lars: multiplies the weights' norm over the step's
+    c.momentum = 0.9
+    c.weight_decay = 0.0005  # of the weights
+    c.bias_weight_decay = 0.0
+    c.bias_learning_rate = 1.0  # biases' rate as a multiple of learning_rate
+    c.layer_rates = ()  # multiples of a layer's rates, e.g. (("fc8", 10.0),)
+    # Largest global norm of the gradients, shown as grad_norm; 0: no clipping, nor grad_norm.
+    c.clip_norm = 0.0
+    c.accumulate_steps = 1  # a batch's gradients in so many parts, to save memory
+    c.gradient_dtype = "float32"  # of gradients on their way between devices; "bfloat16"
+    return c
+
+
+def _schedule() -> ConfigDict:
+    c = ConfigDict()
+    c.kind = "constant"  # "constant", "steps", "plateau", "cosine", "polynomial"
+    c.scaling = "none"  # learning_rate grows with batch_size: "linear", or as its "sqrt"
+    c.scaling_batch_size = 256  # linear and sqrt: where learning_rate is as it stands
+    c.warmup_epochs = 0.0  # linear from 0, under any kind
+    c.step_epochs = (30.0, 60.0)  # steps: epochs at which the rate is multiplied ...
+    c.factor = 0.1  # steps and plateau: ... by this
+    c.patience = 5  # plateau: evaluations without a better top-1 before a drop
+    c.max_drops = 3  # plateau
+    c.power = 2.0  # polynomial
+    # Absolute values from an epoch on, as a log: (epoch, layer or "all" or "data", field, value).
+    c.changes = ()
+    return c
 
 
 def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:

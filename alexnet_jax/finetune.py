@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, hosts, parallel, trained
+from alexnet_jax import augment, hosts, placement, trained
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import Checkpoints
 from alexnet_jax.errors import UserError
@@ -69,8 +69,8 @@ def with_weights(state: TrainState, source: Trained) -> TrainState:
     given, batch_stats = source.variables["params"], source.variables["batch_stats"]
     like = {name: state.params[name] for name in given}
     return state.replace(
-        params={**state.params, **parallel.replicated(given, like)},
-        batch_stats=parallel.replicated(batch_stats, state.batch_stats),
+        params={**state.params, **placement.replicated(given, like)},
+        batch_stats=placement.replicated(batch_stats, state.batch_stats),
     )
 
 

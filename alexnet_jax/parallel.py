@@ -16,19 +16,20 @@ which one drives it.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from alexnet_jax import placement
 from alexnet_jax.augment import Statistics
 from alexnet_jax.errors import UserError
 from alexnet_jax.model import AlexNet, LayerRow
 from alexnet_jax.optim import Schedule, trainable
+from alexnet_jax.placement import DATA_AXIS, PMAP_AXIS, WHOLE, Devices, Tree, kind
 from alexnet_jax.step import (
     UNSPREAD,
     EvalStep,
@@ -44,17 +45,8 @@ HostBatch = dict[str, np.ndarray]
 PlacedBatch = dict[str, jax.Array]
 MakeTrainStep = Callable[[Spread], TrainStep]
 MakeEvalStep = Callable[[Spread], EvalStep]
-Devices = list[jax.Device]
-Tree = Any
 
-PMAP_AXIS = "devices"
-DATA_AXIS = "data"  # groups of devices that each have a whole copy of the parameters
-GROUP_AXIS = "group"  # the devices of one group, which share the fc layers
-SPLIT_LAYERS = ("fc6", "fc7", "fc8")
-# Smaller arrays are not worth a message of their own.
-LEAST_SHARDED = 2**14
 GRADIENT_DTYPES = ("float32", "bfloat16")
-WHOLE = PartitionSpec()
 
 
 class Compiled(NamedTuple):
@@ -96,8 +88,8 @@ def build_model(config: ConfigDict) -> AlexNet:
         initializer=fields.init,
         hidden_bias=fields.hidden_bias,
         width=fields.width,
-        batch_axes=batch_axes(config),
-        fc_axis=fc_axis(config),
+        batch_axes=placement.batch_axes(config),
+        fc_axis=placement.fc_axis(config),
         frozen=tuple(config.freeze),
     )
 
@@ -152,7 +144,7 @@ def check(config: ConfigDict, devices: int | None = None) -> None:
             f"{config.optimizer.accumulate_steps} accumulation step(s); try "
             f"--config.batch_size={below + parts}"
         )
-    if chosen == "mesh.hybrid" and devices % _group_size(config, devices):
+    if chosen == "mesh.hybrid" and devices % placement.group_size(config, devices):
         raise UserError(
             f"{devices} devices do not divide into groups of hybrid_group={config.hybrid_group}"
         )
@@ -160,7 +152,7 @@ def check(config: ConfigDict, devices: int | None = None) -> None:
 
 def check_layers(config: ConfigDict, layers: list[LayerRow], devices: int | None = None) -> None:
     """Raises UserError if a group of devices cannot share the fc layers evenly."""
-    parts = fc_parts(config, devices)
+    parts = placement.fc_parts(config, devices)
     for row in layers:
         units = math.prod(row.output_shape)
         if row.name in ("pool5", "fc6", "fc7") and units % parts:
@@ -168,61 +160,6 @@ def check_layers(config: ConfigDict, layers: list[LayerRow], devices: int | None
                 f"the {units} values of {row.name} cannot be split over groups of {parts} "
                 "devices; set another --config.hybrid_group"
             )
-
-
-def kind(config: ConfigDict) -> str:
-    """Returns the key of KINDS that config.parallel means. Raises UserError if there is none."""
-    if config.parallel == "auto":
-        return "mesh.data" if jax.device_count() > 1 else "jit"
-    if config.parallel not in KINDS:
-        raise UserError(f"parallel={config.parallel!r}; it can be auto, {', '.join(KINDS)}")
-    return config.parallel
-
-
-def batch_axes(config: ConfigDict) -> tuple[str, ...]:
-    """Returns the mapped axes over which the batch is split; none where the step is not mapped."""
-    return {
-        "jit": (),
-        "pmap": (PMAP_AXIS,),
-        "mesh.data": (DATA_AXIS,),
-        "mesh.zero": (DATA_AXIS,),
-        "mesh.hybrid": (DATA_AXIS, GROUP_AXIS),
-    }[kind(config)]
-
-
-def fc_axis(config: ConfigDict) -> str | None:
-    """Returns the one of `batch_axes` over which the fc layers are split as well."""
-    return GROUP_AXIS if kind(config) == "mesh.hybrid" else None
-
-
-def fc_parts(config: ConfigDict, devices: int | None = None) -> int:
-    """Returns how many devices share the fc layers of one copy of the network."""
-    return _group_size(config, devices or jax.device_count()) if fc_axis(config) else 1
-
-
-def whole(tree: Tree) -> Tree:
-    """Returns global arrays at rest as numpy arrays, the same on every host."""
-    return jax.tree.map(lambda x: np.asarray(_gathered(x)), tree)
-
-
-def replicated(tree: Tree, like: Tree) -> Tree:
-    """Returns numpy arrays that every host has alike as global arrays, which lie as `like` do."""
-
-    def placed(x: np.ndarray, like: jax.Array) -> jax.Array:
-        x = np.asarray(x, like.dtype)
-        return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
-
-    return jax.tree.map(placed, tree, like)
-
-
-def _gathered(x: jax.Array) -> jax.Array:
-    if not isinstance(x, jax.Array) or x.is_fully_replicated:
-        return x
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, WHOLE))(x)
-
-
-def _group_size(config: ConfigDict, devices: int) -> int:
-    return min(config.hybrid_group, devices)
 
 
 def _jit(
@@ -284,7 +221,9 @@ def _pmap(
         unplace=functools.partial(jax.tree.map, unplace),
         batch_sharding=on_local,
         place_batch=place_batch,
-        own_places=_own_places(NamedSharding(mesh, PartitionSpec(PMAP_AXIS)), config.batch_size),
+        own_places=placement.own_places(
+            NamedSharding(mesh, PartitionSpec(PMAP_AXIS)), config.batch_size
+        ),
     )
 
 
@@ -295,32 +234,13 @@ def _mesh(
     state: TrainState,
     devices: Devices,
 ) -> Compiled:
-    mesh = make_mesh(config, devices)
-    axes = batch_axes(config)
-    of_batch = PartitionSpec(axes)
-    specs = parameter_specs(config, state.params, mesh)
-    # ZeRO's gradients leave the devices as shards; its parameters reach them whole.
-    inside = jax.tree.map(lambda _: WHOLE, specs) if kind(config) == "mesh.zero" else specs
-
-    def mean(gradient: jax.Array, spec: PartitionSpec, spec_inside: PartitionSpec) -> jax.Array:
-        held = jax.tree.leaves(tuple(spec_inside))
-        over = tuple(axis for axis in axes if axis not in held)
-        scatter = None if spec == spec_inside else spec.index(DATA_AXIS)
-        dtype = config.optimizer.gradient_dtype
-        return _mean(gradient, over, dtype, mesh.size, scatter)
-
-    spread_out = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-    in_specs = (inside, of_batch, WHOLE)
-    of_gradients, inside = trainable(specs, config.freeze), trainable(inside, config.freeze)
-    spread = Spread(
-        gradients=functools.partial(spread_out, in_specs=in_specs, out_specs=(of_gradients, WHOLE)),
-        sums=functools.partial(spread_out, in_specs=in_specs, out_specs=WHOLE),
-        mean=lambda gradients: jax.tree.map(mean, gradients, of_gradients, inside),
-    )
-    shardings = _like_parameters(state, (specs, of_gradients), mesh)
-    batch_sharding = NamedSharding(mesh, of_batch)
+    mesh = placement.make_mesh(config, devices)
+    specs = placement.parameter_specs(config, state.params, mesh)
+    spread = _mesh_spread(config, specs, mesh)
+    shardings = placement.like_parameters(state, (specs, trainable(specs, config.freeze)), mesh)
+    batch_sharding = NamedSharding(mesh, PartitionSpec(placement.batch_axes(config)))
     on_all = NamedSharding(mesh, WHOLE)
-    own = _own_places(batch_sharding, config.batch_size)
+    own = placement.own_places(batch_sharding, config.batch_size)
 
     def place(x: np.ndarray) -> jax.Array:
         def share(index: tuple[slice, ...]) -> np.ndarray:
@@ -353,63 +273,28 @@ def _mesh(
     )
 
 
-KINDS = {"jit": _jit, "pmap": _pmap, "mesh.data": _mesh, "mesh.zero": _mesh, "mesh.hybrid": _mesh}
+def _mesh_spread(config: ConfigDict, specs: Tree, mesh: Mesh) -> Spread:
+    axes = placement.batch_axes(config)
+    # ZeRO's gradients leave the devices as shards; its parameters reach them whole.
+    inside = jax.tree.map(lambda _: WHOLE, specs) if kind(config) == "mesh.zero" else specs
+    in_specs = (inside, PartitionSpec(axes), WHOLE)
+    of_gradients, inside = trainable(specs, config.freeze), trainable(inside, config.freeze)
+    spread_out = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
 
+    def mean(gradient: jax.Array, spec: PartitionSpec, spec_inside: PartitionSpec) -> jax.Array:
+        held = jax.tree.leaves(tuple(spec_inside))
+        over = tuple(axis for axis in axes if axis not in held)
+        scatter = None if spec == spec_inside else spec.index(DATA_AXIS)
+        return _mean(gradient, over, config.optimizer.gradient_dtype, mesh.size, scatter)
 
-def make_mesh(config: ConfigDict, devices: Devices) -> Mesh:
-    """Returns the devices by `batch_axes`, neighbours on the machine's network in one group."""
-    shape = (len(devices),)
-    if fc_axis(config):
-        group = _group_size(config, len(devices))
-        shape = (len(devices) // group, group)
-    placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(placed, batch_axes(config))
-
-
-def parameter_specs(config: ConfigDict, params: Tree, mesh: Mesh) -> Tree:
-    """Returns how each parameter is sharded at rest, by its layer's name, as a tree like params."""
-
-    def spec(path: tuple, x: jax.ShapeDtypeStruct) -> PartitionSpec:
-        layer, name = path[0].key, path[-1].key
-        match kind(config):
-            case "mesh.hybrid" if layer in SPLIT_LAYERS and name == "kernel":
-                return PartitionSpec(GROUP_AXIS, None)
-            case "mesh.zero" if x.size >= LEAST_SHARDED:
-                divisible = [length % mesh.size == 0 for length in x.shape]
-                if any(divisible):
-                    lengths = np.where(divisible, x.shape, 0)
-                    axes = [None] * x.ndim
-                    axes[int(lengths.argmax())] = DATA_AXIS
-                    return PartitionSpec(*axes)
-        return WHOLE
-
-    return jax.tree_util.tree_map_with_path(spec, params)
-
-
-def _like_parameters(state: TrainState, specs: tuple[Tree, Tree], mesh: Mesh) -> Tree:
-    """Shardings of a whole state: what has a tree like that of params lies as params do.
-
-    Args:
-      specs: of all params, and of those that train, which are those with a velocity.
-    """
-    known = {jax.tree.structure(tree, is_leaf=_is_spec): tree for tree in specs}
-
-    def is_like_params(part: Any) -> bool:
-        return jax.tree.structure(part) in known
-
-    def shardings(part: Any) -> Tree:
-        return known.get(jax.tree.structure(part), WHOLE)
-
-    of_state = jax.tree.map(shardings, state, is_leaf=is_like_params)
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec),
-        of_state,
-        is_leaf=_is_spec,
+    return Spread(
+        gradients=functools.partial(spread_out, in_specs=in_specs, out_specs=(of_gradients, WHOLE)),
+        sums=functools.partial(spread_out, in_specs=in_specs, out_specs=WHOLE),
+        mean=lambda gradients: jax.tree.map(mean, gradients, of_gradients, inside),
     )
 
 
-def _is_spec(part: Any) -> bool:
-    return isinstance(part, PartitionSpec)
+KINDS = {"jit": _jit, "pmap": _pmap, "mesh.data": _mesh, "mesh.zero": _mesh, "mesh.hybrid": _mesh}
 
 
 def _mean(
@@ -429,9 +314,3 @@ def _mean(
     else:
         total = jax.lax.psum_scatter(sent, axes, scatter_dimension=scatter, tiled=True)
     return total.astype(jnp.float32) / devices
-
-
-def _own_places(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """Which rows of an array of so many this host's devices hold."""
-    index = sharding.addressable_devices_indices_map((batch_size,))
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in index.values()]))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from alexnet_jax.shuffle import shuffled
-from alexnet_jax.store import Store
+from alexnet_jax.store_files import Store
 
 Batch = dict[str, np.ndarray]
 

@@ -22,8 +22,8 @@ def outer_sum(image: np.ndarray) -> np.ndarray:
 def statistics(count: int, image_sum: np.ndarray, outer_sum: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the mean image, mean RGB, and eigen-decomposition of the RGB covariance.
 
-    As in `store.Store`, in float64. The covariance is over all pixels of all images (2012 paper,
-    section 4.1).
+    As in `store_files.Store`, in float64. The covariance is over all pixels of all images (2012
+    paper, section 4.1).
 
     Args:
       count: of the images.

@@ -10,204 +10,28 @@ but the rate at which this machine reads images.
 import argparse
 import itertools
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import augment, optim, parallel, pipeline, plots, runtime, step, store, tpu, train
+from alexnet_jax import checks, parallel, pipeline, placement, plots, store, tpu
 from alexnet_jax import config as configs
 from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
-from alexnet_jax.model import layer_table
 from alexnet_jax.prepare import prepare_store
+from alexnet_jax.slice_costs import Row, compile_layout, row_of, scaling
 from alexnet_jax.sources import Example, Source
+from alexnet_jax.store_files import Store, is_settled, open_store
 
 LAYOUTS = tuple(
     itertools.product(("mesh.data", "mesh.zero", "mesh.hybrid"), parallel.GRADIENT_DTYPES)
 )
 TRIAL_IMAGES = 1024
 TRIAL_S = 3.0
-# Slices that can be had of the two-dimensional kinds, and for scale below them one chip.
-SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-
-Row = dict[str, Any]
-
-
-class Layout(NamedTuple):
-    """One way of sharing the step over a topology, compiled.
-
-    Attributes:
-      config: of this layout.
-      compiled: its functions and shardings.
-      state: shapes and dtypes, whole.
-      program: the training step for the topology's chips.
-      mesh_places: coordinates of the chips in the order of the mesh.
-    """
-
-    config: ConfigDict
-    compiled: parallel.Compiled
-    state: step.TrainState
-    program: Any
-    mesh_places: list[tuple[int, ...]]
-
-
-def compile_layout(config: ConfigDict, devices: list[jax.Device]) -> Layout:
-    """Compiles the training step of a config, as train.py would, for devices that are not here."""
-    model = parallel.build_model(config)
-    size = config.augment.crop_size
-    parallel.check_layers(config, layer_table(model, (size, size, 3)), len(devices))
-    zero = np.zeros((config.image_size, config.image_size, 3), np.float32)
-    stats = augment.Statistics(zero, np.eye(3, dtype=np.float32))
-    schedule = optim.make_schedule(config, 1_281_167 / config.batch_size)
-    state = jax.eval_shape(lambda: step.init_state(model, config))
-    compiled = parallel.compile_steps(config, model, stats, schedule, devices)
-    placed = jax.tree.map(lambda x, s: x.update(sharding=s), state, compiled.shardings)
-    lowered = compiled.train_step.lower(placed, batch_of(config, compiled.batch_sharding))
-    program = lowered.compile(compiler_options=runtime.TPU_OPTIONS)
-    mesh = parallel.make_mesh(config, devices)
-    places = [tuple(device.coords) for device in mesh.devices.flat]
-    return Layout(config, compiled, state, program, places)
-
-
-def batch_of(config: ConfigDict, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    """Returns the shapes of a global batch."""
-    image = (config.batch_size, config.image_size, config.image_size, 3)
-    return {
-        "image": jax.ShapeDtypeStruct(image, jnp.uint8, sharding=sharding),
-        "label": jax.ShapeDtypeStruct(image[:1], jnp.int32, sharding=sharding),
-    }
-
-
-def memory(layout: Layout) -> dict[str, int]:
-    """Returns the bytes of a chip's memory by what they are for.
-
-    Activations are what the layers put out, in the model's dtype; the compiler keeps them among
-    the temporaries, and not always all.
-    """
-
-    def shards(tree: Any, shardings: Any) -> int:
-        sizes = jax.tree.map(
-            lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize,
-            tree,
-            shardings,
-        )
-        return sum(jax.tree.leaves(sizes))
-
-    config, compiled = layout.config, layout.compiled
-    size = config.augment.crop_size
-    outputs = layer_table(parallel.build_model(config), (size, size, 3))
-    images = config.batch_size / len(layout.mesh_places)
-    values = sum(math.prod(row.output_shape) for row in outputs)
-    activations = int(images * values * jnp.dtype(config.model.dtype).itemsize)
-    found = layout.program.memory_analysis()
-    total = (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
-        + found.generated_code_size_in_bytes
-    )
-    batch = batch_of(config, compiled.batch_sharding)
-    return {
-        "params": shards(layout.state.params, compiled.shardings.params),
-        "optimizer": shards(layout.state.opt_state, compiled.shardings.opt_state),
-        "batch": shards(batch, jax.tree.map(lambda x: x.sharding, batch)),
-        "temporaries": found.temp_size_in_bytes,
-        "activations": activations,
-        "total": total,
-    }
-
-
-def communication(layout: Layout, text: str, chip: tpu.Chip) -> list[Row]:
-    """Returns every collective of a compiled step's text with its bytes, links and time."""
-    chips = len(layout.mesh_places)
-    shape = tuple(np.max(layout.mesh_places, axis=0) + 1)
-    rows = []
-    for found in tpu.collectives(text, chips):
-        places = [layout.mesh_places[place] for place in found.group]
-        links = tpu.links(places, shape, chip)
-        rows.append(
-            {
-                "kind": found.kind,
-                "dtypes": found.dtypes,
-                "group": len(found.group),
-                "payload_bytes": found.payload_bytes,
-                "bytes_sent": found.bytes_sent,
-                "links": links,
-                "seconds": tpu.seconds(found, links, chip),
-            }
-        )
-    return rows
-
-
-def row_of(layout: Layout, chip: tpu.Chip, hosts: int) -> Row:
-    """Returns all that is told of one layout."""
-    config, chips = layout.config, len(layout.mesh_places)
-    text = layout.program.as_text()
-    operations, unknown = tpu.entry_operations(text)
-    cycles = sum(operation.cycles for operation in operations)
-    sent = communication(layout, text, chip)
-    held = memory(layout)
-    compute_s = cycles / chip.hertz
-    send_s = sum(found["seconds"] for found in sent)
-    step_s = compute_s + send_s
-    return {
-        "layout": config.parallel,
-        "gradient_dtype": config.optimizer.gradient_dtype,
-        "chips": chips,
-        "memory": held,
-        "fits": held["total"] <= chip.hbm_bytes,
-        "collectives": sent,
-        "bytes_sent": sum(found["bytes_sent"] for found in sent),
-        "cycles": cycles,
-        "operations_without_cycles": dict(unknown),
-        "compute_s": compute_s,
-        "communication_s": send_s,
-        "step_s": step_s,
-        "step_s_if_all_overlaps": max(compute_s, send_s),
-        "images_per_s": config.batch_size / step_s,
-        "images_per_s_of_a_host": config.batch_size / step_s / hosts,
-    }
-
-
-def scaling(row: Row, layout: Layout, topology: str, chip: tpu.Chip) -> list[tuple[int, float]]:
-    """Returns (chips, images a second) of smaller slices, each chip with as many images.
-
-    A chip computes and sends the same as in the compiled program; how many take part in a
-    collective, and over how many links, is the slice's own. So there is no figure for one chip
-    but of data parallelism, since of the others it would hold and update more.
-    """
-    name = topology.partition(":")[0]
-    per_chip = layout.config.batch_size // row["chips"]
-    parts = parallel.fc_parts(layout.config, row["chips"])
-    found = []
-    for chips, shape in SLICES.items():
-        shared = layout.config.parallel != "mesh.data"
-        if chips >= row["chips"] or chips < parts or (shared and chips == 1):
-            continue
-        send_s = 0.0
-        if chips > 1:
-            _, devices = tpu.topology_devices(f"{name}:{shape}")
-            mesh = parallel.make_mesh(layout.config, devices).devices.reshape(-1, parts)
-            lengths = tuple(int(length) for length in shape.split("x"))
-            for collective in row["collectives"]:
-                of = {row["chips"]: mesh.ravel(), parts: mesh[0]}
-                group = of.get(collective["group"], mesh[:, 0])
-                places = [tuple(device.coords) for device in group]
-                one = tpu.Collective(
-                    collective["kind"], "", collective["payload_bytes"], tuple(range(len(group)))
-                )
-                if len(group) > 1:
-                    send_s += tpu.seconds(one, tpu.links(places, lengths, chip), chip)
-        found.append((chips, chips * per_chip / (row["compute_s"] + send_s)))
-    return [*found, (row["chips"], row["images_per_s"])]
 
 
 def reading_rate(config: ConfigDict) -> tuple[float, str]:
@@ -216,8 +40,8 @@ def reading_rate(config: ConfigDict) -> tuple[float, str]:
     From the config's own store if that is complete, else from one of noise in a temporary folder.
     """
     path = store.store_path(config, config.train_split)
-    if store.is_settled(path):
-        return _rate(store.open_store(path), config), path
+    if is_settled(path):
+        return _rate(open_store(path), config), path
     with tempfile.TemporaryDirectory() as folder:
         noise = np.random.default_rng(0)
         shape = (config.image_size, config.image_size, 3)
@@ -228,10 +52,10 @@ def reading_rate(config: ConfigDict) -> tuple[float, str]:
                 yield Example(str(number), 0, lambda pixels=pixels: pixels)
 
         prepare_store(Source("noise", TRIAL_IMAGES, ("noise",), read), f"{folder}/noise", config)
-        return _rate(store.open_store(f"{folder}/noise"), config), "noise in the page cache"
+        return _rate(open_store(f"{folder}/noise"), config), "noise in the page cache"
 
 
-def _rate(opened: store.Store, config: ConfigDict) -> float:
+def _rate(opened: Store, config: ConfigDict) -> float:
     size = min(config.batch_size, 256)
     batches = pipeline.train_batches(opened, size, config.seed)
     next(batches)
@@ -302,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     layouts = _chosen(args.layouts)
     chip, devices = tpu.topology_devices(args.topology)
     for layout in layouts:
-        train.check(_with(config, *layout), len(devices))
+        checks.check_config(_with(config, *layout), len(devices))
     workdir = (args.workdir or Path("runs") / f"{config.name}_plan").expanduser()
     with explained_write_errors(workdir, "another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -357,7 +181,7 @@ def _plan(
         f"({data}): {'enough' if rate >= max(needed) else 'NOT enough'} for all of these."
     )
     compared = _compared(
-        rows, parallel.fc_parts(_with(config, "mesh.hybrid", "float32"), len(devices))
+        rows, placement.fc_parts(_with(config, "mesh.hybrid", "float32"), len(devices))
     )
     print(*compared, sep="\n")
     whole = {

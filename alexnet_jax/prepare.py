@@ -28,10 +28,9 @@ from alexnet_jax.decode import decode_square
 from alexnet_jax.errors import UserError, explained_write_errors, one_line
 from alexnet_jax.pixel_statistics import outer_sum, statistics
 from alexnet_jax.shards import pack_jpeg, pack_shard, rows_per_shard, shard_key, write_local
-from alexnet_jax.sources import Example, Source, open_source
-from alexnet_jax.store import (
+from alexnet_jax.sources import FOLDER_PREFIX, Example, Source, open_source
+from alexnet_jax.store_files import (
     CORRUPT_LABEL,
-    FOLDER_PREFIX,
     FORMAT_VERSION,
     RECORDS,
     is_settled,

@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alexnet_jax import augment, optim, pipeline, plots, step
-from alexnet_jax.store import Store
+from alexnet_jax.store_files import Store
 
 SAMPLES = 36
 

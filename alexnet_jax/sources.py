@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from alexnet_jax.errors import UserError, one_line
-from alexnet_jax.store import FOLDER_PREFIX, Store, expand_dir, is_url
+from alexnet_jax.store_files import Store, expand_dir, is_url
 
+FOLDER_PREFIX = "folder:"
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 )

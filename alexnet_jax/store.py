@@ -1,15 +1,4 @@
-"""The prepared store: square uint8 images and labels, as zarr arrays.
-
-A store is the folder (or gs:// prefix) `<data_dir>/<dataset>_<image_size>/<split>/`:
-
-    zarr.json    group attributes: see `Store`; `complete` is set last
-    image/       uint8[R, S, S, 3], RGB: shard files of images with checksums (see `shards`)
-    label/       int32[R]; CORRUPT_LABEL where the source's image could not be decoded
-    mean_image/  float32[S, S, 3]
-    corrupt.log  one line for each such image, where there were any
-    parts/       while it is prepared: what is known of the shards made so far (see `prepare`)
-
-Row r is the source's example r; a store's examples are its rows without the corrupt ones.
+"""A config's stores: prepared where they are not yet, and opened (`store_files` tells their form).
 
 `python -m alexnet_jax.store prepare --config configs/quickstart.py` prepares the stores of a
 config, `… info …` tells what they hold, `… verify …` reads all of it against the checksums.
@@ -18,153 +7,30 @@ config, `… info …` tells what they hold, `… verify …` reads all of it ag
 import argparse
 import contextlib
 import hashlib
-import json
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
-from alexnet_jax.buffers import Buffers
-from alexnet_jax.errors import UserError, exits_cleanly, one_line
-from alexnet_jax.shards import (
-    Damage,
-    LocalShards,
-    RemoteShards,
-    Shards,
-    rows_per_shard,
-    shard_key,
-    unpack_jpeg,
-    unpack_raw,
+from alexnet_jax import hosts
+from alexnet_jax.config import check_bounds, parse
+from alexnet_jax.errors import UserError, exits_cleanly
+from alexnet_jax.sources import FOLDER_PREFIX, check_folder_unchanged
+from alexnet_jax.store_files import (
+    UNPACK,
+    Store,
+    damaged,
+    damages,
+    expand_dir,
+    is_settled,
+    is_url,
+    open_kvstore,
+    open_store,
+    remove_records,
 )
-from alexnet_jax.zarr_files import read_array
-
-FORMAT_VERSION = 2
-CORRUPT_LABEL = -1
-FOLDER_PREFIX = "folder:"
-RECORDS = ts.KvStore.KeyRange("parts/", "parts0")  # keys that begin with parts/
-PREPARE_COMMAND = "python -m alexnet_jax.store prepare --config CONFIG"
-UNPACK = {"raw": unpack_raw, "jpeg": unpack_jpeg}
-
-
-@dataclass(frozen=True, eq=False)
-class Store:
-    """A complete store, open for reading. N examples, S pixels along a side.
-
-    Attributes:
-      path: where it lies.
-      source: what it was prepared from, e.g. "imagenet2012/5.1.0 train".
-      storage: "raw" or "jpeg".
-      num_examples, image_size: N and S.
-      num_corrupt: examples of the source that could not be decoded.
-      class_names: the name of each label.
-      mean_image: float32[S, S, 3], mean over the examples, in pixel units (0 to 255).
-      mean_channel: float32[3], the mean image's mean over its pixels.
-      eigenvalues: float32[3], of the covariance (0 to 255 squared units) of all pixels' RGB
-        values, falling.
-      eigenvectors: float32[3, 3], their unit eigenvectors in its columns, each with its entry
-        of largest magnitude positive.
-      labels: int32[N].
-      rows: int64[N], where the examples lie.
-      shard_bytes: the length of each shard file.
-    """
-
-    path: str
-    source: str
-    storage: str
-    num_examples: int
-    num_corrupt: int
-    image_size: int
-    class_names: tuple[str, ...] = field(repr=False)
-    mean_image: np.ndarray = field(repr=False)
-    mean_channel: np.ndarray
-    eigenvalues: np.ndarray
-    eigenvectors: np.ndarray
-    labels: np.ndarray = field(repr=False)
-    rows: np.ndarray = field(repr=False)
-    shard_bytes: tuple[int, ...] = field(repr=False)
-    shards: Shards = field(repr=False)
-    buffers: Buffers = field(repr=False, default_factory=Buffers)
-
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads the examples at `indices` int[B], in that order.
-
-        Returns {"image": uint8[B, S, S, 3], "label": int32[B]}.
-
-        Raises:
-          UserError: an image is damaged or cannot be read.
-          IndexError: an index is not in [0, N).
-        """
-        indices = np.asarray(indices)
-        if indices.size and not 0 <= indices.min() <= indices.max() < self.num_examples:
-            raise IndexError(f"indices must be in [0, {self.num_examples})")
-        images = self.buffers.take((len(indices), self.image_size, self.image_size, 3))
-        try:
-            self.shards.read(self.rows[indices], images, UNPACK[self.storage])
-        except Damage as error:
-            raise _damaged(self.path, str(error)) from error
-        except OSError as error:
-            raise _unreadable(self.path, error) from error
-        return {"image": images, "label": self.labels[indices]}
-
-
-def open_store(path: str | os.PathLike, check_shards: bool = True) -> Store:
-    """Opens a complete store at a local path or a URL such as gs://bucket/folder.
-
-    Args:
-      check_shards: whether to see that all shard files are there, in their length.
-
-    Raises:
-      UserError: there is no store, it is not complete, another version of this program wrote it,
-        or a file of it is missing, shortened or unreadable.
-    """
-    path = expand_dir(str(path))
-    attributes = read_attributes(path)
-    if attributes is None:
-        raise UserError(f"no prepared store at {path}; prepare it: {PREPARE_COMMAND}")
-    if attributes["format_version"] != FORMAT_VERSION:
-        raise UserError(
-            f"the store at {path} has format version {attributes['format_version']} and this "
-            f"program reads version {FORMAT_VERSION}; delete it and prepare it again"
-        )
-    if not attributes["complete"]:
-        raise UserError(f"the store at {path} is not complete; finish it: {PREPARE_COMMAND}")
-    num_rows, size = attributes["num_rows"], attributes["image_size"]
-    shard_bytes = tuple(attributes["shard_bytes"])
-    if check_shards:
-        _check_shard_files(path, shard_bytes)
-    root = open_kvstore(path)
-    try:
-        labels = read_array(root, "label")
-        mean_image = read_array(root, "mean_image")
-    except ValueError as error:
-        raise _unreadable(path, error) from error
-    rows = np.flatnonzero(labels != CORRUPT_LABEL)
-    if labels.shape != (num_rows,) or len(rows) != attributes["num_examples"]:
-        raise _damaged(path, f"it does not have labels for its {num_rows} rows")
-    per_shard = rows_per_shard(size)
-    return Store(
-        path=path,
-        source=attributes["source"],
-        storage=attributes["storage"],
-        num_examples=len(rows),
-        num_corrupt=num_rows - len(rows),
-        image_size=size,
-        class_names=tuple(attributes["class_names"]),
-        mean_image=mean_image,
-        mean_channel=np.array(attributes["mean_channel"], np.float32),
-        eigenvalues=np.array(attributes["eigenvalues"], np.float32),
-        eigenvectors=np.array(attributes["eigenvectors"], np.float32),
-        labels=labels[rows],
-        rows=rows,
-        shard_bytes=shard_bytes,
-        shards=RemoteShards(root, per_shard) if is_url(path) else LocalShards(path, per_shard),
-    )
 
 
 def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
@@ -177,8 +43,6 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     Raises:
       UserError: as `open_store` and `prepare.prepare_splits` do.
     """
-    from alexnet_jax import hosts
-
     paths = store_paths(config)
     if not all(is_settled(path) for path in paths.values()):
         from alexnet_jax import prepare
@@ -192,19 +56,9 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
         with contextlib.suppress(ValueError):
             remove_records(open_kvstore(path))
     if config["dataset"].startswith(FOLDER_PREFIX):
-        from alexnet_jax.sources import check_folder_unchanged
-
         for use, store in stores.items():
             check_folder_unchanged(config, config[f"{use}_split"], store)
     return stores
-
-
-def is_settled(path: str) -> bool:
-    """Returns whether `open_store` alone decides about a store, and nothing is to be prepared."""
-    attributes = read_attributes(path)
-    if attributes is None:
-        return False
-    return attributes["complete"] or attributes["format_version"] != FORMAT_VERSION
 
 
 def store_paths(config: Mapping[str, Any]) -> dict[str, str]:
@@ -240,85 +94,6 @@ def _file_name(text: str, unique: str = "") -> str:
     return f"{safe}-{hashlib.sha256((unique or text).encode()).hexdigest()[:8]}"
 
 
-def expand_dir(data_dir: str) -> str:
-    """Returns an absolute local path, `~` expanded, or a URL as it is, without a final slash."""
-    if is_url(data_dir):
-        return data_dir.rstrip("/")
-    return os.path.abspath(os.path.expanduser(data_dir))
-
-
-def is_url(path: str) -> bool:
-    return "://" in path
-
-
-def open_kvstore(path: str) -> ts.KvStore:
-    """Opens the key-value store below a local path or a URL."""
-    local = {"driver": "file", "path": f"{path.rstrip('/')}/"}
-    return ts.KvStore.open(f"{path.rstrip('/')}/" if is_url(path) else local).result()
-
-
-def read_attributes(path: str) -> dict[str, Any] | None:
-    """Returns the group attributes of the store at `path`, None where there is no store.
-
-    Raises:
-      UserError: they are there but cannot be read.
-    """
-    try:
-        found = open_kvstore(path).read("zarr.json").result()
-        if found.state == "missing":
-            return None
-        attributes = json.loads(found.value)["attributes"]
-        return {"format_version": None, "complete": False} | attributes
-    except (ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def remove_records(root: ts.KvStore) -> None:
-    """Removes what a preparation knew of its shards, if it is there."""
-    if root.list(RECORDS).result():
-        root.delete_range(RECORDS).result()
-
-
-def _check_shard_files(path: str, shard_bytes: Sequence[int]) -> None:
-    """Finds missing shards and, on local disks, shortened ones."""
-    keys = {f"image/{key.decode()}" for key in (open_kvstore(path) / "image/").list().result()}
-    for shard, expected in enumerate(shard_bytes):
-        key = shard_key(shard)
-        if key not in keys:
-            raise _damaged(path, f"shard {key} is missing")
-        if not is_url(path) and (actual := os.path.getsize(f"{path}/{key}")) != expected:
-            raise _damaged(path, f"shard {key} is {actual} bytes and should be {expected}")
-
-
-def _damaged(path: str, what: str) -> UserError:
-    return UserError(f"the store at {path} is damaged: {what}; delete it and prepare it again")
-
-
-def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"cannot read the store at {path} ({one_line(error)}); if it is damaged, delete it and "
-        "prepare it again"
-    )
-
-
-def damages(store: Store) -> Iterator[str]:
-    """Reads every image of a store against its checksum; yields what is wrong with it.
-
-    Shows a progress bar meanwhile.
-    """
-    from tqdm import tqdm
-
-    per_shard = rows_per_shard(store.image_size)
-    image = np.empty((1, store.image_size, store.image_size, 3), np.uint8)
-    for shard in tqdm(range(len(store.shard_bytes)), desc=store.path, unit=" shards"):
-        first, end = np.searchsorted(store.rows, (shard * per_shard, (shard + 1) * per_shard))
-        for row in store.rows[first:end]:
-            try:
-                store.shards.read(np.array([row]), image, UNPACK[store.storage])
-            except (Damage, OSError) as error:
-                yield str(error)
-
-
 def describe(store: Store) -> str:
     """Returns a table of what a store holds."""
     megabytes = sum(store.shard_bytes) / 1e6
@@ -344,7 +119,7 @@ def _verify(path: str) -> None:
         found[line] += 1
     if found:
         total = f"{found.total()} of its {store.num_examples} images"
-        raise _damaged(path, f"{total} cannot be read")
+        raise damaged(path, f"{total} cannot be read")
     print(f"{path}: all {store.num_examples} images have their checksums")
 
 
@@ -360,8 +135,6 @@ def _part(text: str) -> tuple[int, int]:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    from alexnet_jax.config import check_bounds, parse
-
     parser = argparse.ArgumentParser(
         prog="python -m alexnet_jax.store",
         description="Prepare the data of a config, look at it, verify it.",
@@ -379,15 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_bounds(config)
     if args.part and args.what != "prepare":
         raise UserError(f"--part goes with prepare and not with {args.what}")
-    from alexnet_jax import hosts
-
     with hosts.joined():
         _run(args.what, args.part, config)
 
 
 def _run(what: str, part: str | None, config: Mapping[str, Any]) -> None:
-    from alexnet_jax import hosts
-
     paths = store_paths(config)
     if part:
         from alexnet_jax import prepare

@@ -18,11 +18,13 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import (
     augment,
+    checks,
     finetune,
     hosts,
     optim,
     parallel,
     pipeline,
+    placement,
     plots,
     runtime,
     trained,
@@ -35,8 +37,10 @@ from alexnet_jax.model import VARIANTS, AlexNet, format_layer_table, layer_table
 from alexnet_jax.report import Meter, NoReport, Report
 from alexnet_jax.samples import save_samples
 from alexnet_jax.step import Metrics, TrainState, init_state
-from alexnet_jax.store import Store, open_or_prepare
+from alexnet_jax.store import open_or_prepare
+from alexnet_jax.store_files import Store
 from alexnet_jax.trained import Trained
+from alexnet_jax.whole_files import written_whole
 
 # Steps that JAX may be behind the loop. It runs on while the next batches are read; without a
 # limit they would pile up on the device.
@@ -61,7 +65,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     """
     started = time.perf_counter()
     model = parallel.build_model(config)
-    check(config)
+    checks.check_config(config)
     hosts.check_same("config", configs.flat(config))
     workdir = Path(workdir).expanduser()
     size = config.augment.crop_size
@@ -78,7 +82,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             summary.write_text(table + "\n")
         hosts.say(f"AlexNet, variant {config.model.variant}:\n{table}\n")
         stores = open_or_prepare(config)
-        check_labels(config, stores)
+        checks.check_labels(config, stores)
         if source:
             source = finetune.with_classes(source, config, stores["train"].class_names)
             told = finetune.describe_source(config, source)
@@ -90,35 +94,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             closing(Checkpoints(workdir, config)) as checkpoints,
         ):
             return _Run(config, workdir, model, stores, source, checkpoints, stop, started).train()
-
-
-def check(config: ConfigDict, devices: int | None = None) -> None:
-    """Raises UserError for what can be seen to be wrong before any data is touched.
-
-    Args:
-      devices: their number, by default of those that there are.
-    """
-    augment.check(config)
-    parallel.check(config, devices)
-    optim.make_schedule(config, steps_per_epoch=1.0)
-    configs.check_bounds(config)
-
-
-def check_labels(config: ConfigDict, stores: dict[str, Store]) -> None:
-    """Raises UserError if there are more classes than the network has outputs, or if the hosts of a
-    run have other data than each other.
-    """
-    fields = ("source", "num_examples", "mean_channel")
-    hosts.check_same(
-        "data",
-        {f"{use} {name}": getattr(store, name) for use, store in stores.items() for name in fields},
-    )
-    classes = len(stores["train"].class_names)
-    if classes > config.model.num_classes:
-        raise UserError(
-            f"{config.dataset} has {classes} classes, the network {config.model.num_classes}; "
-            f"set --config.model.num_classes={classes}"
-        )
 
 
 @contextmanager
@@ -145,9 +120,8 @@ def claimed_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
             raise UserError(f"{path} is damaged; choose another --workdir or remove it")
         differing = configs.differing_fields(config, saved) if saved else []
         if not differing:
-            new = workdir / "config.json.new"
-            new.write_text(configs.to_json(config) + "\n")
-            new.replace(path)
+            with written_whole(path) as new:
+                new.write_text(configs.to_json(config) + "\n")
     if differing:
         raise UserError(
             f"{workdir} holds the run of another config, which differs in "
@@ -215,8 +189,6 @@ class _Run:
         if hosts.is_first():
             trained.save_statistics(workdir, self.stats, stores["train"].class_names)
         self.schedule = optim.make_schedule(config, self.steps_per_epoch)
-        initial = functools.partial(init_state, model, config)
-        shapes = jax.eval_shape(initial)
         self.compiled = parallel.compile_steps(config, model, self.stats, self.schedule)
         self.batches = pipeline.train_batches(
             stores["train"],
@@ -227,23 +199,12 @@ class _Run:
         )
         self.plateau = optim.plateau(config)
 
-        like = jax.tree.map(
-            lambda x, sharding: x.update(sharding=sharding), shapes, self.compiled.shardings
-        )
-        restored = checkpoints.restore_latest(like)
-        if restored:
-            state = restored.state
-            if restored.position is not None:
-                self.batches.set_state(restored.position)
-            hosts.say(f"going on from step {int(state.step)} of {self.total_steps}")
-        else:
-            state = runtime.run_once(initial, out_shardings=self.compiled.shardings)
-            state = finetune.with_weights(state, source) if source else state
+        state = self._restored_or_initial(functools.partial(init_state, model, config), source)
         hosts.check_same("checkpoints", {"step": int(state.step)})
         on = f" of {jax.process_count()} processes" if hosts.several() else ""
         hosts.say(
             f"training to step {self.total_steps} on {jax.device_count()} "
-            f"{jax.default_backend()} device(s){on}, compiled by {parallel.kind(config)}"
+            f"{jax.default_backend()} device(s){on}, compiled by {placement.kind(config)}"
         )
         self.step = int(state.step)
         self.state = self.compiled.place(state)
@@ -252,6 +213,23 @@ class _Run:
         if hosts.is_first():
             self.report = Report(workdir, self.step, self.total_steps, self.evaluated)
         self.meter = Meter(config.batch_size)
+
+    def _restored_or_initial(
+        self, initial: Callable[[], TrainState], source: Trained | None
+    ) -> TrainState:
+        like = jax.tree.map(
+            lambda x, sharding: x.update(sharding=sharding),
+            jax.eval_shape(initial),
+            self.compiled.shardings,
+        )
+        restored = self.checkpoints.restore_latest(like)
+        if not restored:
+            state = runtime.run_once(initial, out_shardings=self.compiled.shardings)
+            return finetune.with_weights(state, source) if source else state
+        if restored.position is not None:
+            self.batches.set_state(restored.position)
+        hosts.say(f"going on from step {int(restored.state.step)} of {self.total_steps}")
+        return restored.state
 
     def train(self) -> TrainState:
         """Steps, evaluates and saves until the last step or a request to stop."""
@@ -326,12 +304,12 @@ class _Run:
             return False
         if self.config.schedule.kind == "plateau":
             before = self.compiled.unplace(self.state.plateau)
-            _, after = self.plateau.update({}, parallel.whole(before), value=1.0 - metrics["top1"])
-            after = parallel.replicated(after, like=before)
+            _, after = self.plateau.update({}, placement.whole(before), value=1.0 - metrics["top1"])
+            after = placement.replicated(after, like=before)
             self.state = self.state.replace(plateau=self.compiled.place(after))
         self.report.evaluation({**self._place(), **metrics})
         self._save(metrics["top1"])
-        kernel = parallel.whole(self.compiled.unplace(self.state.params["conv1"]["kernel"]))
+        kernel = placement.whole(self.compiled.unplace(self.state.params["conv1"]["kernel"]))
         if hosts.is_first():
             towers = max(VARIANTS[self.config.model.variant].groups)
             plots.save_filters(kernel, towers, self.workdir / "filters.png")
@@ -379,7 +357,7 @@ class _Run:
         )
 
     def _now(self) -> optim.Scheduled:
-        plateau = parallel.whole(self.compiled.unplace(self.state.plateau))
+        plateau = placement.whole(self.compiled.unplace(self.state.plateau))
         return self.schedule(self.step, plateau.scale)
 
     def _place(self) -> dict[str, Any]:

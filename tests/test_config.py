@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from alexnet_jax import checks, optim, parallel
 from alexnet_jax import config as configs
-from alexnet_jax import optim, parallel, train
 from alexnet_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +23,7 @@ def parse(*argv):
 def test_every_config_can_train(path):
     config = configs.load(str(path))
     assert config.name == path.stem
-    train.check(config)
+    checks.check_config(config)
     parallel.build_model(config)
     parallel.check(config)
 
@@ -235,4 +235,4 @@ def test_a_value_that_does_not_exist_is_refused_before_any_data_is_touched(field
     config = parse("--config", QUICKSTART, f"--config.{field}={value}")
     with pytest.raises(UserError, match=told):
         parallel.build_model(config)
-        train.check(config)
+        checks.check_config(config)

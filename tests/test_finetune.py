@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from images import contents, encode, photograph
 
-from alexnet_jax import augment, config, finetune, optim, parallel, step, trained
+from alexnet_jax import augment, config, finetune, optim, parallel, placement, step, trained
 from alexnet_jax.errors import EXIT_STOPPED, UserError
 from alexnet_jax.train import train_and_evaluate
 
@@ -32,7 +32,7 @@ def compiled_sooner():
 @pytest.fixture(autouse=True)
 def shared_although_small(monkeypatch):
     """mesh.zero would leave arrays of so narrow a network whole."""
-    monkeypatch.setattr(parallel, "LEAST_SHARDED", 1000)
+    monkeypatch.setattr(placement, "LEAST_SHARDED", 1000)
 
 
 def quickstart(**fields):
@@ -95,10 +95,10 @@ def after_two_steps(kind):
     state = jax.jit(lambda: step.init_state(model, c), out_shardings=steps.shardings)()
     start = finetune.with_weights(state, source)
     lie = jax.tree.map(lambda x: x.sharding, start)
-    first, state = parallel.whole(start), steps.place(start)
+    first, state = placement.whole(start), steps.place(start)
     for _ in range(2):
         state, _ = steps.train_step(state, steps.place_batch(batch()))
-    return first, parallel.whole(steps.unplace(state)), lie
+    return first, placement.whole(steps.unplace(state)), lie
 
 
 @pytest.mark.parametrize("kind", KINDS)

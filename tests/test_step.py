@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax import augment, optim, parallel, runtime, step
+from alexnet_jax import augment, optim, parallel, placement, runtime, step
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import UserError
 from alexnet_jax.model import AlexNet, layer_table
@@ -48,8 +48,8 @@ def compiled(c, kind):
         initializer="he",
         hidden_bias=0.0,
         width=c.model.width,
-        batch_axes=parallel.batch_axes(c),
-        fc_axis=parallel.fc_axis(c),
+        batch_axes=placement.batch_axes(c),
+        fc_axis=placement.fc_axis(c),
     )
     schedule = optim.make_schedule(c, steps_per_epoch=10.0)
     steps = parallel.compile_steps(c, model, STATS, schedule)
@@ -66,7 +66,7 @@ def run(c, kind, batches):
     for b in batches:
         state, metrics = steps.train_step(state, steps.place_batch(b))
         history.append({k: float(v) for k, v in steps.unplace(metrics).items()})
-    return parallel.whole(steps.unplace(state)), history
+    return placement.whole(steps.unplace(state)), history
 
 
 def assert_close(tree, other, tolerance):
@@ -135,7 +135,7 @@ def initial_as_trained(c, kind):
 
 
 def test_zero_keeps_an_eighth_of_parameters_and_velocity_on_a_device(monkeypatch):
-    monkeypatch.setattr(parallel, "LEAST_SHARDED", 1000)  # this network is a narrow one
+    monkeypatch.setattr(placement, "LEAST_SHARDED", 1000)  # this network is a narrow one
     shared, whole = initial_as_trained(config(), "mesh.zero")
     assert bytes_on_one_device(shared.params) < bytes_on_one_device(whole.params) / 6
     assert bytes_on_one_device(shared.opt_state) < bytes_on_one_device(whole.opt_state) / 6
@@ -288,7 +288,7 @@ def test_what_cannot_be_compiled_is_refused_with_the_mend(fields, kind, told):
 
 
 def test_auto_shares_the_batch_where_there_are_several_devices():
-    assert parallel.kind(config()) == "mesh.data"
+    assert placement.kind(config()) == "mesh.data"
 
 
 def test_fc_layers_that_a_group_cannot_share_evenly_are_named():
