@@ -7,6 +7,8 @@ the responses of conv1, and the training images whose fc7 features lie nearest. 
 
 import argparse
 import contextlib
+import functools
+import hashlib
 import importlib.util
 import ipaddress
 import math
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from alexnet_jax import runtime, trained
 from alexnet_jax.answer import (
@@ -38,8 +41,10 @@ from alexnet_jax.answer import (
     response_sheet,
 )
 from alexnet_jax.errors import UserError, exits_cleanly, one_line
-from alexnet_jax.store import Store, open_store, store_paths
+from alexnet_jax.store import store_paths
+from alexnet_jax.store_files import Store, open_store
 from alexnet_jax.trained import Trained
+from alexnet_jax.whole_files import written_whole
 
 if TYPE_CHECKING:
     import gradio
@@ -52,21 +57,17 @@ TOP_HEIGHT = 230
 
 
 def make_page(
-    network: Trained, index: Index | None, answer: Callable[[np.ndarray], Answer]
+    network: Trained,
+    index: Index | None,
+    answer: Callable[[np.ndarray], Answer],
+    folder: Path,
 ) -> "gradio.Blocks":
-    """Returns the page, which shows `answer` of each image that is dropped on it."""
-    import gradio as gr
+    """Returns the page, which shows `answer` of each image that is dropped on it.
 
-    def show(data: bytes | None) -> tuple[Any, ...]:
-        empty = None  # also what makes the place to drop free again for the next
-        try:
-            image = read_upload(data or b"", network.config.image_size)
-        except UserError as error:
-            return empty, f"⚠️ {error}", empty, empty, empty, empty
-        found = answer(image)
-        nearest = [(_large_enough(image), caption) for image, caption in found.nearest]
-        sheet = response_sheet(found.responses)
-        return empty, "", _large_enough(found.seen), found.classes, sheet, nearest
+    Args:
+      folder: for the pictures that it shows.
+    """
+    import gradio as gr
 
     with gr.Blocks(
         title="AlexNet", analytics_enabled=False, delete_cache=(MAX_AGE // 10, MAX_AGE)
@@ -111,13 +112,44 @@ def make_page(
             **_picture("nearest"),
         )
         drop.upload(
-            show,
+            functools.partial(_shown, network.config.image_size, answer, folder),
             drop,
             [drop, message, seen, classes, responses, nearest],
             api_visibility="private",
             concurrency_limit=1,
         )
     return page.queue(max_size=MAX_WAITING)
+
+
+def _shown(
+    size: int, answer: Callable[[np.ndarray], Answer], folder: Path, data: bytes | None
+) -> tuple[Any, ...]:
+    """What the page's components show of an upload."""
+    empty = None  # also what makes the place to drop free again for the next
+    try:
+        image = read_upload(data or b"", size)
+    except UserError as error:
+        return empty, f"⚠️ {error}", empty, empty, empty, empty
+    found = answer(image)
+    seen, responses, *nearest = (
+        _saved(image, folder)
+        for image in (
+            _large_enough(found.seen),
+            response_sheet(found.responses),
+            *(_large_enough(image) for image, _ in found.nearest),
+        )
+    )
+    captions = (caption for _, caption in found.nearest)
+    return empty, "", seen, found.classes, responses, list(zip(nearest, captions, strict=True))
+
+
+def _saved(image: np.ndarray, folder: Path) -> str:
+    """Gradio itself would write an array anew while another visitor is sent the same picture."""
+    pixels = np.ascontiguousarray(image)
+    path = folder / f"{hashlib.sha256(pixels).hexdigest()}.png"
+    with written_whole(path) as new:
+        Image.fromarray(pixels).save(new)
+    return str(path)
 
 
 def _picture(name: str) -> dict[str, Any]:
@@ -236,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         network = trained.load(args.workdir)
         store = training_images(network.config, args.data_dir) if args.neighbors else None
         index = build_index(network, store, args.neighbors) if store else None
-        serve(make_page(network, index, answerer(network, index)), listener)
+        serve(make_page(network, index, answerer(network, index), Path(folder)), listener)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -56,6 +56,15 @@ def digits(made_once):
 
 
 @pytest.fixture(scope="session")
+def digit_stores(digits):
+    """The quickstart's stores, opened: {"train": 4,000 digits, "eval": 1,000}."""
+    from alexnet_jax import config, store
+
+    fields = config.load("configs/quickstart.py", [("data_dir", str(digits))])
+    return store.open_or_prepare(fields)
+
+
+@pytest.fixture(scope="session")
 def trained_run(digits, made_once):
     """A workdir in which a small network learned the digits; read it or copy it."""
     import commands
@@ -65,6 +74,14 @@ def trained_run(digits, made_once):
         assert result.returncode == 0, result.stderr
 
     return made_once("trained_run", fill)
+
+
+@pytest.fixture(scope="session")
+def network(trained_run):
+    """What it learned."""
+    from alexnet_jax import trained
+
+    return trained.load(trained_run)
 
 
 @pytest.fixture(scope="session")

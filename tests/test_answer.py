@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import answer, config, decode, store, trained
+from alexnet_jax import answer, decode, store, trained
 from alexnet_jax.errors import UserError
 
 
@@ -65,14 +65,8 @@ def test_an_upload_is_turned_upright():
 
 
 @pytest.fixture(scope="module")
-def network(trained_run):
-    return trained.load(trained_run)
-
-
-@pytest.fixture(scope="module")
-def digits_store(digits):
-    settings = config.load("configs/quickstart.py", [("data_dir", str(digits))])
-    return store.open_store(store.store_paths(settings)["train"])
+def digits_store(digit_stores):
+    return digit_stores["train"]
 
 
 @pytest.fixture(scope="module")

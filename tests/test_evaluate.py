@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import config as configs
 from alexnet_jax import evaluate, plots, trained
-from alexnet_jax.store import open_or_prepare
 
 
 @pytest.fixture(scope="module")
-def store(digits):
-    config = configs.load("configs/quickstart.py", [("data_dir", str(digits))])
-    return open_or_prepare(config)["eval"]
+def store(digit_stores):
+    return digit_stores["eval"]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from alexnet_jax import config as configs
-from alexnet_jax import export, parallel, runtime, step, store, tpu, trained
+from alexnet_jax import export, parallel, runtime, step, tpu, trained
 from alexnet_jax.augment import Statistics
 from alexnet_jax.errors import UserError
 from alexnet_jax.model import VARIANTS
@@ -36,10 +36,9 @@ print(*(names[best] for best in np.argmax(found[1], 1)))
 
 
 @pytest.fixture(scope="module")
-def images(digits):
+def images(digit_stores):
     """Test digits, uint8[3, 72, 72, 3]."""
-    config = configs.load("configs/quickstart.py", [("data_dir", str(digits))])
-    return store.open_or_prepare(config)["eval"].read(np.arange(3))["image"]
+    return digit_stores["eval"].read(np.arange(3))["image"]
 
 
 def random_network(variant, crop=64, width=0.1):

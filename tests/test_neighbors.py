@@ -1,10 +1,12 @@
 """The nearest by Euclidean distance, of more features than memory would hold."""
 
+import images
 import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from alexnet_jax.neighbors import nearest
+from alexnet_jax import trained
+from alexnet_jax.neighbors import nearest, nearest_in_store
 
 
 def parts(features, *ends):
@@ -62,3 +64,16 @@ def test_only_one_batch_is_held_at_a_time():
 
     places, _ = nearest(np.full((1, 4), 4, np.float32), stream(), 2)
     np.testing.assert_array_equal(places, [[40, 41]])
+
+
+def test_neighbors_in_a_store_are_scikit_learns(network, digit_stores):
+    split = digit_stores["eval"]
+    queries = images.photograph(0, 72, 72)[None]
+    places, distances = nearest_in_store(network, split, queries, 4)
+    extract = trained.feature_extractor(network, ["fc7"])
+    everything = split.read(np.arange(split.num_examples))["image"]
+    reference = NearestNeighbors(n_neighbors=4, algorithm="brute")
+    reference.fit(np.asarray(extract(everything)["fc7"]))
+    apart, expected = reference.kneighbors(np.asarray(extract(queries)["fc7"]))
+    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_allclose(distances, apart, rtol=1e-3)

@@ -7,17 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alexnet_jax import config as configs
-from alexnet_jax import pipeline, store
+from alexnet_jax import pipeline
 from alexnet_jax.errors import UserError
 
 EXAMPLES = 1000
-
-
-@pytest.fixture(scope="module")
-def digits_store(digits):
-    config = configs.load("configs/quickstart.py", [("data_dir", str(digits))])
-    return store.open_or_prepare(config)["eval"]
 
 
 class Numbered:
@@ -127,12 +120,12 @@ def test_a_restored_position_goes_on_with_the_very_next_batch():
         np.testing.assert_array_equal(next(again)["label"], next(iterator)["label"])
 
 
-def test_batches_are_the_stores_images_and_labels(digits_store):
-    batch = next(pipeline.train_batches(digits_store, 32, seed=0))
+def test_batches_are_the_stores_images_and_labels(digit_stores):
+    batch = next(pipeline.train_batches(digit_stores["eval"], 32, seed=0))
     assert batch["image"].shape == (32, 72, 72, 3)
     assert batch["image"].dtype == np.uint8
     assert batch["label"].dtype == np.int32
-    everything = digits_store.read(np.arange(digits_store.num_examples))
+    everything = digit_stores["eval"].read(np.arange(digit_stores["eval"].num_examples))
     for image, label in zip(batch["image"], batch["label"], strict=True):
         same = (everything["image"] == image).all(axis=(1, 2, 3))
         assert label in everything["label"][same]

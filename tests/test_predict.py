@@ -10,17 +10,14 @@ import pytest
 from images import encode
 from PIL import ExifTags, Image
 
-from alexnet_jax import config as configs
 from alexnet_jax import predict, trained
 from alexnet_jax.errors import UserError
-from alexnet_jax.store import open_or_prepare
 
 
 @pytest.fixture(scope="module")
-def examples(digits):
+def examples(digit_stores):
     """The first test digits: uint8[20, 72, 72, 3] and their labels."""
-    config = configs.load("configs/quickstart.py", [("data_dir", str(digits))])
-    return open_or_prepare(config)["eval"].read(np.arange(20))
+    return digit_stores["eval"].read(np.arange(20))
 
 
 @pytest.fixture

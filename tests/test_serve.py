@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from test_answer import RUBBISH
 
-from alexnet_jax import answer, config, serve, store, trained
+from alexnet_jax import answer, serve, trained
 from alexnet_jax.errors import UserError
 
 TIMEOUT = 120_000  # ms; for slow machines, a test that passes never waits so long
@@ -164,14 +164,11 @@ def visit(browser):
 
 
 @pytest.fixture(scope="module")
-def expected(trained_run, digits):
+def expected(network, digit_stores):
     """Images of two test digits that the network knows, and what is to be seen of each."""
-    network = trained.load(trained_run)
-    settings = config.load("configs/quickstart.py", [("data_dir", str(digits))])
-    stores = store.open_or_prepare(settings)
-    index = answer.build_index(network, stores["train"], 300)
+    index = answer.build_index(network, digit_stores["train"], 300)
     find = answer.answerer(network, index)
-    batch = stores["eval"].read(np.arange(64))
+    batch = digit_stores["eval"].read(np.arange(64))
     found = np.asarray(trained.classifier(network)(batch["image"])).argmax(1)
     known = np.flatnonzero(found == batch["label"])
     first = known[0]

@@ -9,14 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, config, runtime, step, store, trained
+from alexnet_jax import augment, config, runtime, step, trained
 from alexnet_jax.errors import UserError
-
-
-def eval_store(digits):
-    return store.open_or_prepare(config.load("configs/quickstart.py", [("data_dir", str(digits))]))[
-        "eval"
-    ]
 
 
 def test_a_workdir_is_loaded_without_its_data(trained_run, tmp_path):
@@ -31,10 +25,10 @@ def test_a_workdir_is_loaded_without_its_data(trained_run, tmp_path):
 
 
 @pytest.mark.parametrize("views", ["center", "ten"])
-def test_all_devices_find_what_the_evaluation_step_finds_on_one(trained_run, digits, views):
+def test_all_devices_find_what_the_evaluation_step_finds_on_one(trained_run, digit_stores, views):
     network = trained.load(trained_run)
     network.config.eval.views = views
-    batch = eval_store(digits).read(np.arange(43))  # divides over no 8 devices
+    batch = digit_stores["eval"].read(np.arange(43))  # divides over no 8 devices
     log_probs = np.asarray(trained.classifier(network, views)(batch["image"]))
     assert log_probs.shape == (43, 10)
     initial = functools.partial(step.init_state, network.model, network.config)

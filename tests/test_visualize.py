@@ -10,23 +10,20 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.neighbors import NearestNeighbors
 
 from alexnet_jax import (
     augment,
     feature_maps,
-    neighbors,
     network_picture,
     occlusion,
     parallel,
     plots,
-    store,
     trained,
     visualize,
 )
 from alexnet_jax import config as configs
 from alexnet_jax.errors import EXIT_USER_ERROR
-from alexnet_jax.model import FEATURES, VARIANTS, AlexNet, layer_table
+from alexnet_jax.model import FEATURES
 from alexnet_jax.step import init_state
 
 
@@ -43,19 +40,8 @@ def draw(capsys):
 
 
 @pytest.fixture(scope="module")
-def network(trained_run):
-    return trained.load(trained_run)
-
-
-@pytest.fixture(scope="module")
-def splits(digits):
-    config = configs.load("configs/quickstart.py", [("data_dir", str(digits))])
-    return {use: store.open_store(path) for use, path in store.store_paths(config).items()}
-
-
-@pytest.fixture(scope="module")
-def train_store(splits):
-    return splits["train"]
+def train_store(digit_stores):
+    return digit_stores["train"]
 
 
 def pixels(path):
@@ -171,21 +157,8 @@ def test_a_training_image_is_its_own_nearest(trained_run, train_store, draw, tmp
         np.testing.assert_array_equal(shown[1], found["image"][place])
 
 
-def test_neighbors_in_a_store_are_scikit_learns(network, splits):
-    split = splits["eval"]
-    queries = images.photograph(0, 72, 72)[None]
-    places, distances = neighbors.nearest_in_store(network, split, queries, 4)
-    extract = trained.feature_extractor(network, ["fc7"])
-    everything = split.read(np.arange(split.num_examples))["image"]
-    reference = NearestNeighbors(n_neighbors=4, algorithm="brute")
-    reference.fit(np.asarray(extract(everything)["fc7"]))
-    apart, expected = reference.kneighbors(np.asarray(extract(queries)["fc7"]))
-    np.testing.assert_array_equal(places, expected)
-    np.testing.assert_allclose(distances, apart, rtol=1e-3)
-
-
 def test_without_images_neighbors_are_of_the_eval_split(
-    trained_run, digits, splits, draw, tmp_path
+    trained_run, digits, digit_stores, draw, tmp_path
 ):
     moved = tmp_path / "moved"
     shutil.copytree(trained_run, moved)
@@ -195,7 +168,7 @@ def test_without_images_neighbors_are_of_the_eval_split(
     assert code == 0
     lines = told.splitlines()
     assert len(lines) == 6 and lines[-1] == str(moved / "neighbors.png")
-    split = splits["eval"]
+    split = digit_stores["eval"]
     expected = [split.class_names[split.labels[place]] for place in (0, 249, 499, 749, 999)]
     assert [line.split(": ")[0] for line in lines[:5]] == expected
 
@@ -311,42 +284,6 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(draw, tmp_path):
     rows = {str(run): [json.loads(line) for line in (run / "metrics.jsonl").open()] for run in runs}
     expected = figure_pixels(plots.curves_of_runs(rows), tmp_path / "e.png")
     np.testing.assert_array_equal(pixels(tmp_path / "c.png"), expected)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_network_is_drawn_with_the_shapes_and_parameters_of_its_table(variant):
-    model, size = AlexNet(variant, num_classes=10, width=0.25), (227, 227, 3)
-    figure = network_picture.network_figure(model, size)
-    told = [text.get_text() for text in figure.axes[0].texts]
-    towers = max(VARIANTS[variant].groups)
-    for row in layer_table(model, size):
-        *sides, maps = row.output_shape
-        part = "+".join([str(maps // towers)] * towers)
-        shape = "×".join([*map(str, sides), f"({part})" if towers > 1 else part])
-        assert row.name in told and (shape if sides else f"{maps:,}") in told
-        assert not row.params or f"{row.params:,} params" in told
-    total = sum(row.params for row in layer_table(model, size))
-    assert any(f"variant {variant}: {total:,} parameters" in text for text in told)
-    layers = {layer.name: layer for layer in network_picture.network_layers(model, size)}
-    assert [layers[f"conv{n}"].apart for n in range(1, 6)] == [
-        groups > 1 for groups in VARIANTS[variant].groups
-    ]
-
-
-def test_operations_stand_below_the_layer_they_follow():
-    def told(variant, dropout=0.5):
-        model = AlexNet(variant, dropout=dropout)
-        layers = network_picture.network_layers(model, (224, 224, 3))
-        return {layer.name: layer.operations for layer in layers}
-
-    assert told("paper")["conv1"] == ("11×11 conv, stride 4", "ReLU", "LRN")
-    assert told("caffenet")["pool1"] == ("3×3 max, stride 2", "LRN")
-    original = told("original")
-    assert original["conv2"][1:] == ("ReLU", "LRN, per tower", "norm within maps")
-    assert original["pool1"] == ("3×3 max, stride 2", "ReLU")
-    assert told("owt")["fc6"] == ("dropout 0.5", "fully connected", "ReLU")
-    assert told("owt", dropout=0.0)["fc6"] == ("fully connected", "ReLU")
-    assert told("bn")["conv3"] == ("3×3 conv", "batch norm", "ReLU")
 
 
 def test_the_network_is_drawn_of_a_workdir_or_a_config(trained_run, network, draw, tmp_path):
