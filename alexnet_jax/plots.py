@@ -169,7 +169,8 @@ def save_predictions(
     Args:
       images: each uint8[S, S, 3].
       truths: each image's right class, written under it and its bar red; None if not known.
-      classes, probabilities: of each image, highest first; probabilities 0 to 1.
+      classes: of each image, the most probable first.
+      probabilities: of these classes, 0 to 1.
     """
     from matplotlib.figure import Figure
 

@@ -27,7 +27,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: int32[], number of updates made.
-      params: float32 arrays by layer: params["conv1"]["kernel"], …
+      params: float32 arrays by layer: `params["conv1"]["kernel"]`, …
       batch_stats: running statistics of the `bn` variant, {} for the others.
       opt_state: Optax's, with the velocity of the layers that train.
       plateau: state of the plateau schedule; its `scale` multiplies the learning rate.
