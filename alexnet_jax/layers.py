@@ -99,8 +99,8 @@ def within_map_norm(
 ) -> Array:
     """Response norm over a `size` x `size` window of the same channel, clipped at the edges.
 
-    b = a / (1 + alpha * sum of a² in the window)^beta: the `rnorm` layer that the authors' net
-    #145 has after conv2 and the paper leaves out. Its scale of 0.001 is divided by size².
+    b = a / (1 + alpha * sum of a² in the window)^beta: the `rnorm` layer that run #145 of the
+    authors has after conv2 and the paper leaves out. Its scale of 0.001 is divided by size².
 
     Args:
       x: float[B, H, W, C].
