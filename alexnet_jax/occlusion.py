@@ -31,7 +31,8 @@ class Occlusion(NamedTuple):
       label: the class whose probability was taken.
       probability: of the view as it is, 0 to 1.
       map: float32[n, n], with the square centred on each cell of `stride` x `stride` pixels.
-      patch, stride: pixels.
+      patch: the square's side in pixels.
+      stride: by how many pixels it moves.
     """
 
     view: np.ndarray

@@ -60,7 +60,8 @@ class Compiled(NamedTuple):
         passed in is donated.
       eval_step: (placed state, placed batch) -> placed sums.
       shardings: of the state at rest, a tree like it.
-      place, unplace: a state at rest, or a part of one -> the same as the steps take it; and back.
+      place: a state at rest, or a part of one -> the same as the steps take it.
+      unplace: the way back.
       batch_sharding: of a batch.
       place_batch: this host's part of a batch -> the same on its devices; returns while the
         transfer goes on.

@@ -51,8 +51,9 @@ class Store:
       path: where it lies.
       source: what it was prepared from, e.g. "imagenet2012/5.1.0 train".
       storage: "raw" or "jpeg".
-      num_examples, image_size: N and S.
+      num_examples: N.
       num_corrupt: examples of the source that could not be decoded.
+      image_size: S.
       class_names: the name of each label.
       mean_image: float32[S, S, 3], mean over the examples, in pixel units (0 to 255).
       mean_channel: float32[3], the mean image's mean over its pixels.

@@ -25,7 +25,8 @@ class Tiling(NamedTuple):
 
     Attributes:
       length: outputs along the axis.
-      count, outputs: tiles that cover it, and the outputs of each; the last may reach beyond.
+      count: tiles that cover it; the last may reach beyond.
+      outputs: of each tile.
       input: float64[products, products].
       kernel: float64[products, taps].
       output: float64[outputs, products].
