@@ -95,9 +95,9 @@ def test_a_variant_is_added(copy):
         re.search(r"[\d,]{9,}", SECTIONS["Add a variant"])[0],
     )
     model, tests = copy / "alexnet_jax/model.py", copy / "tests/test_model.py"
-    insert(model, '    # "One weird trick"', f"    {entry}")
-    insert(tests, '    "owt": 61', f'    "{name}": {count.replace(",", "_")},\n')
-    insert(copy / "README.md", "| `owt` |", f"| `{name}` | without LRN | | | | {count} | |\n")
+    insert(model, '    "single":', f"    {entry}")
+    insert(tests, '    "single":', f'    "{name}": {count.replace(",", "_")},\n')
+    insert(copy / "README.md", "| `single` |", f"| `{name}` | without LRN | | | | {count} | |\n")
     (printed,) = follow("Add a variant", copy)
     assert re.search(r"^7 passed", printed, re.M)
 
