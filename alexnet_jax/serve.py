@@ -98,11 +98,7 @@ def make_page(
         message = gr.Markdown(elem_id="message")
         gr.Markdown("### Responses of conv1, brightest where strongest")
         responses = gr.Image(show_label=False, **_picture("conv1"))
-        gr.Markdown(
-            "No nearest neighbours: the training images are not at hand."
-            if index is None
-            else f"### Nearest of {len(index.rows):,} training images, by fc7"
-        )
+        gr.Markdown(_told_of(index))
         nearest = gr.Gallery(
             show_label=False,
             visible=index is not None,
@@ -150,6 +146,12 @@ def _saved(image: np.ndarray, folder: Path) -> str:
     with written_whole(path) as new:
         Image.fromarray(pixels).save(new)
     return str(path)
+
+
+def _told_of(index: Index | None) -> str:
+    if index is None:
+        return "No nearest neighbours: the training images are not at hand."
+    return f"### Nearest of {len(index.rows):,} training images, by fc7"
 
 
 def _picture(name: str) -> dict[str, Any]:
