@@ -1,0 +1,87 @@
+"""Top-1 that trainings end with, through the command line that users run.
+
+    python benchmarks/accuracy.py --config configs/quickstart.py --seeds 0 1 2
+
+Every training starts from nothing: an empty data_dir, workdir and compilation cache. A case is a
+set of fields that differ from the config's, as in `--case "model.variant=owt num_epochs=12"`.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rows import Row, options, row, write
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from alexnet_jax import config as configs  # noqa: E402
+from alexnet_jax.report import read_metrics  # noqa: E402
+
+QUICK = (
+    *("train_split=train[:200]", "eval_split=test[:100]", "batch_size=50", "num_epochs=1"),
+    *("model.width=0.1", "eval.every_epochs=1", "schedule.warmup_epochs=0"),
+)
+
+
+def trained(config: str, fields: list[str]) -> tuple[list[Row], float]:
+    """Returns the rows of metrics.jsonl, and the seconds from start to exit."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "train.py", "--config", config, f"--workdir={folder}/run"),
+            f"--config.data_dir={folder}/data",
+            *(f"--config.{field}" for field in fields),
+        ]
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+        started = time.perf_counter()
+        subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        return read_metrics(Path(folder, "run")), time.perf_counter() - started
+
+
+def rows_of(name: str, batch: int, runs: list[tuple[list[Row], float]]) -> list[Row]:
+    """Returns top-1 after each evaluation that all runs had, waiting for data, and seconds."""
+    evaluations = [
+        {round(r["epoch"]): 100 * r["top1"] for r in metrics if r["split"] == "eval"}
+        for metrics, _ in runs
+    ]
+    waits = [100 * r["data_wait"] for metrics, _ in runs for r in metrics if r["split"] == "train"]
+    return [
+        *(
+            row(f"{name}: top-1 after {epoch} epochs", [e[epoch] for e in evaluations], "%", batch)
+            for epoch in sorted(set.intersection(*map(set, evaluations)))
+        ),
+        row(f"{name}: wait for data, of all lines", waits, "%", batch),
+        row(f"{name}: start to exit", [seconds for _, seconds in runs], "s", batch),
+    ]
+
+
+def main() -> None:
+    """Trains each case with each seed, prints what it ends with, and writes rows if asked."""
+    parser = options(__doc__, quick="one short training of the first case")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a config of digits")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
+    parser.add_argument("--common", default="", metavar="FIELDS", help="fields of all cases")
+    parser.add_argument("--case", action="append", metavar="FIELDS", help="may be repeated")
+    args = parser.parse_args()
+    cases, seeds = args.case or [""], args.seeds
+    if args.quick:
+        cases, seeds = cases[:1], seeds[:1]
+    rows = []
+    for case in cases:
+        fields = [*shlex.split(args.common), *shlex.split(case), *(QUICK if args.quick else ())]
+        pairs = [(name, value) for name, _, value in (field.partition("=") for field in fields)]
+        batch = configs.load(str(ROOT / args.config), pairs).batch_size
+        runs = [trained(args.config, [*fields, f"seed={seed}"]) for seed in seeds]
+        found = rows_of(f"{Path(args.config).stem} {case}".strip(), batch, runs)
+        for r in (found[-3], found[-1]):
+            print(f"{r['what']}  {r['median']:.2f} {r['unit']} ({r['min']:.2f} to {r['max']:.2f})")
+        rows += found
+        write(rows, args.json)  # a long run that is stopped leaves what it had
+
+
+if __name__ == "__main__":
+    main()
