@@ -1,6 +1,6 @@
 """Milliseconds of augmenting a batch by the paper's crop and by the inception crop, in turns.
 
-    python benchmarks/crops.py
+python benchmarks/crops.py
 """
 
 import os

@@ -36,6 +36,7 @@ def rows_of(layout: dict[str, Any], batch: int) -> list[Row]:
     what = f"{layout['layout']}, {layout['gradient_dtype']} gradients"
     figures = {
         "estimated images/s": layout["images_per_s"],
+        "estimated images/s a host": layout["images_per_s_of_a_host"],
         "ms of computing": 1e3 * layout["compute_s"],
         "ms of communication": 1e3 * layout["communication_s"],
         "MB sent a step and chip": layout["bytes_sent"] / 1e6,

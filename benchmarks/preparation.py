@@ -62,21 +62,23 @@ def decode_only(data_dir: Path) -> None:
         pass
 
 
-def prepare(data_dir: Path, scratch: Path, storage: str) -> None:
-    """Ours."""
+def prepare(data_dir: Path, scratch: Path, storage: str) -> int:
+    """Ours; returns the bytes of the store's files."""
     config = default_config()
     config.dataset, config.data_dir = "benchmark_photographs", str(data_dir)
     config.storage = storage
     path = scratch / "store"
     prepare_store(open_source(config, "train"), str(path), config)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     shutil.rmtree(path)
+    return size
 
 
-def timed(run: Callable[[], None]) -> tuple[float, float]:
-    """Returns wall seconds, and CPU seconds of all threads."""
+def timed(run: Callable[[], int | None]) -> tuple[float, float, int]:
+    """Returns wall seconds, CPU seconds of all threads, and the bytes written."""
     wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    size = run() or 0
+    return time.perf_counter() - wall, time.process_time() - cpu, size
 
 
 def main() -> None:
@@ -103,17 +105,21 @@ def main() -> None:
                 if number:  # the first round warms up
                     times[what].append(seconds)
     rows = []
-    for what, seconds in times.items():
-        rates = [BenchmarkPhotographs.count / wall for wall, _ in seconds]
-        cpu = [1e3 * busy / BenchmarkPhotographs.count for _, busy in seconds]
+    for what, turns in times.items():
+        rates = [BenchmarkPhotographs.count / wall for wall, _, _ in turns]
+        cpu = [1e3 * busy / BenchmarkPhotographs.count for _, busy, _ in turns]
         rows.append(row(what, rates, "images/s", batch=1))
         rows.append(row(what, cpu, "CPU ms/image", batch=1))
+    sizes = {what: turns[-1][2] / BenchmarkPhotographs.count for what, turns in times.items()}
     bare = {of["unit"]: of["median"] for of in rows[:2]}
     for of in rows:
         print(
             f"{of['what']:24} {of['median']:8.2f} {of['unit']:13} ({of['min']:.2f} to "
             f"{of['max']:.2f})  {of['median'] / bare[of['unit']]:.2f} times tf.data's"
         )
+    rows += [row(what, [size], "bytes/image", batch=1) for what, size in sizes.items() if size]
+    for of in rows[len(times) * 2 :]:
+        print(f"{of['what']:24} {of['value']:8.0f} {of['unit']}")
     write(rows, args.json)
 
 

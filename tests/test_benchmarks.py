@@ -2,17 +2,28 @@
 
 import io
 import json
+import os
+import re
+import shlex
 import sys
 
 import numpy as np
 import pytest
-from commands import run
+from commands import ROOT, run
 from PIL import Image
 
+from alexnet_jax import config as configs
 from benchmarks import photographs
 
+sys.path.append(str(ROOT / "benchmarks"))  # as for who runs them
+
+import accuracy  # noqa: E402
+import figures  # noqa: E402
+import other_figures  # noqa: E402
+import results_page  # noqa: E402
+
 BENCHMARKS = (
-    *("input_pipeline.py", "preparation.py", "store_scale.py"),
+    *("input_pipeline.py", "preparation.py", "crops.py"),
     *("prefetch_trace.py", "train_step.py", "exported.py", "prediction.py"),
 )
 PLOTTING = ("input_pipeline.py", "prefetch_trace.py", "train_step.py")
@@ -73,3 +84,76 @@ def test_a_quick_run_prints_a_table_and_writes_its_rows_and_plot(name, tmp_path)
     if name in PLOTTING:
         with Image.open(plot) as picture:
             assert picture.format == "PNG"
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+BY_NAME = {entry.name: entry for entry in figures.ENTRIES}
+
+
+@pytest.mark.parametrize("entry", figures.ENTRIES, ids=BY_NAME)
+def test_every_entry_names_a_script_and_options_that_exist(entry):
+    script, *words = shlex.split(entry.command)
+    known = (ROOT / script).read_text() + (ROOT / "benchmarks" / "rows.py").read_text()
+    for option in ("--json", "--quick", *(word for word in words if word.startswith("--"))):
+        assert f'"{option}"' in known
+    if script.endswith("accuracy.py"):
+        args = accuracy.parser().parse_args(words)
+        for case in args.case or [""]:
+            assert configs.load(str(ROOT / args.config), accuracy.overrides(args.common, case))
+
+
+def test_every_page_that_claims_figures_exists():
+    assert len(BY_NAME) == len(figures.ENTRIES)
+    for told in (*figures.ENTRIES, *other_figures.OTHERS):
+        assert all((ROOT / page).is_file() for page in told.pages), told
+
+
+def test_the_results_page_is_that_of_the_rows_that_are_there():
+    assert PAGE.read_text() == results_page.page(RESULTS)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*")), ids=lambda path: path.stem)
+def test_rows_are_of_a_whole_run_of_an_entrys_command(path):
+    result = json.loads(path.read_text())
+    assert result["command"] == BY_NAME[path.stem].command
+    assert result["rows"] and all(row.keys() >= ROW for row in result["rows"])
+
+
+def test_an_entry_that_fails_is_told_and_the_others_go_on(tmp_path):
+    """No platform of JAX has that name; shuffling does without a device."""
+    earlier = tmp_path / "crops.json"
+    rows = [dict.fromkeys(ROW, 7) | {"what": "an earlier run"}]
+    made = {"command": "benchmarks/crops.py", "seconds": 60, **results_page.circumstances()}
+    earlier.write_text(json.dumps(made | {"rows": rows}))
+    done = run(
+        *(sys.executable, "benchmarks/all.py", "--quick", f"--out={tmp_path}"),
+        *("--only", "crops", "store_scale"),
+        env=os.environ | {"JAX_PLATFORMS": "abacus"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "crops: failed with exit code 1"
+    assert json.loads(earlier.read_text())["rows"] == rows
+    found = json.loads((tmp_path / "store_scale.json").read_text())
+    assert found["machine"]["cores"] == os.cpu_count()
+    page = (tmp_path / "results.md").read_text()
+    for row in [*rows, *found["rows"]]:
+        assert re.search(rf"^\| {row['what']} \|.* {row['unit']} \|$", page, re.M)
+    assert not re.search("^- (crops|store_scale):", page, re.M)
+    assert re.search("^- quickstart: `python benchmarks/accuracy.py ", page, re.M)
+
+
+def test_accuracy_tells_the_last_epoch_and_those_asked_for():
+    def line(epoch, top1):
+        return {"split": "eval", "epoch": epoch, "top1": top1}
+
+    waits = [{"split": "train", "epoch": 1.5, "data_wait": wait} for wait in (0.01, 0.02, 0.06)]
+    runs = [
+        ([line(1.0, 0.25), *waits[:2], line(2.0, 0.5), line(3.0, 0.75)], 10.0),
+        ([line(1.0, 0.5), waits[2], line(2.0, 0.25), line(3.0, 1.0)], 30.0),
+    ]
+    first, last, wait, seconds = accuracy.rows_of("digits", 64, [1], runs)
+    assert (first["what"], first["min"], first["max"]) == ("digits: top-1 after epoch 1", 25, 50)
+    assert (last["what"], last["value"]) == ("digits: top-1 after epoch 3", 87.5)
+    assert (wait["value"], wait["max"]) == (2.0, 6.0)
+    assert (seconds["value"], seconds["unit"]) == (20.0, "s")
