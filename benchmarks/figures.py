@@ -225,6 +225,13 @@ ENTRIES = (
         (RECIPES,),
     ),
     Entry(
+        "lines",
+        "lines of code that a training runs through",
+        "benchmarks/lines.py",
+        1,
+        ("docs/comparison.md",),
+    ),
+    Entry(
         "tpu_compile",
         "what the TPU compiler estimates of the step, beside plain Flax's; nothing is measured",
         "benchmarks/tpu_compile.py",
@@ -236,7 +243,7 @@ ENTRIES = (
         "pod_plan",
         "what the TPU compiler estimates of a pod; nothing is measured",
         "benchmarks/pod_plan.py",
-        8,
+        15,
         (PODS,),
         ("libtpu",),
     ),

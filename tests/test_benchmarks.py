@@ -19,6 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))  # as for who runs them
 
 import accuracy  # noqa: E402
 import figures  # noqa: E402
+import lines  # noqa: E402
 import other_figures  # noqa: E402
 import results_page  # noqa: E402
 
@@ -157,3 +158,21 @@ def test_accuracy_tells_the_last_epoch_and_those_asked_for():
     assert (last["what"], last["value"]) == ("digits: top-1 after epoch 3", 87.5)
     assert (wait["value"], wait["max"]) == (2.0, 6.0)
     assert (seconds["value"], seconds["unit"]) == (20.0, "s")
+
+
+def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings():
+    source = [
+        '"""Of the module,',
+        'in two lines."""',
+        "",
+        "# why",
+        "def double(number):  # code",
+        '    """Of the function."""',
+        "    return (",
+        "        2 * number",
+        "    )",
+        'TEXT = """no',
+        'docstring"""',
+    ]
+    assert lines.code_lines("\n".join(source) + "\n") == 6
+    assert lines.total({ROOT / "train.py"}) > 10
