@@ -24,10 +24,13 @@ BENCHMARKS = Path(__file__).parent
 ROOT = BENCHMARKS.parent
 RESULTS = BENCHMARKS / "results"
 PAGE = ROOT / "docs" / "results.md"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path[:0] = str(BENCHMARKS), str(ROOT)
 
 import results_page  # noqa: E402  (in this folder)
 from figures import ENTRIES, Entry  # noqa: E402
+
+from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors  # noqa: E402
+from alexnet_jax.whole_files import written_whole  # noqa: E402
 
 
 def missing(entry: Entry) -> list[str]:
@@ -55,18 +58,18 @@ def run(entry: Entry, folder: Path, quick: bool) -> str | None:
             "rows": json.loads(rows.read_text()),
         }
     try:
-        write_whole(folder / f"{entry.name}.json", json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        return f"failed, its rows cannot be written: {error}"
+        write(folder / f"{entry.name}.json", json.dumps(result, indent=2) + "\n")
+    except UserError as error:
+        return f"failed: {error}"
     return None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file beside its earlier version and then puts it in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text)
-    new.replace(path)
+def write(path: Path, text: str) -> None:
+    """Writes a file whole. Raises UserError where it cannot be written."""
+    with explained_write_errors(path, "another --out"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as new:
+            new.write_text(text)
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,6 +89,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+@exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is asked for, writes the page, and returns the exit code."""
     args = parsed(argv)
@@ -99,16 +103,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if missing(entry):
             print(f"{entry.name}: not run, it needs {', '.join(missing(entry))}", file=sys.stderr)
     troubles = {entry.name: run(entry, args.results, args.quick) for entry in runnable}
-    write_whole(args.page, results_page.page(args.results))
-    print(f"\nwrote {args.page}")
     failed = {name: trouble for name, trouble in troubles.items() if trouble}
     for name, trouble in failed.items():
         print(f"{name}: {trouble}", file=sys.stderr)
+    write(args.page, results_page.page(args.results))
+    print(f"wrote {args.page}")
     return int(bool(failed))
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -51,7 +51,7 @@ ENTRIES = (
         "train_step",
         "a training step of `owt` in float32 beside plain Flax and PyTorch: speed and memory",
         f"{TRAIN_STEP} --variant owt --dtype float32",
-        10,
+        12,
         (README, FAST),
         ("torch",),
     ),

@@ -12,6 +12,8 @@ from typing import Any
 from figures import ENTRIES, README, Entry
 from other_figures import OTHERS
 
+from alexnet_jax.errors import UserError
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "tensorflow", "torch", "onnxruntime")
 Result = dict[str, Any]  # a file of benchmarks/results
 HEAD = """# Results
@@ -55,11 +57,7 @@ def _of_proc(file: str, key: str) -> str:
 
 def page(results: Path) -> str:
     """Returns the page of the rows in a folder."""
-    found = {
-        entry.name: json.loads(path.read_text()) if path.exists() else None
-        for entry in ENTRIES
-        for path in [results / f"{entry.name}.json"]
-    }
+    found = {entry.name: _loaded(results / f"{entry.name}.json") for entry in ENTRIES}
     parts = [HEAD, _contents(found)]
     parts += [_section(entry, found[entry.name]) for entry in ENTRIES if found[entry.name]]
     not_run = [entry for entry in ENTRIES if not found[entry.name]]
@@ -67,6 +65,15 @@ def page(results: Path) -> str:
         lines = [f"- {entry.name}: {_made_by(entry.command, entry.needs)}" for entry in not_run]
         parts.append("\n".join(["## Not run", "", *lines, ""]))
     return "\n".join([*parts, _others()])
+
+
+def _loaded(path: Path) -> Result | None:
+    """Returns what is in a file of rows; None if there is none."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        mend = f"make them again by benchmarks/all.py --only {path.stem}"
+        raise UserError(f"{path} holds no whole rows ({error}); {mend}") from error
 
 
 def _contents(found: dict[str, Result | None]) -> str:
