@@ -22,6 +22,9 @@ from alexnet_jax.errors import UserError, one_line
 # A run may go on with other values of these, since they change no parameter of the network.
 FIELDS_FREE_TO_CHANGE = ("data_dir", "log_every_steps", "checkpoint.keep", "checkpoint.every_steps")
 
+_INSTALLED = Path(__file__).with_name("configs")
+OUR_CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+
 OVERRIDES_HELP = "Any field of the config: --config.FIELD=VALUE, e.g. --config.batch_size=64"
 
 INFINITY = float("inf")
@@ -162,19 +165,15 @@ def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     """Runs a config file's `get_config()` and applies overrides.
 
     Args:
-      path: a Python file that defines `get_config() -> ConfigDict`.
+      path: a Python file that defines `get_config() -> ConfigDict`. Where there is no such
+        `configs/NAME.py` it is the one that came with the package.
       overrides: pairs of a dotted field name and the text of its value.
 
     Raises:
       UserError: the file is missing, fails, has no get_config, or names an unknown field; a
         value is not of its field's kind.
     """
-    file = Path(path)
-    if not file.is_file():
-        known = sorted(str(p) for p in file.parent.glob("*.py"))
-        near = difflib.get_close_matches(str(file), known, n=3, cutoff=0.4) or known
-        hint = f"; there are: {', '.join(near)}" if near else ""
-        raise UserError(f"no config file {path}{hint}")
+    file = _found(Path(path))
     config = default_config()
     config.name = file.stem
     for name, value in flat(_get_config(file)).items():
@@ -183,6 +182,17 @@ def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     for name, text in overrides:
         _set(config, name, text, origin="the command line", parse=True)
     return config
+
+
+def _found(file: Path) -> Path:
+    ours = {f"configs/{path.name}": path for path in OUR_CONFIGS.glob("*.py")}
+    if file.is_file():
+        return file
+    if str(file) in ours:
+        return ours[str(file)]
+    known = sorted({*map(str, file.parent.glob("*.py")), *ours})
+    near = difflib.get_close_matches(str(file), known, n=3, cutoff=0.4) or known
+    raise UserError(f"no config file {file}; there are: {', '.join(near)}")
 
 
 def from_saved(saved: Any, origin: str) -> ConfigDict:

@@ -1,12 +1,14 @@
 """Training from a config to a workdir: the loop that joins data, step, checkpoints and report."""
 
+import argparse
 import collections
 import fcntl
 import functools
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,13 @@ from alexnet_jax import (
 )
 from alexnet_jax import config as configs
 from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.errors import DISK_FULL, UserError, explained_write_errors
+from alexnet_jax.errors import (
+    DISK_FULL,
+    EXIT_STOPPED,
+    UserError,
+    exits_cleanly,
+    explained_write_errors,
+)
 from alexnet_jax.interrupt import StopRequest
 from alexnet_jax.model import VARIANTS, AlexNet, format_layer_table, layer_table
 from alexnet_jax.report import Meter, NoReport, Report
@@ -365,3 +373,26 @@ class _Run:
 
     def _step_at(self, epoch: float) -> int:
         return math.ceil(epoch * self.steps_per_epoch - 1e-9)
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Trains AlexNet as a config says. The same command resumes."
+    )
+    parser.add_argument("--workdir", type=Path, help="default: runs/<config name>")
+    config, args = configs.parse(argv, parser)
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file is never behind
+    runtime.set_up()
+    with hosts.joined():
+        try:
+            train_and_evaluate(config, args.workdir or Path("runs") / config.name)
+        except Stopped as stopped:
+            print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+            return EXIT_STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    main()
