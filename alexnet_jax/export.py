@@ -132,7 +132,7 @@ def onnx_bytes(network: Trained, views: str) -> bytes:
         from alexnet_jax import onnx_graph  # imports jax2onnx
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{error.name} is not installed, which makes ONNX files; run "
+            f"{error.name} is not installed, which makes ONNX files; run in a checkout "
             "pip install --no-deps -r requirements-export.txt"
         ) from error
     for library in ("onnx_ir", "jax2onnx"):  # shapes left out; parts for libraries not installed

@@ -1,6 +1,7 @@
 """Several processes of this machine as the hosts of one run, to try what a cluster does.
 
-    python -m alexnet_jax.launch --processes 2 -- train.py --config configs/quickstart.py
+    python -m alexnet_jax.launch --processes 2 -- \\
+        -m alexnet_jax.train --config configs/quickstart.py
 
 Process i takes GPU i where there are GPUs. Lines of all but the first process begin with [i].
 Ctrl-C and SIGTERM reach the processes, which save and stop together. On a cluster its own launcher
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--processes", type=int, required=True, metavar="N")
-    parser.add_argument("command", nargs="+", help="-- COMMAND …, e.g. -- train.py --config …")
+    parser.add_argument("command", nargs="+", help="-- COMMAND …, e.g. -- -m alexnet_jax.train …")
     args = parser.parse_args(argv)
     if args.processes < 1:
         raise UserError(f"--processes={args.processes} must be at least 1")

@@ -1,8 +1,8 @@
 """A web page that shows what a trained network makes of a photograph dropped on it.
 
 `python -m alexnet_jax.serve WORKDIR` serves it on this machine alone: the five likeliest classes,
-the responses of conv1, and the training images whose fc7 features lie nearest. It needs
-`pip install -r requirements-serve.txt`, and no internet.
+the responses of conv1, and the training images whose fc7 features lie nearest. It needs Gradio
+(`pip install gradio fastapi`), and no internet.
 """
 
 import argparse
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     args = _arguments(argv)
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("gradio is not installed; run pip install -r requirements-serve.txt")
+        raise UserError("gradio is not installed; run pip install gradio fastapi")
     # Else uvicorn, once it is done, would end the process before the visitors' files are deleted.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     runtime.set_up()

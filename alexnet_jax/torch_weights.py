@@ -126,7 +126,7 @@ def _import_torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} takes PyTorch, which is not installed: pip install -r "
-            "requirements-torch.txt, or use a .safetensors file"
+            f"{path} takes PyTorch, which is not installed: pip install torch, or use a "
+            ".safetensors file"
         ) from error
     return torch

@@ -89,7 +89,7 @@ def test_without_gradio_the_command_says_what_to_install(tmp_path):
     result = commands.run(sys.executable, "-m", "alexnet_jax.serve", str(tmp_path))
     assert result.returncode == 2
     assert result.stderr.endswith(
-        "error: gradio is not installed; run pip install -r requirements-serve.txt\n"
+        "error: gradio is not installed; run pip install gradio fastapi\n"
     )
 
 
