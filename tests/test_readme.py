@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 README = PAGES[0].read_text()
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 COMMANDS = [
     line.replace("\\\n", " ")
     for block in re.findall(r"```(?:bash|console)\n(.*?)```", TEXT, re.S)
@@ -24,10 +26,11 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_shown_names_a_config_and_fields_that_exist(command):
     words = shlex.split(command, comments=True)
-    start = next(i for i, word in enumerate(words) if word.endswith("python")) + 1
-    assert words[start] == "train.py" or words[start] == "-m"
-    if words[start] == "-m":
-        assert (ROOT / (words[start + 1].replace(".", "/") + ".py")).is_file()
+    start = next(i for i, word in enumerate(words) if word.endswith("python") or word in SCRIPTS)
+    if words[start] not in SCRIPTS:
+        assert words[start + 1] == "train.py" or words[start + 1] == "-m"
+        if words[start + 1] == "-m":
+            assert (ROOT / (words[start + 2].replace(".", "/") + ".py")).is_file()
     config = words[words.index("--config") + 1]
     fields = [w.removeprefix("--config.").split("=", 1) for w in words if w.startswith("--config.")]
     configs.load(str(ROOT / config), [tuple(field) for field in fields])
