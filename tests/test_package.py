@@ -1,9 +1,12 @@
 """What `pip install .` gives: the dependencies of the requirements files, commands and configs."""
 
+import ast
 import importlib
 import inspect
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -28,9 +31,33 @@ def required(file):
     return [line for line in lines if line]
 
 
+def canonical(requirement):
+    return re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
+
+
 @pytest.mark.parametrize("file", sorted(FILES), ids=lambda file: file.name)
 def test_a_file_of_requirements_holds_what_the_package_asks_for(file):
     assert required(file) == HELD_BY[file.name]
+
+
+def imported(folder):
+    """The names of other packages' modules that are imported, anywhere in a file."""
+    nodes = [
+        node for file in folder.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))
+    ]
+    whole = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    parts = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.split(".")[0] for name in whole + parts} - sys.stdlib_module_names
+
+
+def test_all_that_the_package_imports_is_asked_for():
+    asked = {canonical(one) for file in ROOT.glob("requirements*.txt") for one in required(file)}
+    givers = packages_distributions()
+    modules = imported(ROOT / "alexnet_jax") | imported(ROOT / "configs")
+    assert "jax" in modules
+    for module in modules - {"alexnet_jax"}:
+        # What is not installed has the name of its module: gradio, torch.
+        assert asked & {canonical(name) for name in givers.get(module, [module])}, module
 
 
 def test_every_requirement_has_a_lowest_version():
@@ -39,9 +66,9 @@ def test_every_requirement_has_a_lowest_version():
 
 
 def test_nothing_to_test_with_comes_with_the_package():
-    tools = {re.match(r"[\w-]+", one)[0] for one in EXTRAS["test"] + EXTRAS["browser"]}
+    tools = {canonical(one) for one in EXTRAS["test"] + EXTRAS["browser"]}
     assert {"pytest", "ruff"} <= tools
-    assert tools.isdisjoint(re.match(r"[\w-]+", one)[0] for one in PROJECT["dependencies"])
+    assert tools.isdisjoint(canonical(one) for one in PROJECT["dependencies"])
 
 
 def test_every_module_that_can_be_run_is_a_console_command():
