@@ -201,7 +201,8 @@ def test_inception_crops_are_the_drawn_boxes_resized_as_pillow_resizes(fields):
     assert crops.dtype == np.float32
     for crop, image, box in zip(crops, batch, boxes(16, c), strict=True):
         from_pillow = crop - by_pillow(image, box, c.augment.crop_size)
-        assert np.abs(from_pillow).max() <= 1.0  # Pillow rounds twice, by half a grey level each
+        # Pillow rounds twice, by half a grey level each; float32 adds some 1e-5.
+        assert np.abs(from_pillow).max() <= 1.001
         assert np.abs(from_pillow).mean() < 0.5
         np.testing.assert_allclose(
             crop, by_loops(image, box, c.augment.crop_size), rtol=0, atol=1e-3
