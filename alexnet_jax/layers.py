@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Bool, Float, Shaped
 
 from alexnet_jax.winograd import winograd_conv
 
@@ -24,7 +25,8 @@ def _window_sum(x: Array, size: int, axis: int) -> Array:
     pad[axis] = (before, size - 1 - before)
     padded = jnp.pad(x, pad)
     length = x.shape[axis]
-    return sum(jax.lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size))
+    shifted = (jax.lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size))
+    return functools.reduce(jnp.add, shifted)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
@@ -33,18 +35,20 @@ def _lrn(x: Array, k: float, alpha: float, beta: float, size: int, groups: int) 
 
 
 def local_response_norm(
-    x: Array, *, k: float, alpha: float, beta: float = 0.75, size: int = 5, groups: int = 1
-) -> Array:
+    x: Float[Array, "... C"],
+    *,
+    k: float,
+    alpha: float,
+    beta: float = 0.75,
+    size: int = 5,
+    groups: int = 1,
+) -> Float[Array, "... C"]:
     """b_i = a_i / (k + alpha * sum of a_j² over `size` neighbouring channels)^beta (paper §3.3).
 
     `alpha` multiplies each squared term and is not divided by `size`: give 1e-4 / 5 for what
     Caffe, PyTorch and cuda-convnet call alpha = 1e-4. With `groups` > 1 the channels are split
-    into that many towers and no window crosses from one to the next.
-
-    Args:
-      x: float[..., C], C a multiple of `groups`.
-    Returns:
-      float[..., C] in x's dtype; the sum is taken in float32 or wider.
+    into that many towers and no window crosses from one to the next. The sum is taken in float32
+    or wider, the result is in x's dtype.
     """
     return _lrn(x.astype(_wide(x)), k, alpha, beta, size, groups).astype(x.dtype)
 
@@ -77,7 +81,8 @@ def _channel_sum(x: Array, size: int, groups: int) -> Array:
     """Sum over windows of an odd number of channels that do not leave their tower."""
     by_slices = functools.partial(channel_sum_by_slices, size=size, groups=groups)
     by_matrix = functools.partial(channel_sum_by_matrix, size=size, groups=groups)
-    return jax.lax.platform_dependent(x, cpu=by_slices, default=by_matrix)
+    total: Array = jax.lax.platform_dependent(x, cpu=by_slices, default=by_matrix)
+    return total
 
 
 def channel_sum_by_slices(x: Array, size: int, groups: int) -> Array:
@@ -95,17 +100,13 @@ def channel_sum_by_matrix(x: Array, size: int, groups: int) -> Array:
 
 
 def within_map_norm(
-    x: Array, *, alpha: float = 0.001 / 25, beta: float = 0.75, size: int = 5
-) -> Array:
+    x: Float[Array, "B H W C"], *, alpha: float = 0.001 / 25, beta: float = 0.75, size: int = 5
+) -> Float[Array, "B H W C"]:
     """Response norm over a `size` x `size` window of the same channel, clipped at the edges.
 
     b = a / (1 + alpha * sum of a² in the window)^beta: the `rnorm` layer that run #145 of the
-    authors has after conv2 and the paper leaves out. Its scale of 0.001 is divided by size².
-
-    Args:
-      x: float[B, H, W, C].
-    Returns:
-      float[B, H, W, C] in x's dtype; the sum is taken in float32 or wider.
+    authors has after conv2 and the paper leaves out. Its scale of 0.001 is divided by size². The
+    sum is taken in float32 or wider, the result is in x's dtype.
     """
     wide = x.astype(_wide(x))
     energy = _window_sum(_window_sum(jnp.square(wide), size, axis=1), size, axis=2)
@@ -119,16 +120,16 @@ def ceil_padding(length: int, size: int, stride: int) -> tuple[int, int]:
 
 
 def conv(
-    x: Array,
-    kernel: Array,
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "R R C/groups D"],
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     *,
     feature_group_count: int = 1,
     pool: bool = False,
     **others: Any,
-) -> Array:
-    """`jax.lax.conv_general_dilated` of [B, H, W, C] and [R, R, C / groups, D]; maybe max_pool.
+) -> Float[Array, "B height width D"]:
+    """`jax.lax.conv_general_dilated`, and `max_pool` of it if that is asked for.
 
     On CPU it is in float32 to the end, since there bfloat16 only costs conversions, and goes by
     `winograd_conv` where there are enough channels for the products to outweigh the additions.
@@ -159,10 +160,13 @@ def conv(
             y = _strided_winograd_conv(x, kernel, strides[0], padding, feature_group_count)
         return pooled(y).astype(x.dtype)
 
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+    y: Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+    return y
 
 
-def dot_general(x: Array, kernel: Array, dimensions: Any, **others: Any) -> Array:
+def dot_general(
+    x: Float[Array, "B D"], kernel: Float[Array, "D E"], dimensions: Any, **others: Any
+) -> Float[Array, "B E"]:
     """`jax.lax.dot_general` in x's dtype, but on CPU in float32, as `conv`."""
 
     def plain(x: Array, kernel: Array) -> Array:
@@ -171,7 +175,8 @@ def dot_general(x: Array, kernel: Array, dimensions: Any, **others: Any) -> Arra
     def on_cpu(x: Array, kernel: Array) -> Array:
         return plain(*_gradients_in_turn(x.astype(kernel.dtype), kernel)).astype(x.dtype)
 
-    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+    y: Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=plain)
+    return y
 
 
 @jax.custom_vjp
@@ -193,7 +198,9 @@ def _in_turn_backward(_: None, gradients: tuple[Array, Array]) -> tuple[Array, A
 _gradients_in_turn.defvjp(lambda x, kernel: ((x, kernel), None), _in_turn_backward)
 
 
-def promote_all_but_kernel(x: Array, kernel: Array, bias: Array | None, *, dtype: Any):
+def promote_all_but_kernel(
+    x: Array, kernel: Array, bias: Array | None, *, dtype: Any
+) -> tuple[Array, Array, Array | None]:
     """Flax's `promote_dtype` for a layer of `conv` or `dot_general`, which cast the kernel."""
     return x.astype(dtype), kernel, bias if bias is None else bias.astype(dtype)
 
@@ -234,14 +241,10 @@ def _space_to_depth(
     )
 
 
-def max_pool(x: Array) -> Array:
-    """Overlapping max pooling, 3x3 of stride 2; sizes round up, windows are clipped at the edge.
-
-    Args:
-      x: float[B, H, W, C].
-    Returns:
-      float[B, ceil((H - 3) / 2) + 1, ceil((W - 3) / 2) + 1, C].
-    """
+def max_pool(
+    x: Float[Array, "B H W C"],
+) -> Float[Array, "B ceil((H-3)/2)+1 ceil((W-3)/2)+1 C"]:
+    """Overlapping max pooling, 3x3 of stride 2; sizes round up, windows are clipped at the edge."""
     pads = [ceil_padding(length, POOL_SIZE, POOL_STRIDE) for length in x.shape[1:3]]
 
     def on_cpu(x: Array) -> Array:
@@ -250,9 +253,11 @@ def max_pool(x: Array) -> Array:
         return _pool_whole_windows(whole).astype(x.dtype)
 
     def plain(x: Array) -> Array:
-        return nn.max_pool(x, (POOL_SIZE,) * 2, (POOL_STRIDE,) * 2, pads)
+        y: Array = nn.max_pool(x, (POOL_SIZE,) * 2, (POOL_STRIDE,) * 2, pads)
+        return y
 
-    return jax.lax.platform_dependent(x, cpu=on_cpu, default=plain)
+    y: Array = jax.lax.platform_dependent(x, cpu=on_cpu, default=plain)
+    return y
 
 
 def _wide(x: Array) -> Any:
@@ -296,9 +301,9 @@ def _unpool_axis(x: Array, y: Array, dy: Array, axis: int) -> Array:
     first, second, _ = (part == y for part in _of_windows(x, axis))
     to_first, to_second, to_third = first, ~first & second, ~(first | second)
 
-    def sent(chosen: Array, *pad: int) -> Array:
+    def sent(chosen: Array, before: int, after: int) -> Array:
         pads = [(0, 0)] * x.ndim
-        pads[axis] = pad
+        pads[axis] = before, after
         return jnp.pad(jnp.where(chosen, dy, 0), pads)
 
     even, odd = sent(to_first, 0, 1) + sent(to_third, 1, 0), sent(to_second, 0, 1)
@@ -307,8 +312,10 @@ def _unpool_axis(x: Array, y: Array, dy: Array, axis: int) -> Array:
     return jax.lax.slice_in_dim(both, 0, x.shape[axis], axis=axis)
 
 
-def dropout_mask(key: Array, rate: float, first: Array | int, shape: tuple[int, int]) -> Array:
-    """Returns which units are kept, bool[B, D], each with probability 1 - rate.
+def dropout_mask(
+    key: Array, rate: float, first: Array | int, shape: tuple[int, int]
+) -> Bool[Array, "B D"]:
+    """Returns which units are kept, each with probability 1 - rate.
 
     An image's draws come from the key and its place in the batch alone, so that they are the same
     however many devices share the batch.
@@ -321,16 +328,20 @@ def dropout_mask(key: Array, rate: float, first: Array | int, shape: tuple[int, 
     return jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape[1:]))(keys)
 
 
-def inverted_dropout(x: Array, rate: float, kept: Array | None) -> Array:
+def inverted_dropout(
+    x: Float[Array, "B D"], rate: float, kept: Bool[Array, "B D"] | None
+) -> Float[Array, "B D"]:
     """Zeros, and the rest divided by 1 - rate, so that nothing is to be done at test.
 
     Args:
-      kept: bool[...] of x's shape in training, None at test.
+      kept: None at test.
     """
     return x if kept is None else jnp.where(kept, x / (1.0 - rate), 0)
 
 
-def paper_dropout(x: Array, rate: float, kept: Array | None) -> Array:
+def paper_dropout(
+    x: Float[Array, "B D"], rate: float, kept: Bool[Array, "B D"] | None
+) -> Float[Array, "B D"]:
     """Dropout as in paper §4.2: zeros with no rescaling in training, x * (1 - rate) at test.
 
     Its expectation over masks equals its test output, as with inverted dropout; but what the next
@@ -338,26 +349,33 @@ def paper_dropout(x: Array, rate: float, kept: Array | None) -> Array:
     learning rate.
 
     Args:
-      kept: bool[...] of x's shape in training, None at test.
+      kept: None at test.
     """
     return x * jnp.asarray(1.0 - rate, x.dtype) if kept is None else x * kept.astype(x.dtype)
 
 
-def to_rows_of_group(x: Array, axis: str) -> Array:
-    """[b, D] of each device's images -> [m b, D / m]: all m devices' images, a share of the units.
+def to_rows_of_group(x: Shaped[Array, "b D"], axis: str) -> Shaped[Array, "m*b D/m"]:
+    """All units of each device's images -> of all m devices' images a share of the units.
 
     The devices along a mapped axis exchange what they have; that moves each value at most once.
     """
-    return jax.lax.all_to_all(x, axis, split_axis=1, concat_axis=0, tiled=True)
+    y: Array = jax.lax.all_to_all(x, axis, split_axis=1, concat_axis=0, tiled=True)
+    return y
 
 
 def split_dot_general(
-    x: Array, kernel: Array, dimensions: Any, *, axis: str, scatter: int, **others: Any
-) -> Array:
-    """`dot_general` of shares of the inputs, [m b, D / m] and [D / m, E], added over a mapped axis.
+    x: Float[Array, "m*b D/m"],
+    kernel: Float[Array, "D/m E"],
+    dimensions: Any,
+    *,
+    axis: str,
+    scatter: int,
+    **others: Any,
+) -> Float[Array, "b E"] | Float[Array, "m*b E/m"]:
+    """`dot_general` of shares of the inputs, added over a mapped axis of m devices.
 
-    Returns the share of the sum along dimension `scatter` that is this device's: [b, E] or
-    [m b, E / m].
+    Returns the share of the sum along dimension `scatter` that is this device's.
     """
     partial = dot_general(x, kernel, dimensions, **others)
-    return jax.lax.psum_scatter(partial, axis, scatter_dimension=scatter, tiled=True)
+    y: Array = jax.lax.psum_scatter(partial, axis, scatter_dimension=scatter, tiled=True)
+    return y

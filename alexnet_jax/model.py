@@ -2,13 +2,15 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jaxtyping import Bool, Float, Float32
 
 from alexnet_jax.errors import UserError
 from alexnet_jax.layers import (
@@ -185,8 +187,8 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, train: bool = False, features: Sequence[str] = ()
-    ) -> Array | tuple[Array, dict[str, Array]]:
+        self, x: Float[Array, "B S S C"], train: bool = False, features: Sequence[str] = ()
+    ) -> Float32[Array, "B classes"] | tuple[Float32[Array, "B classes"], dict[str, Array]]:
         """Logits of a batch, and on request what the layers inside made of it.
 
         A feature is the output of the convolution, pooling or fc layer of that name, with the
@@ -196,14 +198,14 @@ class AlexNet(nn.Module):
         rectified. `fc8` is the logits.
 
         Args:
-          x: float[B, S, S, C], mean subtracted, S at least 63, any C. Odd sizes are fine:
-            convolutions round down, pooling rounds up.
+          x: mean subtracted; S is at least 63. Odd sizes are fine: convolutions round down,
+            pooling rounds up.
           train: whether dropout drops (rng stream "dropout") and batch norm uses the batch.
           features: names out of `FEATURES`.
 
         Returns:
-          float32[B, num_classes], or with `features` a pair of it and a dict of arrays in the
-          model's dtype: [B, H, W, C] for convN and poolN, [B, D] for fcN.
+          The logits, or with `features` a pair of them and a dict of arrays in the model's dtype:
+          [B, H, W, C] for convN and poolN, [B, D] for fcN.
         """
         _check_input(x.shape)
         for name in features:
@@ -258,13 +260,14 @@ class AlexNet(nn.Module):
             case "within_map_norm":
                 return within_map_norm(x)
             case "bn":
-                return nn.BatchNorm(
+                normed: Array = nn.BatchNorm(
                     use_running_average=not train or f"conv{number}" in self.frozen,
                     momentum=0.9,
                     dtype=self.dtype,
-                    axis_name=self.batch_axes or None,
+                    axis_name=self.batch_axes or None,  # type: ignore[arg-type]  # several may be
                     name=f"bn{number}",
                 )(x)
+                return normed
             case "dropout":
                 return self._dropout(x, train)
         raise ValueError(f"no operation {op!r}")
@@ -282,7 +285,7 @@ class AlexNet(nn.Module):
             dtype=self.dtype,
             kernel_init=self._kernel_init(variant.conv_stds[number - 1]),
             bias_init=self._bias_init(f"conv{number}"),
-            promote_dtype=promote_all_but_kernel,
+            promote_dtype=promote_all_but_kernel,  # type: ignore[arg-type]  # not of *args
             conv_general_dilated=functools.partial(conv, pool=pool),
             name=f"conv{number}",
         )(x)
@@ -295,7 +298,8 @@ class AlexNet(nn.Module):
         return [(0, 0) if (length - 11) % 4 == 0 else (2, 2) for length in x.shape[1:3]]
 
     def _dense(self, number: int, x: Array) -> Array:
-        product, promote = dot_general, promote_all_but_kernel
+        product: Callable[..., Array] = dot_general
+        promote: Callable[..., Any] = promote_all_but_kernel
         if axis := self._split_axis():
             last = number == 8
             product = functools.partial(split_dot_general, axis=axis, scatter=0 if last else 1)
@@ -310,17 +314,19 @@ class AlexNet(nn.Module):
             name=f"fc{number}",
         )(x)
 
-    def _promote_share_of_bias(self, x: Array, kernel: Array, bias: Array, *, dtype: str):
-        x, kernel, bias = promote_all_but_kernel(x, kernel, bias, dtype=dtype)
+    def _promote_share_of_bias(
+        self, x: Array, kernel: Array, bias: Array, *, dtype: str
+    ) -> tuple[Array, Array, Array | None]:
         share = len(bias) // jax.lax.axis_size(self.fc_axis)
         start = jax.lax.axis_index(self.fc_axis) * share
-        return x, kernel, jax.lax.dynamic_slice_in_dim(bias, start, share)
+        own = jax.lax.dynamic_slice_in_dim(bias, start, share)
+        return promote_all_but_kernel(x, kernel, own, dtype=dtype)
 
     def _dropout(self, x: Array, train: bool) -> Array:
         dropout = paper_dropout if VARIANTS[self.variant].paper_dropout else inverted_dropout
         return dropout(x, self.dropout, self._kept(x.shape) if train and self.dropout else None)
 
-    def _kept(self, shape: tuple[int, int]) -> Array:
+    def _kept(self, shape: tuple[int, ...]) -> Bool[Array, "B D"]:
         key = self.make_rng("dropout")
         axis = self._split_axis()
         parts = jax.lax.axis_size(axis) if axis else 1
@@ -373,7 +379,7 @@ def layer_table(model: AlexNet, input_shape: tuple[int, int, int]) -> list[Layer
     return [_layer_row(name, outputs[name].shape[1:], variables["params"]) for name in FEATURES]
 
 
-def _layer_row(name: str, output_shape: tuple[int, ...], params: dict) -> LayerRow:
+def _layer_row(name: str, output_shape: tuple[int, ...], params: dict[str, Any]) -> LayerRow:
     own = params.get(name, {})
     norm = params.get(name.replace("conv", "bn"), {}) if name.startswith("conv") else {}
     count = sum(math.prod(leaf.shape) for leaf in (*own.values(), *norm.values()))

@@ -6,7 +6,7 @@ of changes, each (epoch, layer, field, value), that overrides it from that epoch
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from alexnet_jax.errors import UserError
 from alexnet_jax.model import LAYERS
 
 Params = dict[str, Any]
-ReduceOnPlateauState = Any
+Rates = dict[str, dict[str, jax.Array]]
 
 OPTIMIZERS = ("sgd", "lars")
 # What multiplies the learning rate, as a function of k = batch_size / scaling_batch_size.
@@ -46,11 +46,12 @@ class Scheduled(NamedTuple):
       color_noise: float32[].
     """
 
-    rates: dict[str, dict[str, jax.Array]]
+    rates: Rates
     learning_rate: jax.Array
     color_noise: jax.Array
 
 
+Rate = Callable[[jax.Array], jax.Array]  # of a step
 Schedule = Callable[[jax.Array, jax.Array], Scheduled]
 
 
@@ -66,7 +67,9 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> Schedule:
     for change in config.schedule.changes:
         _check_change(change, config.freeze)
 
-    def changed(step: jax.Array, layers: tuple[str, ...], field: str, value: jax.Array):
+    def changed(
+        step: jax.Array, layers: tuple[str, ...], field: str, value: jax.Array
+    ) -> jax.Array:
         for epoch, layer, changed_field, new in config.schedule.changes:
             if changed_field == field and layer in layers:
                 value = jnp.where(step >= math.ceil(epoch * steps_per_epoch), new, value)
@@ -109,16 +112,17 @@ def scaled_rate(config: ConfigDict) -> float:
     rate in theory, and for k times in practice. Goyal et al. 2017 (arXiv 1706.02677) take k.
     """
     times = config.batch_size / config.schedule.scaling_batch_size
-    return config.learning_rate * SCALINGS[config.schedule.scaling](times)
+    rate: float = config.learning_rate
+    return rate * SCALINGS[config.schedule.scaling](times)
 
 
-def _base_rate(config: ConfigDict, steps_per_epoch: float) -> Callable[[jax.Array], jax.Array]:
+def _base_rate(config: ConfigDict, steps_per_epoch: float) -> Rate:
     fields, rate = config.schedule, scaled_rate(config)
     if not all(isinstance(epoch, int | float) for epoch in fields.step_epochs):
         raise UserError(f"schedule.step_epochs={fields.step_epochs} must be numbers")
     warmup_steps = round(fields.warmup_epochs * steps_per_epoch)
     decay_steps = max(1, math.ceil(config.num_epochs * steps_per_epoch) - warmup_steps)
-    kinds = {
+    kinds: dict[str, Callable[[], Rate]] = {
         "constant": lambda: optax.constant_schedule(rate),
         "plateau": lambda: optax.constant_schedule(rate),
         "steps": lambda: optax.piecewise_constant_schedule(
@@ -136,7 +140,8 @@ def _base_rate(config: ConfigDict, steps_per_epoch: float) -> Callable[[jax.Arra
     if not warmup_steps:
         return kinds[fields.kind]()
     warmup = optax.linear_schedule(0.0, rate, warmup_steps)
-    return optax.join_schedules([warmup, kinds[fields.kind]()], [warmup_steps])
+    joined: Rate = optax.join_schedules([warmup, kinds[fields.kind]()], [warmup_steps])
+    return joined
 
 
 def _check_layers(config: ConfigDict) -> None:
@@ -239,7 +244,9 @@ def layer_of(name: str) -> str:
     return name.replace("bn", "conv")
 
 
-def _scaled_by_layer(layer_rates: tuple) -> optax.GradientTransformationExtraArgs:
+def _scaled_by_layer(
+    layer_rates: Sequence[tuple[str, float]],
+) -> optax.GradientTransformationExtraArgs:
     """ε · (times u) is (ε · times) u, so what multiplies the rate may as well multiply the step."""
     scales = {layer: optax.scale(times) for layer, times in layer_rates}
 
@@ -262,7 +269,14 @@ def _momentum(momentum: float) -> optax.GradientTransformationExtraArgs:
     def init(params: Params) -> optax.TraceState:
         return optax.TraceState(trace=jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates, state, params=None, *, rates, **_):
+    def update(
+        updates: Params,
+        state: optax.TraceState,
+        params: Params | None = None,
+        *,
+        rates: Rates,
+        **_: Any,
+    ) -> tuple[Params, optax.TraceState]:
         del params
         rates = jax.tree_util.tree_map_with_path(lambda path, _: _rate_of(path, rates), updates)
         velocity = jax.tree.map(
@@ -281,7 +295,7 @@ def _is_weight(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
-def _rate_of(path: tuple[Any, ...], rates: dict[str, dict[str, jax.Array]]) -> jax.Array:
+def _rate_of(path: tuple[Any, ...], rates: Rates) -> jax.Array:
     """A layer's batch norm, bn1 to bn5, goes with its biases."""
     layer = layer_of(path[0].key)
     return rates[layer]["learning_rate" if path[-1].key == "kernel" else "bias_learning_rate"]

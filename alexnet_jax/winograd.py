@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Float, Float32, Float64
 
 # Where polynomials are evaluated. More points would save more products and lose more digits.
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
@@ -25,19 +26,16 @@ class Tiling(NamedTuple):
 
     Attributes:
       length: outputs along the axis.
-      count: tiles that cover it; the last may reach beyond.
+      tiles: that cover it; the last may reach beyond.
       outputs: of each tile.
-      input: float64[products, products].
-      kernel: float64[products, taps].
-      output: float64[outputs, products].
     """
 
     length: int
-    count: int
+    tiles: int
     outputs: int
-    input: np.ndarray
-    kernel: np.ndarray
-    output: np.ndarray
+    input: Float64[np.ndarray, "products products"]
+    kernel: Float64[np.ndarray, "products taps"]
+    output: Float64[np.ndarray, "outputs products"]
 
 
 @functools.cache
@@ -59,7 +57,7 @@ def tiling(length: int, taps: int) -> Tiling:
     scales = [np.prod(p - q) for p, q in zip(points, others, strict=True)]
     return Tiling(
         length=length,
-        count=tiles[outputs],
+        tiles=tiles[outputs],
         outputs=outputs,
         input=np.vstack([*lagrange, with_roots(points)]),
         kernel=values(taps) / np.append(scales, 1.0)[:, None],
@@ -68,18 +66,17 @@ def tiling(length: int, taps: int) -> Tiling:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def winograd_conv(x: Array, kernel: Array, padding: int) -> Array:
+def winograd_conv(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "R R C D"], padding: int
+) -> Float32[Array, "B H+2*padding-R+1 W+2*padding-R+1 D"]:
     """Convolution of stride 1, with zeros around x.
 
     Everything is in float32 whatever the dtypes of x and kernel. Against float64 the outputs' root
     mean square error is about 4e-6 of theirs, where that of the plain sum is 4e-7.
 
     Args:
-      x: float[B, H, W, C].
-      kernel: float[R, R, C, D], R at most MAX_TAPS.
+      kernel: R is at most MAX_TAPS.
       padding: rows and columns of zeros on each side.
-    Returns:
-      float32[B, H + 2 padding - R + 1, W + 2 padding - R + 1, D].
     """
     tilings = _tilings(x, kernel, padding)
     kernels = _of_kernel(kernel, tilings)
@@ -106,7 +103,7 @@ def _backward(padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Arra
             _of_output_gradients(dy, tilings),
         )
 
-    products = sum(map(of_part, _in_parts(x), _in_parts(dy)))
+    products = functools.reduce(jnp.add, map(of_part, _in_parts(x), _in_parts(dy)))
     d_kernel = _kernel_gradient(products, tilings).astype(kernel.dtype)
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
     dx = winograd_conv(dy, turned, kernel.shape[0] - 1 - padding).astype(x.dtype)
@@ -134,42 +131,47 @@ def _in_parts(x: Array) -> list[Array]:
     return [x[first : first + PART] for first in range(0, len(x), PART)]
 
 
-def _of_inputs(x: Array, tilings: Tilings, padding: int) -> Array:
-    """[B, H, W, C] -> [products, products, B, tiles, tiles, C]."""
+def _of_inputs(
+    x: Float[Array, "B H W C"], tilings: Tilings, padding: int
+) -> Float32[Array, "products products B tiles tiles C"]:
     rows, columns = tilings
     return _cut(_cut(x, rows, rows.input, 1, padding), columns, columns.input, 3, padding)
 
 
-def _of_output_gradients(dy: Array, tilings: Tilings) -> Array:
-    """[B, H, W, D] -> [products, products, B, tiles, tiles, D]."""
+def _of_output_gradients(
+    dy: Float[Array, "B height width D"], tilings: Tilings
+) -> Float32[Array, "products products B tiles tiles D"]:
     rows, columns = tilings
     return _cut(_cut(dy, rows, rows.output.T, 1), columns, columns.output.T, 3)
 
 
-def _of_kernel(kernel: Array, tilings: Tilings) -> Array:
-    """[R, S, C, D] -> [products, products, C, D]."""
+def _of_kernel(
+    kernel: Float[Array, "R R C D"], tilings: Tilings
+) -> Float32[Array, "products products C D"]:
     rows, columns = tilings
     return _combine(columns.kernel, _combine(rows.kernel, kernel).swapaxes(0, 1))
 
 
-def _kernel_gradient(products: Array, tilings: Tilings) -> Array:
-    """[products, products, C, D] -> [R, S, C, D]."""
+def _kernel_gradient(
+    products: Float32[Array, "products products C D"], tilings: Tilings
+) -> Float32[Array, "R R C D"]:
     rows, columns = tilings
     return _combine(rows.kernel.T, _combine(columns.kernel.T, products).swapaxes(0, 1))
 
 
-def _outputs(products: Array, tilings: Tilings) -> Array:
-    """[products, products, B, tiles, tiles, D] -> [B, height, width, D]."""
+def _outputs(
+    products: Float32[Array, "products products B tiles tiles D"], tilings: Tilings
+) -> Float32[Array, "B height width D"]:
     rows, columns = tilings
     y = _combine(rows.output, _combine(columns.output, products, axis=4), axis=2)
-    y = y.reshape(y.shape[0], rows.count * rows.outputs, columns.count * columns.outputs, -1)
+    y = y.reshape(y.shape[0], rows.tiles * rows.outputs, columns.tiles * columns.outputs, -1)
     return y[:, : rows.length, : columns.length]
 
 
 def _cut(x: Array, tiling: Tiling, matrix: np.ndarray, axis: int, before: int = 0) -> Array:
     """Combines the elements of each tile of an axis; which combination becomes the first axis."""
     stride, length = tiling.outputs, matrix.shape[1]
-    first_of_last = stride * (tiling.count - 1)
+    first_of_last = stride * (tiling.tiles - 1)
     pad = [(0, 0)] * x.ndim
     pad[axis] = (before, first_of_last + length - before - x.shape[axis])
     x = jnp.pad(x, pad)
