@@ -3,11 +3,13 @@
 import io
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import simplejpeg
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from alexnet_jax.buffers import Buffers
@@ -17,7 +19,8 @@ WHITE = (255, 255, 255, 255)
 # 400 MB of decoded pixels; a file that claims more is an attack or damaged.
 MAX_PIXELS = 2**27
 # EXIF 2.3, tag 0x0112: how stored pixels become upright.
-TURNED = {
+UPRIGHT = 1
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda square: np.rot90(square, 2),
     4: np.flipud,
@@ -33,7 +36,7 @@ _scratch = threading.local()
 _images = Buffers()
 
 
-def decode_square(image: bytes | np.ndarray, size: int) -> np.ndarray:
+def decode_square(image: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Decodes an image, scales its shorter side to `size` and keeps the centre square.
 
     Scaling antialiases when it shrinks. Colour and grey JPEGs that have to shrink, nearly all
@@ -47,8 +50,8 @@ def decode_square(image: bytes | np.ndarray, size: int) -> np.ndarray:
       size: pixels along the result's sides.
 
     Returns:
-      uint8[size, size, 3], RGB. Grey becomes three equal channels, transparency lies on white,
-      CMYK (Adobe's inverted kind too) is converted, 16-bit samples keep their upper 8 bits.
+      RGB. Grey becomes three equal channels, transparency lies on white, CMYK (Adobe's inverted
+      kind too) is converted, 16-bit samples keep their upper 8 bits.
 
     Raises:
       Exception: whatever Pillow raises for bytes that are no whole image; ValueError for one of
@@ -65,21 +68,21 @@ def decode_square(image: bytes | np.ndarray, size: int) -> np.ndarray:
     return _scale_square(Image.open(io.BytesIO(image)), size) if shrunk is None else shrunk
 
 
-def decode_upright(image: bytes, size: int) -> np.ndarray:
+def decode_upright(image: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Decodes as `decode_square` does, turned as the file's EXIF orientation says it is to be seen.
 
     The centre square of a turned image is the turned centre square.
     """
     square = decode_square(image, size)
     picture = Image.open(io.BytesIO(image))
-    turned = TURNED.get(picture.getexif().get(ExifTags.Base.Orientation))
+    turned = TURNED.get(picture.getexif().get(ExifTags.Base.Orientation, UPRIGHT))
     if turned is None or picture.format == "TIFF":  # which Pillow turns by itself
         return square
     return np.ascontiguousarray(turned(square))
 
 
-def read_upright(path: Path, size: int) -> np.ndarray | str:
-    """Returns a file's uint8[size, size, 3], as `decode_upright` does, or why there is none."""
+def read_upright(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"] | str:
+    """Returns a file's image, as `decode_upright` does, or why there is none."""
     if path.exists() and not path.is_file():
         return "it is not a regular file"
     try:
@@ -119,9 +122,10 @@ def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:
 
 def _scratch_bytes(count: int) -> np.ndarray:
     """Returns memory of this thread's own, since fresh pages cost more than decoding into them."""
-    if getattr(_scratch, "bytes", None) is None or _scratch.bytes.size < count:
-        _scratch.bytes = np.empty(count, np.uint8)
-    return _scratch.bytes
+    memory: np.ndarray | None = getattr(_scratch, "bytes", None)
+    if memory is None or memory.size < count:
+        memory = _scratch.bytes = np.empty(count, np.uint8)
+    return memory
 
 
 def _scale_square(picture: Image.Image, size: int) -> np.ndarray:

@@ -2,10 +2,11 @@
 
 import cv2
 import numpy as np
+from jaxtyping import Float64, Int64, UInt8
 
 
-def outer_sum(image: np.ndarray) -> np.ndarray:
-    """Returns the sum over the pixels of uint8[H, W, 3] of RGB's outer product, float64[3, 3].
+def outer_sum(image: UInt8[np.ndarray, "H W 3"]) -> Float64[np.ndarray, "3 3"]:
+    """Returns the sum over the pixels of RGB's outer product with itself.
 
     Exact, and ten times as fast as a matrix product: OpenCV's sums of squares take uint8 as it is,
     and 2ab = a² + b² - (a - b)².
@@ -19,7 +20,9 @@ def outer_sum(image: np.ndarray) -> np.ndarray:
     return outer
 
 
-def statistics(count: int, image_sum: np.ndarray, outer_sum: np.ndarray) -> dict[str, np.ndarray]:
+def statistics(
+    count: int, image_sum: Int64[np.ndarray, "S S 3"], outer_sum: Float64[np.ndarray, "3 3"]
+) -> dict[str, np.ndarray]:
     """Returns the mean image, mean RGB, and eigen-decomposition of the RGB covariance.
 
     As in `store_files.Store`, in float64. The covariance is over all pixels of all images (2012
@@ -27,8 +30,8 @@ def statistics(count: int, image_sum: np.ndarray, outer_sum: np.ndarray) -> dict
 
     Args:
       count: of the images.
-      image_sum: int64[S, S, 3], their sum.
-      outer_sum: float64[3, 3], sum over all their pixels of RGB's outer product with itself.
+      image_sum: their sum.
+      outer_sum: sum over all their pixels of RGB's outer product with itself.
     """
     mean_image = image_sum / count
     pixels = count * mean_image.shape[0] * mean_image.shape[1]

@@ -22,12 +22,20 @@ import cv2
 import numpy as np
 import simplejpeg
 import tensorstore as ts
+from jaxtyping import Float32, Float64, UInt8
 from tqdm import tqdm
 
 from alexnet_jax.decode import decode_square
 from alexnet_jax.errors import UserError, explained_write_errors, one_line
 from alexnet_jax.pixel_statistics import outer_sum, statistics
-from alexnet_jax.shards import pack_jpeg, pack_shard, rows_per_shard, shard_key, write_local
+from alexnet_jax.shards import (
+    Pieces,
+    pack_jpeg,
+    pack_shard,
+    rows_per_shard,
+    shard_key,
+    write_local,
+)
 from alexnet_jax.sources import FOLDER_PREFIX, Example, Source, open_source
 from alexnet_jax.store_files import (
     CORRUPT_LABEL,
@@ -53,21 +61,21 @@ class Part:
     Attributes:
       labels: of its examples, CORRUPT_LABEL for those that could not be decoded.
       corrupt: a line for each of those.
-      outer_sum: float64[3, 3], sum over its pixels of the outer product of RGB with itself; exact.
+      outer_sum: sum over its pixels of the outer product of RGB with itself; exact.
       num_bytes: of its file.
     """
 
     labels: list[int]
     corrupt: list[str]
-    outer_sum: np.ndarray
+    outer_sum: Float64[np.ndarray, "3 3"]
     num_bytes: int
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An example's image uint8[S, S, 3] and what a shard holds of it; or, of both, the error."""
+    """An example's image and what a shard holds of it; or, of both, the error."""
 
-    image: np.ndarray | None
+    image: UInt8[np.ndarray, "S S 3"] | None
     chunk: np.ndarray | bytes | None
     error: str = ""
 
@@ -90,7 +98,7 @@ def prepare_splits(
     splits = {paths["train"]: config["train_split"], paths["eval"]: config["eval_split"]}
     folder = os.path.dirname(paths["train"])
 
-    def lock(whole: bool) -> contextlib.AbstractContextManager:
+    def lock(whole: bool) -> contextlib.AbstractContextManager[None]:
         """One host of several locks only what all of them do; one alone locks all the while."""
         return _lock(folder) if whole == (part == WHOLE) else contextlib.nullcontext()
 
@@ -235,7 +243,7 @@ class _Work:
 
     def _assemble(
         self, shard: int, decoded: Iterator[tuple[Example, Decoded]], bar: tqdm
-    ) -> tuple[Part, np.ndarray, list]:
+    ) -> tuple[Part, Float32[np.ndarray, "S S 3"], Pieces]:
         """Takes a shard's examples; returns its part, its image sum and the file's content."""
         part = Part([], [], np.zeros((3, 3)), 0)
         # Exact: not more than MAX_ROWS sums of integers below 256, and float32 counts to 2**24.
@@ -264,7 +272,7 @@ class _Work:
         part.num_bytes = sum(map(len, content))
         return part, image_sum, content
 
-    def _write_shard(self, shard: int, part: Part, image_sum: np.ndarray, content: list) -> None:
+    def _write_shard(self, shard: int, part: Part, image_sum: np.ndarray, content: Pieces) -> None:
         """Writes the file, then the sum, then the record that says that both are there."""
         buffer = io.BytesIO()
         np.save(buffer, image_sum.astype(np.uint32))
@@ -308,7 +316,7 @@ class _Work:
         self, examples: Iterator[Example], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[Example, Decoded]]:
         """Decodes in threads (the decoders let go of Python's lock), a bounded number ahead."""
-        pending: deque[tuple[Example, Future]] = deque()
+        pending: deque[tuple[Example, Future[Decoded]]] = deque()
         try:
             for example in examples:
                 pending.append((example, pool.submit(self._decode, example)))

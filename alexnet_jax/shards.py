@@ -21,6 +21,7 @@ import numpy as np
 import simplejpeg
 import tensorstore as ts
 from crc32c import crc32c
+from jaxtyping import Int, UInt8
 
 from alexnet_jax.errors import one_line
 
@@ -34,6 +35,7 @@ INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name
 INDEX_CACHE_BYTES = 64 * 2**20  # of remote shards; ImageNet's indices take 20 MB
 
 Unpack = Callable[[np.ndarray, np.ndarray], None]
+Pieces = Sequence[memoryview | bytes]  # of a file, one after the other
 
 
 class Damage(Exception):
@@ -43,7 +45,7 @@ class Damage(Exception):
 def rows_per_shard(size: int) -> int:
     """Returns how many images of `size` pixels a side one shard holds: a power of two."""
     fitting = max(1, min(MAX_ROWS, MAX_BYTES // (size * size * 3)))
-    return 2 ** (fitting.bit_length() - 1)
+    return 1 << (fitting.bit_length() - 1)
 
 
 def shard_key(shard: int) -> str:
@@ -51,18 +53,19 @@ def shard_key(shard: int) -> str:
     return f"image/c/{shard}/0/0/0"
 
 
-def checksum(data: np.ndarray | bytes) -> bytes:
+def checksum(data: np.ndarray | memoryview | bytes) -> bytes:
     """Returns the CRC-32C as it is stored."""
     return crc32c(data).to_bytes(CHECKSUM_BYTES, "little")
 
 
-def pack_shard(chunks: Sequence[np.ndarray | bytes | None]) -> list[memoryview | bytes]:
+def pack_shard(chunks: Sequence[np.ndarray | bytes | None]) -> Pieces:
     """Returns the content of a shard of these chunks, in pieces, so that no image is copied.
 
     None leaves a place without an image.
     """
     index = np.full(len(chunks), ABSENT, np.dtype("<u8")).repeat(2).view(INDEX_ENTRY)
-    pieces, end = [], 0
+    pieces: list[memoryview | bytes] = []
+    end = 0
     for place, chunk in enumerate(chunks):
         if chunk is not None:
             data = memoryview(chunk).cast("B")
@@ -72,7 +75,7 @@ def pack_shard(chunks: Sequence[np.ndarray | bytes | None]) -> list[memoryview |
     return [*pieces, index.tobytes(), checksum(index.tobytes())]
 
 
-def write_local(path: str, pieces: Sequence[memoryview | bytes], scratch: str) -> None:
+def write_local(path: str, pieces: Pieces, scratch: str) -> None:
     """Writes a file that is there whole or not at all.
 
     Args:
@@ -93,18 +96,19 @@ def write_local(path: str, pieces: Sequence[memoryview | bytes], scratch: str) -
         raise
 
 
-def unpack_raw(data: np.ndarray, image: np.ndarray) -> None:
-    """Copies the pixels uint8[S * S * 3] of a chunk into uint8[S, S, 3]."""
+def unpack_raw(data: UInt8[np.ndarray, " S*S*3"], image: UInt8[np.ndarray, "S S 3"]) -> None:
+    """Copies the pixels of a chunk into an image."""
     image.reshape(-1)[:] = data
 
 
-def pack_jpeg(image: np.ndarray) -> bytes:
-    """Returns the JPEG of uint8[S, S, 3] that a shard holds under storage=jpeg."""
-    return simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
+def pack_jpeg(image: UInt8[np.ndarray, "S S 3"]) -> bytes:
+    """Returns the JPEG that a shard holds under storage=jpeg."""
+    jpeg: bytes = simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
+    return jpeg
 
 
-def unpack_jpeg(data: np.ndarray, image: np.ndarray) -> None:
-    """Decodes the JPEG bytes of a chunk into uint8[S, S, 3]."""
+def unpack_jpeg(data: UInt8[np.ndarray, " bytes"], image: UInt8[np.ndarray, "S S 3"]) -> None:
+    """Decodes the JPEG bytes of a chunk into an image."""
     decoded = simplejpeg.decode_jpeg(data, buffer=image)
     if decoded.shape != image.shape:
         raise ValueError(f"a JPEG of {decoded.shape} pixels and not of {image.shape}")
@@ -134,8 +138,10 @@ class LocalShards:
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._open = functools.lru_cache(maxsize=max(16, descriptors // 2))(self._open_shard)
 
-    def read(self, rows: np.ndarray, images: np.ndarray, unpack: Unpack) -> None:
-        """Reads the images at `rows` int[B] into uint8[B, S, S, 3]. Raises Damage."""
+    def read(
+        self, rows: Int[np.ndarray, " B"], images: UInt8[np.ndarray, "B S S 3"], unpack: Unpack
+    ) -> None:
+        """Reads the images at `rows` into `images`. Raises Damage."""
         for row, image in zip(rows.tolist(), images, strict=True):
             self._read_one(row, image, unpack)
 
@@ -177,8 +183,10 @@ class RemoteShards:
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES}})
         self._open = functools.cache(self._open_shard)
 
-    def read(self, rows: np.ndarray, images: np.ndarray, unpack: Unpack) -> None:
-        """Reads the images at `rows` int[B] into uint8[B, S, S, 3], all at once. Raises Damage."""
+    def read(
+        self, rows: Int[np.ndarray, " B"], images: UInt8[np.ndarray, "B S S 3"], unpack: Unpack
+    ) -> None:
+        """Reads the images at `rows` into `images`, all at once. Raises Damage."""
         places = [divmod(row, self._rows) for row in rows.tolist()]
         asked = [self._open(shard).read(_place_key(place)) for shard, place in places]
         for (shard, place), future, image in zip(places, asked, images, strict=True):

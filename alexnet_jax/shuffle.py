@@ -8,19 +8,21 @@ one index at a time: 10 µs of Python's lock for each image, half of what readin
 import math
 
 import numpy as np
+from jaxtyping import Int64
+from numpy.typing import NDArray
 
 HALF_ROUNDS = 8
 
 
-def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
+def shuffled(places: Int64[np.ndarray, " B"], count: int, seed: int) -> Int64[np.ndarray, " B"]:
     """Returns the examples at places of the endless stream of shuffled epochs.
 
     Args:
-      places: int64[B], at least 0; epoch e is [e·count, (e+1)·count).
+      places: at least 0; epoch e is [e·count, (e+1)·count).
       count: number of examples.
       seed: together with the epoch's number it decides about an epoch's order.
 
-    Returns int64[B], in [0, count).
+    Returns numbers in [0, count).
     """
     epochs, inside = np.divmod(np.asarray(places, np.int64), count)
     examples = np.empty_like(inside)
@@ -31,7 +33,7 @@ def shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
     return examples
 
 
-def _permuted(places: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
+def _permuted(places: NDArray[np.uint64], count: int, keys: np.ndarray) -> NDArray[np.uint64]:
     """A Feistel network over the cells of the squarest grid that has room for `count`.
 
     Each half-round adds a hash of the column to the row, or of the row to the column, and so can be
@@ -51,7 +53,7 @@ def _permuted(places: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
     return found
 
 
-def _hash(values: np.ndarray) -> np.ndarray:
+def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """SplitMix64's finalizer (Steele, Lea, Flood 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -9,16 +9,19 @@ import operator
 import os
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.store_files import Store, expand_dir, is_url
+
+if TYPE_CHECKING:
+    from tensorflow_datasets.core import DatasetBuilder
 
 FOLDER_PREFIX = "folder:"
 IMAGE_SUFFIXES = frozenset(
@@ -172,7 +175,7 @@ def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
                 image, label = example[image_key], int(example[label_key])
                 file_name = example.get(FILE_NAME_KEY, b"")
                 name = file_name.decode() if file_name else f"{split} example {index}"
-                yield Example(name, label, lambda image=image: image)
+                yield Example(name, label, _holding(image))
 
     return Source(
         name=f"{builder.info.full_name} {split}",
@@ -180,6 +183,10 @@ def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
         class_names=tuple(builder.info.features[label_key].names),
         read=read,
     )
+
+
+def _holding(image: bytes | np.ndarray) -> Callable[[], bytes | np.ndarray]:
+    return lambda: image
 
 
 def _load_tensorflow() -> None:
@@ -204,7 +211,7 @@ def _stderr_closed() -> Iterator[None]:
         os.close(saved)
 
 
-def _find_builder(dataset: str, data_dir: str):
+def _find_builder(dataset: str, data_dir: str) -> "DatasetBuilder":
     import tensorflow_datasets as tfds
 
     import alexnet_jax.datasets  # noqa: F401  (tfds finds builders that are imported)
@@ -228,11 +235,11 @@ def _find_builder(dataset: str, data_dir: str):
         raise UserError(f"tfds cannot take dataset {dataset!r}: {one_line(error)}") from error
 
 
-def _is_built(builder) -> bool:
-    return builder.data_path.exists() and builder.is_prepared()
+def _is_built(builder: "DatasetBuilder") -> bool:
+    return bool(builder.data_path.exists() and builder.is_prepared())
 
 
-def _build(builder, dataset: str, data_dir: str) -> None:
+def _build(builder: "DatasetBuilder", dataset: str, data_dir: str) -> None:
     """Downloads and builds a data set, or says in a sentence what it lacks."""
     import requests
     import tensorflow_datasets as tfds
@@ -268,7 +275,7 @@ def _build(builder, dataset: str, data_dir: str) -> None:
         ) from error
 
 
-def _check_hosts(builder, dataset: str, data_dir: str) -> None:
+def _check_hosts(builder: "DatasetBuilder", dataset: str, data_dir: str) -> None:
     """Fails at once where no name resolves: tfds itself would try again for three minutes."""
     downloads = Path(data_dir, "downloads")
     has_files = builder.MANUAL_DOWNLOAD_INSTRUCTIONS or any(downloads.rglob("*.INFO"))
@@ -283,7 +290,7 @@ def _check_hosts(builder, dataset: str, data_dir: str) -> None:
     raise UserError(f"cannot download {dataset}, since there is no internet here; {mend}")
 
 
-def _image_and_label(builder, dataset: str) -> tuple[str, str]:
+def _image_and_label(builder: "DatasetBuilder", dataset: str) -> tuple[str, str]:
     """Returns the names of the image and the class label feature."""
     import tensorflow_datasets as tfds
 
@@ -300,7 +307,7 @@ def _image_and_label(builder, dataset: str) -> tuple[str, str]:
 
 
 def _read(
-    builder, parts: list, first: int, end: int, keys: tuple[str, str]
+    builder: "DatasetBuilder", parts: Sequence[Any], first: int, end: int, keys: tuple[str, str]
 ) -> Iterator[dict[str, Any]]:
     """Yields examples `first` to `end` of those that absolute split instructions name in turn."""
     import tensorflow_datasets as tfds
@@ -339,7 +346,7 @@ def _read(
 
 
 @contextlib.contextmanager
-def _damage_explained(builder) -> Iterator[None]:
+def _damage_explained(builder: "DatasetBuilder") -> Iterator[None]:
     import tensorflow as tf
 
     try:

