@@ -54,7 +54,7 @@ LRN_DEFAULTS = {"local_size": 5, "alpha": 1.0, "beta": 0.75, "norm_region": 0, "
 LRN = LRN_DEFAULTS | {"alpha": 1e-4}  # of both networks
 
 # By the order of pooling and LRN: the variant that has the same.
-VARIANT_OF_ORDER = {
+VARIANT_OF_ORDER: dict[tuple[str, ...], str] = {
     ("LRN", "Pooling", "LRN", "Pooling", "Pooling"): "paper",  # bvlc_alexnet
     ("Pooling", "LRN", "Pooling", "LRN", "Pooling"): "caffenet",
 }
@@ -114,14 +114,14 @@ def _as_paper(weights: ChannelsFirst) -> ChannelsFirst:
         "fc7": (2, 1),
         "fc8": (2, 1),
     }
-    return weights | {
+    return dict(weights) | {
         layer: (weights[layer][0] * np.float32(weight), weights[layer][1] * np.float32(bias))
         for layer, (weight, bias) in factors.items()
     }
 
 
-def _kind(layer: Message) -> str | None:
-    return layer.type if isinstance(layer.type, str) else V1_TYPES.get(layer.type)
+def _kind(layer: Message) -> str:
+    return layer.type if isinstance(layer.type, str) else V1_TYPES.get(layer.type, "other")
 
 
 def _check_lrn(layer: Message, path: Path) -> None:

@@ -72,7 +72,8 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """Number of updates made in the newest checkpoint."""
-        return self._manager.latest_step()
+        step: int | None = self._manager.latest_step()
+        return step
 
     @property
     def all_steps(self) -> list[int]:
@@ -82,7 +83,8 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """Number of updates made in the checkpoint of the highest evaluated top-1."""
-        return self._manager.best_step()
+        step: int | None = self._manager.best_step()
+        return step
 
     def was_evaluated(self, step: int) -> bool:
         """Whether the checkpoint of this step was saved with an evaluation of its state."""
@@ -150,7 +152,8 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
         )
-        restored, fault = None, None
+        restored: Any = None
+        fault: Exception | None = None
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # whatever Orbax or TensorStore make of the damage

@@ -34,7 +34,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
     """
 
     @functools.wraps(main)
-    def command(*args, **kwargs) -> None:
+    def command(*args: Any, **kwargs: Any) -> None:
         _quiet_libraries()
         try:
             sys.exit(main(*args, **kwargs))

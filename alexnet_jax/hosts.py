@@ -140,8 +140,8 @@ def _join() -> None:
 
 def _explicit(given: dict[str, str | None]) -> dict[str, Any]:
     try:
-        count, index = int(given[COUNT]), int(given[INDEX])
-    except (TypeError, ValueError):
+        count, index = int(given[COUNT] or ""), int(given[INDEX] or "")
+    except ValueError:
         count = index = -1
     if not (given[ADDRESS] and 0 <= index < count):
         told = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -165,9 +165,7 @@ def _end_as_peer_lost(*_: Any) -> NoReturn:
     os._exit(EXIT_PEER_LOST)
 
 
-@ctypes.CFUNCTYPE(None)
-def _on_terminate() -> None:
-    _end_as_peer_lost()
+_on_terminate = ctypes.CFUNCTYPE(None)(_end_as_peer_lost)
 
 
 def _end_by_our_sentence() -> None:

@@ -50,7 +50,7 @@ class StopRequest:
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in zip(self._signals, self._handlers_before, strict=True):
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)

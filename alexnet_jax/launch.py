@@ -28,7 +28,7 @@ def start(
     count: int,
     environment: Mapping[str, str] = os.environ,
     folder: Path | None = None,
-) -> list[subprocess.Popen]:
+) -> list[subprocess.Popen[str]]:
     """Starts a Python command so many times, as the processes of one run.
 
     Args:
@@ -59,7 +59,8 @@ def start(
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _pass_on(lines: IO[str], prefix: str) -> None:

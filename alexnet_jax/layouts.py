@@ -30,7 +30,7 @@ def to_params(weights: ChannelsFirst, variant: str) -> Params:
 
 
 def _to_layer(
-    layer: str, weight: np.ndarray, bias: np.ndarray, expected: Params, variant: str
+    layer: str, weight: np.ndarray, bias: np.ndarray, expected: dict[str, Any], variant: str
 ) -> dict[str, np.ndarray]:
     shape = expected["kernel"].shape[::-1]
     if len(shape) == 4:

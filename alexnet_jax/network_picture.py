@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alexnet_jax.layers import POOL_SIZE, POOL_STRIDE
 from alexnet_jax.model import (
@@ -89,7 +89,7 @@ def network_layers(model: AlexNet, image_shape: tuple[int, int, int]) -> list[La
     variant = VARIANTS[model.variant]
     towers = max(variant.groups)
     blocks = (*variant.blocks, variant.hidden, variant.hidden, ("fc",))
-    operations = {}
+    operations: dict[str, list[str]] = {}
     for number, ops in enumerate(blocks, start=1):
         operations |= _operations(model, number, ops)
     layers = [Layer("image", image_shape, 0, (), None, 1, False)]
@@ -114,7 +114,8 @@ def network_layers(model: AlexNet, image_shape: tuple[int, int, int]) -> list[La
 def _operations(model: AlexNet, number: int, ops: Ops) -> dict[str, list[str]]:
     """Tells a block's operations, under the last layer that they follow, or else the first."""
     told: dict[str, list[str]] = {}
-    before, name = [], None
+    before: list[str] = []
+    name = None
     for op in ops:
         if op in FEATURE_OF:
             name = f"{FEATURE_OF[op]}{number}"
@@ -225,7 +226,7 @@ def _connect(axes: "Axes", layer: Layer, before: list[Box], after: list[Box]) ->
 def _draw_view(axes: "Axes", layer: Layer, source: Box, target: Box) -> None:
     from matplotlib.patches import Polygon
 
-    style = {"color": "#888888", "linewidth": 0.6, "zorder": 3}
+    style: dict[str, Any] = {"color": "#888888", "linewidth": 0.6, "zorder": 3}
     if layer.share_seen is None:
         ends = (target.x, target.y), (target.x, target.y + target.height)
         for share, end in zip((0, 1), ends, strict=True):
@@ -245,7 +246,7 @@ def _draw_view(axes: "Axes", layer: Layer, source: Box, target: Box) -> None:
 def _tell(axes: "Axes", layer: Layer, x: float, y: float) -> None:
     for number, text in enumerate(_text(layer)):
         size, weight, color = TEXT_STYLES[min(number, 2)]
-        style = {"size": size, "weight": weight, "color": color, "ha": "center"}
+        style: dict[str, Any] = {"size": size, "weight": weight, "color": color, "ha": "center"}
         axes.text(x, y - number * LINE, text, va="baseline", **style)
 
 

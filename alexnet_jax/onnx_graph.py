@@ -36,11 +36,12 @@ def convert(function: Function, shape: tuple[int, ...]) -> Any:
 def _results(closed: ClosedJaxpr, args: Sequence[Array]) -> list[Array]:
     """Computes a jaxpr, in other operations where jax2onnx 0.17 or onnxruntime 1.32 lack one."""
     jaxpr = closed.jaxpr
-    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values: dict[Any, Array] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= zip(jaxpr.invars, args, strict=True)
 
     def value(atom: Any) -> Array:
-        return atom.val if isinstance(atom, Literal) else values[atom]
+        known: Array = atom.val if isinstance(atom, Literal) else values[atom]
+        return known
 
     for equation in jaxpr.eqns:
         outputs = _outputs(equation, [value(atom) for atom in equation.invars])
@@ -63,7 +64,8 @@ def _outputs(equation: JaxprEqn, inputs: list[Array]) -> list[Array]:
         case "scan":
             return _unrolled(params, inputs)
         case "pad":  # jax2onnx's takes no symbolic size
-            return [_padded(*inputs, [pad[:2] for pad in params["padding_config"]])]
+            x, value = inputs
+            return [_padded(x, value, [pad[:2] for pad in params["padding_config"]])]
         case "reduce_window_max":  # onnxruntime's takes no window over all four axes
             return [_max_pooled(params, *inputs)]
     outputs = equation.primitive.bind(*inputs, **params)
@@ -86,12 +88,13 @@ def _unrolled(params: dict[str, Any], inputs: list[Array]) -> list[Array]:
 def _max_pooled(params: dict[str, Any], x: Array) -> Array:
     padded = _padded(x, jnp.asarray(-jnp.inf, x.dtype), params["padding"])
     # jax2onnx takes this function of Flax's for an operation, and its arguments by name only.
-    return nn.max_pool(
+    pooled: Array = nn.max_pool(
         padded,
         window_shape=params["window_dimensions"][1:3],
         strides=params["window_strides"][1:3],
         padding="VALID",
     )
+    return pooled
 
 
 def _padded(x: Array, value: Array, padding: Padding) -> Array:

@@ -35,7 +35,7 @@ class Inert:
         pass
 
 
-class PlainOrderedDict(dict):
+class PlainOrderedDict(dict[Any, Any]):
     """OrderedDict, of Python's or of the module that came before it."""
 
     def __setstate__(self, state: Any) -> None:
@@ -56,7 +56,7 @@ class PickledArray:
     """What a pickle tells of an array. It is not NumPy that reads it, whose own can be deceived."""
 
     def __init__(self, *args: Any):
-        self._state = None
+        self._state: Any = None
 
     def __setstate__(self, state: Any) -> None:
         self._state = state

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float32, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
@@ -24,20 +25,22 @@ PANEL_COLUMNS = 8
 MOST_NAMED = 40  # classes whose names and counts a confusion matrix has room for
 
 
-def save_sample_grid(images: np.ndarray, captions: Sequence[str], path: Path) -> None:
-    """Writes images, uint8[N, S, S, 3], as a grid with a caption under each."""
+def save_sample_grid(
+    images: UInt8[np.ndarray, "N S S 3"], captions: Sequence[str], path: Path
+) -> None:
+    """Writes images as a grid with a caption under each."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = [slice(start, start + columns) for start in range(0, len(images), columns)]
     _save_rows([images[row] for row in rows], [captions[row] for row in rows], path)
 
 
 def save_neighbors(
-    queries: np.ndarray,
-    neighbors: np.ndarray,
+    queries: UInt8[np.ndarray, "Q S S 3"],
+    neighbors: UInt8[np.ndarray, "Q K S S 3"],
     captions: Sequence[Sequence[str]],
     path: Path,
 ) -> None:
-    """Writes each query, uint8[Q, S, S, 3], and its neighbours, uint8[Q, K, S, S, 3], as a row.
+    """Writes each query and its neighbours as a row.
 
     Args:
       captions: 1 + K for each row.
@@ -47,7 +50,7 @@ def save_neighbors(
 
 
 def _save_rows(
-    rows: Sequence[np.ndarray],
+    rows: Sequence[np.ndarray] | np.ndarray,
     captions: Sequence[Sequence[str]],
     path: Path,
     gap_after_first: int = 0,
@@ -68,14 +71,15 @@ def _save_rows(
     sheet.save(path)
 
 
-def save_filters(kernel: np.ndarray, towers: int, path: Path) -> None:
-    """Writes a first layer's float32[H, W, 3, N] kernel as the paper's Figure 3 has it.
+def save_filters(kernel: Float32[np.ndarray, "H W 3 N"], towers: int, path: Path) -> None:
+    """Writes a first layer's kernel as the paper's Figure 3 has it.
 
     That is 96 filters in rows of 16, the first tower's above the second's. All filters share one
     scale, with grey for zero, so that strong and weak ones can be told apart.
     """
     height, width, _, count = kernel.shape
-    scaled = np.uint8(np.clip(127.5 + 127.5 * kernel / (np.abs(kernel).max() + 1e-12), 0, 255))
+    scaled = 127.5 + 127.5 * kernel / (np.abs(kernel).max() + 1e-12)
+    pixels = np.clip(scaled, 0, 255).astype(np.uint8)
     columns = filter_columns(count, towers)
     rows = count // columns
     gap = (towers - 1) * TOWER_GAP
@@ -84,7 +88,7 @@ def save_filters(kernel: np.ndarray, towers: int, path: Path) -> None:
         row = place // columns
         y = row * (height + 1) + 1 + row * towers // rows * TOWER_GAP
         x = place % columns * (width + 1) + 1
-        sheet[y : y + height, x : x + width] = scaled[..., place]
+        sheet[y : y + height, x : x + width] = pixels[..., place]
     zoom = max(FILTER_ZOOM, FILTERS_WIDTH // sheet.shape[1])
     size = (sheet.shape[1] * zoom, sheet.shape[0] * zoom)
     Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)
@@ -118,9 +122,9 @@ def curves_of_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     from matplotlib import colormaps
 
     figure, panels = _curve_panels()
-    colors = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
+    palette = colormaps["tab10" if len(runs) <= 10 else "tab20"]
     for number, (name, rows) in enumerate(runs.items()):
-        color = colors[number % len(colors)]
+        color = palette(number % palette.N)
         _draw_curve(panels, rows, "train", color=color, linewidth=0.8, alpha=0.6)
         _draw_curve(panels, rows, "eval", color=color, linewidth=1.8, marker="o")
         panels[0].plot([], [], color=color, linewidth=3, label=name)
@@ -133,9 +137,9 @@ def curves_of_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
 
 def _curve_panels() -> tuple["Figure", Sequence["Axes"]]:
     from matplotlib.figure import Figure  # takes a while, and most of a run does without
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(13, 3.6), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12)
+    figure = Figure(figsize=(13, 3.6), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.12))
     panels = figure.subplots(1, 3)
     panels[0].set(xlabel="epoch", ylabel="loss (nats)", yscale="log")
     panels[1].set(xlabel="epoch", ylabel="top-1 error (%)")
@@ -158,7 +162,7 @@ def _draw_curve(
 
 
 def save_predictions(
-    images: Sequence[np.ndarray],
+    images: Sequence[UInt8[np.ndarray, "S S 3"]],
     truths: Sequence[str | None],
     classes: Sequence[Sequence[str]],
     probabilities: Sequence[Sequence[float]],
@@ -167,7 +171,6 @@ def save_predictions(
     """Draws images with their most probable classes as bars under them (paper, Fig. 4 left).
 
     Args:
-      images: each uint8[S, S, 3].
       truths: each image's right class, written under it and its bar red; None if not known.
       classes: of each image, the most probable first.
       probabilities: of these classes, 0 to 1.
@@ -196,8 +199,10 @@ def save_predictions(
     figure.savefig(path, dpi=100)
 
 
-def save_confusion(confusion: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Draws int[C, C] examples by label (rows) and answer (columns), as shares of each label's.
+def save_confusion(
+    confusion: Int[np.ndarray, "C C"], class_names: Sequence[str], path: Path
+) -> None:
+    """Draws counts of examples by label (rows) and answer (columns), as shares of each label's.
 
     With few classes each cell has its count and each axis its names. Shares are coloured on a
     scale that shows the rare mistakes beside the many right answers.
@@ -262,7 +267,7 @@ def save_scaling(
     figure.savefig(path, dpi=100)
 
 
-def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     while text and font.getlength(text) > width - 4:
         text = text[:-2] + "…" if len(text) > 2 else ""
     return text

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,9 +22,9 @@ def save_samples(config: ConfigDict, store: Store, number: int, path: Path) -> N
     schedule = optim.make_schedule(config, store.num_examples / config.batch_size)
     stats = augment.statistics(store, config)
     stats = stats._replace(mean=np.zeros_like(stats.mean))
-    noise = schedule(np.int32(number), np.float32(1.0)).color_noise
+    noise = schedule(jnp.int32(number), jnp.float32(1.0)).color_noise
     key = step.train_key(config.seed)
     images = jax.jit(lambda x: step.augmented(key, number, x, noise, stats, config))(batch["image"])
     pixels = np.asarray(images) / augment.scale(config)
     names = [store.class_names[label] for label in batch["label"]]
-    plots.save_sample_grid(np.uint8(np.clip(np.rint(pixels), 0, 255)), names, path)
+    plots.save_sample_grid(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), names, path)

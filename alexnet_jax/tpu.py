@@ -145,7 +145,8 @@ def entry_operations(text: str) -> tuple[list[Operation], Counter[str]]:
     a loop the body's, as often as it runs. Collectives do not: see `collectives`.
     """
     bodies = _computations(text)
-    operations, unknown = [], Counter()
+    operations = []
+    unknown: Counter[str] = Counter()
     for line in bodies["ENTRY"]:
         head = OPERATION.match(line)
         if not head or head["opcode"].removesuffix("-start") in COLLECTIVES:
@@ -186,7 +187,8 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _called(line: str, as_what: str) -> str:
-    return re.search(rf"\b{as_what}=%([\w.-]+)", line)[1]
+    name: str = re.findall(rf"\b{as_what}=%([\w.-]+)", line)[0]
+    return name
 
 
 def _cycles(line: str, opcode: str, bodies: dict[str, list[str]]) -> int:
@@ -201,8 +203,7 @@ def _cycles(line: str, opcode: str, bodies: dict[str, list[str]]) -> int:
 
 def _collective(line: str, chips: int) -> Collective | None:
     head = OPERATION.match(line)
-    kind = head["opcode"].removesuffix("-start") if head else ""
-    if kind not in COLLECTIVES:
+    if not head or (kind := head["opcode"].removesuffix("-start")) not in COLLECTIVES:
         return None
     group = _group(line, chips)
     shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", head["type"])

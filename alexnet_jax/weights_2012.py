@@ -81,13 +81,10 @@ def _newest(folder: Path) -> Path:
 
 
 def _layers(content: Any, path: Path) -> dict[str, Layer]:
-    """By name. Older checkpoints have a list of them, and their inputs are places in it."""
+    """By name. Older checkpoints have a list of them."""
     try:
-        layers = content["model_state"]["layers"]
-        if isinstance(layers, list):
-            names = [layer["name"] for layer in layers]
-            by_name = dict(zip(names, layers, strict=True))
-            layers = {name: _with_named_inputs(by_name[name], names) for name in names}
+        found = content["model_state"]["layers"]
+        layers: dict[str, Layer] = _by_name(found) if isinstance(found, list) else found
         if not all(isinstance(name, str) and isinstance(layers[name], dict) for name in layers):
             raise TypeError("a layer is no dict")
         return layers
@@ -95,6 +92,12 @@ def _layers(content: Any, path: Path) -> dict[str, Layer]:
         raise UserError(
             f"{path} is not a checkpoint of the 2012 program: it has no model_state of layers"
         ) from error
+
+
+def _by_name(layers: list[Layer]) -> dict[str, Layer]:
+    """Of layers in a list the inputs are places in it."""
+    names = [layer["name"] for layer in layers]
+    return {layer["name"]: _with_named_inputs(layer, names) for layer in layers}
 
 
 def _with_named_inputs(layer: Layer, names: list[str]) -> Layer:
