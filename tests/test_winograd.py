@@ -44,11 +44,11 @@ def relative_error(got, want):
 @pytest.mark.parametrize("taps", range(1, MAX_TAPS + 1))
 @pytest.mark.parametrize("length", [1, 2, 3, 13, 27, 55])
 def test_a_tiling_covers_its_axis_and_filters_exactly(length, taps):
-    tiles = tiling(length, taps)
-    assert (tiles.count - 1) * tiles.outputs < length <= tiles.count * tiles.outputs
+    axis = tiling(length, taps)
+    assert (axis.tiles - 1) * axis.outputs < length <= axis.tiles * axis.outputs
     rng = np.random.default_rng(0)
-    x, f = rng.normal(size=tiles.outputs + taps - 1), rng.normal(size=taps)
-    got = tiles.output @ ((tiles.kernel @ f) * (tiles.input @ x))
+    x, f = rng.normal(size=axis.outputs + taps - 1), rng.normal(size=taps)
+    got = axis.output @ ((axis.kernel @ f) * (axis.input @ x))
     np.testing.assert_allclose(got, np.correlate(x, f), rtol=1e-10, atol=1e-12)
 
 
@@ -56,8 +56,8 @@ def test_a_tiling_covers_its_axis_and_filters_exactly(length, taps):
     ("length", "taps", "products"), [(13, 3, 21), (27, 5, 63), (55, 3, 77), (3, 3, 5)]
 )
 def test_products_along_an_axis(length, taps, products):
-    tiles = tiling(length, taps)
-    assert tiles.count * (tiles.outputs + taps - 1) == products
+    axis = tiling(length, taps)
+    assert axis.tiles * (axis.outputs + taps - 1) == products
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
