@@ -5,12 +5,13 @@ some things otherwise (`configs/imagenet_2012.py` lists them). The inception cro
 et al. 2014 (arXiv 1409.4842, section 6), resized as Pillow resizes.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32, Int32, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from alexnet_jax.errors import UserError
@@ -26,12 +27,12 @@ class Statistics(NamedTuple):
     """What the augmentation knows of the train split.
 
     Attributes:
-      mean: float32[S, S, 3] or float32[3], in pixel values 0 to 255.
-      noise_basis: float32[3, 3]; its columns are the RGB eigenvectors, scaled.
+      mean: in pixel values 0 to 255.
+      noise_basis: its columns are the RGB eigenvectors, scaled.
     """
 
-    mean: np.ndarray
-    noise_basis: np.ndarray
+    mean: Float32[np.ndarray, "S S 3"] | Float32[np.ndarray, " 3"]
+    noise_basis: Float32[np.ndarray, "3 3"]
 
 
 def statistics(store: "Store", config: ConfigDict) -> Statistics:
@@ -80,34 +81,31 @@ def check(config: ConfigDict) -> None:
     _check_range("crop_aspect", config.augment.crop_aspect, np.inf, "0 < low <= high")
 
 
-def scale(config: ConfigDict) -> np.ndarray:
-    """Returns what multiplies the mean-subtracted pixels: float32[3], one for each channel."""
+def scale(config: ConfigDict) -> Float32[np.ndarray, " 3"]:
+    """Returns what multiplies the mean-subtracted pixels, for each channel."""
     fields = config.augment
     return np.float32(fields.pixel_scale) * np.asarray(fields.channel_scale, np.float32)
 
 
-def _check_range(field: str, values: tuple, most: float, told: str) -> None:
+def _check_range(field: str, values: Sequence[Any], most: float, told: str) -> None:
     numbers = len(values) == 2 and all(isinstance(value, int | float) for value in values)
     if not (numbers and 0 < values[0] <= values[1] <= most):
         raise UserError(f"augment.{field}={values} must be two numbers (low, high), {told}")
 
 
 def augment(
-    images: jax.Array,
+    images: UInt8[jax.Array, "B S S 3"],
     keys: jax.Array,
-    color_noise: jax.Array,
+    color_noise: Float32[jax.Array, ""],
     stats: Statistics,
     config: ConfigDict,
-) -> jax.Array:
+) -> Float32[jax.Array, "B crop_size crop_size 3"]:
     """Crops, flips and colours a training batch at random and subtracts the mean.
 
     Args:
-      images: uint8[B, S, S, 3].
       keys: one random key for each image, so that an image's fate does not depend on which
         device or which place of the batch it comes to.
-      color_noise: float32[], the standard deviation of the paper's alpha.
-
-    Returns float32[B, crop_size, crop_size, 3].
+      color_noise: the standard deviation of the paper's alpha.
     """
     fields = config.augment
 
@@ -131,7 +129,7 @@ def augment(
 
 def inception_box(
     key: jax.Array, size: int, area: tuple[float, float], aspect: tuple[float, float]
-) -> jax.Array:
+) -> Int32[jax.Array, " 4"]:
     """Draws the part of a size×size image that an inception crop shows.
 
     As torchvision's RandomResizedCrop does: the first of ten draws that fits into the image, else
@@ -142,7 +140,7 @@ def inception_box(
       area: least and largest share of the image's area; uniform between them.
       aspect: least and largest width over height; its logarithm is uniform between theirs.
 
-    Returns int32[4]: top, left, height and width in pixels.
+    Returns top, left, height and width in pixels.
     """
     area_key, aspect_key, offset_key = jax.random.split(key, 3)
     low, high = np.log(aspect)
@@ -157,20 +155,26 @@ def inception_box(
     return jnp.concatenate([offset, sides])
 
 
-def center_crop(images: jax.Array, stats: Statistics, config: ConfigDict) -> jax.Array:
-    """Returns the mean-subtracted central float32[B, crop_size, crop_size, 3] of uint8 images."""
+def center_crop(
+    images: UInt8[jax.Array, "B S S 3"], stats: Statistics, config: ConfigDict
+) -> Float32[jax.Array, "B crop_size crop_size 3"]:
+    """Returns the images' mean-subtracted centres."""
     border = config.image_size - config.augment.crop_size
     return _view(images, border // 2, border // 2, stats, config)
 
 
-def center_window(image: np.ndarray, size: int) -> np.ndarray:
-    """Returns the [size, size, …] of an image [S, S, …] that `center_crop` keeps."""
+def center_window(
+    image: Shaped[np.ndarray, "S S ..."], size: int
+) -> Shaped[np.ndarray, "size size ..."]:
+    """Returns the part of an image that `center_crop` keeps."""
     start = (len(image) - size) // 2
     return image[start : start + size, start : start + size]
 
 
-def ten_views(images: jax.Array, stats: Statistics, config: ConfigDict) -> jax.Array:
-    """Returns the paper's test views of uint8[B, S, S, 3]: float32[10, B, crop, crop, 3].
+def ten_views(
+    images: UInt8[jax.Array, "B S S 3"], stats: Statistics, config: ConfigDict
+) -> Float32[jax.Array, "10 B crop_size crop_size 3"]:
+    """Returns the paper's test views.
 
     Top left, top right, centre, bottom left, bottom right, then the same five mirrored
     (section 4.1; the order is the released program's).
@@ -201,8 +205,10 @@ def _drawn_crop(key: jax.Array, config: ConfigDict) -> Callable[[jax.Array], jax
     return lambda image: _crop(image, offset, fields.crop_size)
 
 
-def _resized(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
-    """Resizes the box of a float32[S, S, 3] to float32[size, size, 3] by Pillow's BILINEAR."""
+def _resized(
+    image: Float32[jax.Array, "S S 3"], box: Int32[jax.Array, " 4"], size: int
+) -> Float32[jax.Array, "size size 3"]:
+    """Resizes the box of an image by Pillow's BILINEAR."""
     top, left, height, width = box
     rows = _resize_weights(top, height, image.shape[0], size)
     columns = _resize_weights(left, width, image.shape[1], size)
@@ -211,8 +217,10 @@ def _resized(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
     return jnp.einsum("iy,yxc,jx->ijc", rows, image, columns, precision=exact)
 
 
-def _resize_weights(start: jax.Array, length: jax.Array, stored: int, size: int) -> jax.Array:
-    """Returns the float32[size, stored] that resizes an axis's pixels [start, start + length).
+def _resize_weights(
+    start: jax.Array, length: jax.Array, stored: int, size: int
+) -> Float32[jax.Array, "size stored"]:
+    """Returns the matrix that resizes an axis's pixels [start, start + length).
 
     A pixel's weight falls linearly with its distance from the new pixel's centre, to zero at one
     pixel, old or new, whichever is larger; each row sums to 1. Distances are in whole units of

@@ -17,8 +17,8 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jax._src.lib import _jax
 from jax.experimental import multihost_utils
+from jaxlib import _jax
 
 from alexnet_jax.errors import EXIT_PEER_LOST, UserError, one_line
 

@@ -1,6 +1,6 @@
 """One step of training and one of evaluation: pure functions of (state, batch)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,6 +8,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import Float32, Int32, UInt8
 from ml_collections import ConfigDict
 
 from alexnet_jax import augment
@@ -58,7 +60,7 @@ def init_state(model: AlexNet, config: ConfigDict) -> TrainState:
     return state_of(model.init(init_key, jnp.zeros((1, size, size, 3)), train=False), config)
 
 
-def state_of(variables: dict[str, Any], config: ConfigDict) -> TrainState:
+def state_of(variables: Mapping[str, Any], config: ConfigDict) -> TrainState:
     """Returns the state before the first step of a network of {"params": …, "batch_stats": …}."""
     params = variables["params"]
     return TrainState(
@@ -117,10 +119,10 @@ def make_train_step(
     optimizer = sgd(config)
     axes = model.batch_axes
 
-    def gradients(params, batch, rest):
+    def gradients(params: Params, batch: Batch, rest: Any) -> tuple[Params, Any]:
         batch_stats, key, step, color_noise = rest
 
-        def loss_of(trained, *given):
+        def loss_of(trained: Params, *given: Any) -> Any:
             return _loss(model, {**params, **trained}, *given)
 
         images = augmented(key, step, batch["image"], color_noise, stats, config, axes)
@@ -175,14 +177,14 @@ def _loss(
 
 def augmented(
     key: jax.Array,
-    step: jax.Array,
-    images: jax.Array,
+    step: jax.Array | int,
+    images: UInt8[jax.Array, "B S S 3"],
     color_noise: jax.Array,
     stats: augment.Statistics,
     config: ConfigDict,
     axes: tuple[str, ...] = (),
-) -> jax.Array:
-    """Returns the batch that the network sees at one step, float32[B, crop_size, crop_size, 3].
+) -> Float32[jax.Array, "B crop_size crop_size 3"]:
+    """Returns the batch that the network sees at one step.
 
     Every image has a key of its own by its place in the global batch, so that what happens to it
     does not depend on how many devices share the batch.
@@ -193,7 +195,13 @@ def augmented(
     return augment.augment(images, keys, color_noise, stats, config)
 
 
-def _accumulate(grad_fn, variables: tuple, examples: tuple, key: jax.Array, parts: int):
+def _accumulate(
+    grad_fn: Callable[..., Any],
+    variables: tuple[Params, dict[str, Any]],
+    examples: tuple[jax.Array, jax.Array],
+    key: jax.Array,
+    parts: int,
+) -> tuple[Params, Metrics, dict[str, Any]]:
     """Gradients and metrics of the batch, computed in so many parts one after the other.
 
     A part takes every parts-th image, of each device's share as of the whole batch.
@@ -203,7 +211,7 @@ def _accumulate(grad_fn, variables: tuple, examples: tuple, key: jax.Array, part
         grads, (metrics, batch_stats) = grad_fn(params, batch_stats, *examples, key)
         return grads, metrics, batch_stats
 
-    def add_part(carry, part):
+    def add_part(carry: Any, part: Any) -> tuple[Any, Metrics]:
         grads, batch_stats = carry
         part_grads, (metrics, batch_stats) = grad_fn(params, batch_stats, *part)
         return (jax.tree.map(lambda total, g: total + g / parts, grads, part_grads), batch_stats), (
@@ -222,36 +230,37 @@ def _accumulate(grad_fn, variables: tuple, examples: tuple, key: jax.Array, part
 def log_probabilities(
     model: AlexNet,
     variables: dict[str, Any],
-    images: jax.Array,
+    images: UInt8[jax.Array, "B S S 3"],
     stats: augment.Statistics,
     config: ConfigDict,
     views: str,
-) -> jax.Array:
-    """Returns the float32[B, num_classes] that the network gives to stored uint8[B, S, S, 3].
+) -> Float32[jax.Array, "B classes"]:
+    """Returns the logarithms of what the network gives to stored images.
 
     Args:
       views: "center", the centre crop; or "ten", the softmax averaged over the ten views.
     """
 
     def of_view(view: jax.Array) -> jax.Array:
-        return nn.log_softmax(model.apply(variables, view, train=False))
+        logits: Any = model.apply(variables, view, train=False)
+        return nn.log_softmax(logits)
 
     if views == "center":
         return of_view(augment.center_crop(images, stats, config))
     return mean_softmax(jax.lax.map(of_view, augment.ten_views(images, stats, config)))
 
 
-def mean_softmax(log_probs: jax.Array) -> jax.Array:
-    """Returns the logarithm of the mean probability, [B, C], of log-probabilities [N, B, C]."""
+def mean_softmax(log_probs: Float32[jax.Array, "N B C"]) -> Float32[jax.Array, "B C"]:
+    """Returns the logarithm of the mean of N probabilities, given as logarithms."""
     return nn.logsumexp(log_probs, axis=0) - jnp.log(len(log_probs))
 
 
-def first_five(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the five highest of scores [B, C], falling, and their classes int32[B, 5].
-
-    Of fewer classes, all.
-    """
-    return jax.lax.top_k(scores, min(5, scores.shape[-1]))
+def first_five(
+    scores: Float32[jax.Array, "B C"],
+) -> tuple[Float32[jax.Array, "B 5"], Int32[jax.Array, "B 5"]]:
+    """Returns the five highest of the scores, falling, and their classes. Of fewer classes, all."""
+    values, classes = jax.lax.top_k(scores, min(5, scores.shape[-1]))
+    return values, classes
 
 
 def make_eval_step(
@@ -277,7 +286,7 @@ def make_eval_step(
         )
         losses = -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
 
-        def total(values: jax.Array) -> jax.Array:
+        def total(values: ArrayLike) -> jax.Array:
             return jnp.sum(jnp.where(counted, values, 0.0))
 
         found = {"loss": total(losses), **_in_first(log_probs, labels, total), "count": total(1.0)}
@@ -289,7 +298,9 @@ def make_eval_step(
     return eval_step
 
 
-def _in_first(logits: jax.Array, labels: jax.Array, reduce: Callable) -> Metrics:
+def _in_first(
+    logits: jax.Array, labels: jax.Array, reduce: Callable[[jax.Array], jax.Array]
+) -> Metrics:
     """Whether each label is the first, or among the first five."""
     _, best = first_five(logits)
     hits = (best == labels[:, None]).astype(jnp.float32)
