@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int64, UInt8
 from PIL import Image
 from tqdm import tqdm
 
@@ -24,31 +25,31 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow runs Ghostscri
 
 
 class Index(NamedTuple):
-    """Some images of a store by their features: rows int64[N], features float32[N, D]."""
+    """Some images of a store by their features."""
 
     store: Store
-    rows: np.ndarray
-    features: np.ndarray
+    rows: Int64[np.ndarray, " N"]
+    features: Float32[np.ndarray, "N D"]
 
 
 class Answer(NamedTuple):
     """What the page shows of one image.
 
     Attributes:
-      seen: uint8[C, C, 3], the centre crop that the network sees.
+      seen: the centre crop that the network sees.
       classes: the likeliest, falling, each with its probability.
-      responses: uint8[H, W, N], of conv1 to `seen`; 255 is the strongest of all.
-      nearest: images uint8[S, S, 3], each with its class and distance; none without an index.
+      responses: of conv1 to `seen`; 255 is the strongest of all.
+      nearest: images, each with its class and distance; none without an index.
     """
 
-    seen: np.ndarray
+    seen: UInt8[np.ndarray, "C C 3"]
     classes: dict[str, float]
-    responses: np.ndarray
-    nearest: list[tuple[np.ndarray, str]]
+    responses: UInt8[np.ndarray, "H W N"]
+    nearest: list[tuple[UInt8[np.ndarray, "S S 3"], str]]
 
 
-def read_upload(data: bytes, size: int) -> np.ndarray:
-    """Decodes an upload as training does, upright: uint8[size, size, 3].
+def read_upload(data: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Decodes an upload as training does, upright.
 
     What is no image, or one too large, is found out before any of it is decoded.
 
@@ -91,8 +92,10 @@ def build_index(network: Trained, store: Store, count: int) -> Index:
     return Index(store, rows, np.concatenate(found))
 
 
-def answerer(network: Trained, index: Index | None) -> Callable[[np.ndarray], Answer]:
-    """Returns the function from an image uint8[S, S, 3] to its Answer, compiled already."""
+def answerer(
+    network: Trained, index: Index | None
+) -> Callable[[UInt8[np.ndarray, "S S 3"]], Answer]:
+    """Returns the function from an image to its Answer, compiled already."""
     classify = trained.classifier(network)
     extract = trained.feature_extractor(network, ["conv1", "fc7"])
     size = network.config.image_size
@@ -103,7 +106,7 @@ def answerer(network: Trained, index: Index | None) -> Callable[[np.ndarray], An
         return Answer(
             augment.center_window(image, network.config.augment.crop_size),
             likeliest(network.class_names, np.asarray(classify(image[None]))[0]),
-            np.uint8(255 * np.clip(responses / (responses.max() + 1e-12), 0, 1)),
+            (255 * np.clip(responses / (responses.max() + 1e-12), 0, 1)).astype(np.uint8),
             [] if index is None else _nearest(index, features["fc7"]),
         )
 
@@ -111,8 +114,8 @@ def answerer(network: Trained, index: Index | None) -> Callable[[np.ndarray], An
     return answer
 
 
-def likeliest(names: Sequence[str], log_probs: np.ndarray) -> dict[str, float]:
-    """Returns the TOP likeliest of float32[K], falling; what is named twice has its number too."""
+def likeliest(names: Sequence[str], log_probs: Float32[np.ndarray, " K"]) -> dict[str, float]:
+    """Returns the TOP likeliest, falling; what is named twice has its number too."""
     return {
         names[k] if names.count(names[k]) == 1 else f"{names[k]} ({k})": math.exp(log_probs[k])
         for k in np.argsort(-log_probs, kind="stable")[:TOP]
@@ -130,8 +133,8 @@ def _nearest(index: Index, query: np.ndarray) -> list[tuple[np.ndarray, str]]:
     return list(zip(found["image"], captions, strict=True))
 
 
-def response_sheet(responses: np.ndarray) -> np.ndarray:
-    """Returns the maps uint8[H, W, N] of an Answer in rows, white lines between: uint8[…, …, 3]."""
+def response_sheet(responses: UInt8[np.ndarray, "H W N"]) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns the maps of an Answer in rows, white lines between."""
     height, width, count = responses.shape
     columns = math.ceil(math.sqrt(count * 16 / 6))  # as the paper's Figure 3 has conv1's filters
     rows = math.ceil(count / columns)

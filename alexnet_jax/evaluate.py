@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32, Int32
 from tqdm import tqdm
 
 from alexnet_jax import augment, pipeline, plots, runtime
@@ -19,7 +20,8 @@ from alexnet_jax import config as configs
 from alexnet_jax import trained as networks
 from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
 from alexnet_jax.step import first_five, mean_softmax
-from alexnet_jax.store import Store, open_or_prepare
+from alexnet_jax.store import open_or_prepare
+from alexnet_jax.store_files import Store
 from alexnet_jax.trained import Trained
 
 VIEWS = {"center": "centre crop", "ten": "ten views"}
@@ -41,8 +43,13 @@ class Tally:
         self.in_five = np.zeros(num_classes, np.int64)
         self.log_prob = 0.0
 
-    def add(self, best: np.ndarray, log_probs: np.ndarray, labels: np.ndarray) -> None:
-        """Counts examples: best int32[B, 5], falling; log_probs float32[B] and labels int32[B]."""
+    def add(
+        self,
+        best: Int32[np.ndarray, "B 5"],
+        log_probs: Float32[np.ndarray, " B"],
+        labels: Int32[np.ndarray, " B"],
+    ) -> None:
+        """Counts examples by their best classes, falling, and log-probabilities of the labels."""
         np.add.at(self.confusion, (labels, best[:, 0]), 1)
         np.add.at(self.in_five, labels, (best == labels[:, None]).any(axis=1))
         self.log_prob += float(log_probs.sum(dtype=np.float64))
@@ -70,7 +77,7 @@ class Tally:
                 continue
             wrong = answers.copy()
             wrong[label] = 0
-            taken_for = class_names[wrong.argmax()] if wrong.any() else ""
+            taken_for = class_names[int(wrong.argmax())] if wrong.any() else ""
             rows.append(
                 {
                     "class": name,
@@ -113,7 +120,7 @@ def evaluate(
     answer = networks.on_all_devices(
         functools.partial(_answers, trained, contest), [network.variables for network in trained]
     )
-    pending: collections.deque = collections.deque()
+    pending: collections.deque[tuple[np.ndarray, Any]] = collections.deque()
 
     def count_oldest() -> None:
         labels, answers = pending.popleft()
@@ -136,8 +143,8 @@ def _answers(
     variables: Sequence[dict[str, Any]],
     images: jax.Array,
     labels: jax.Array,
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Each contestant's best five classes int32[B, 5], and log-probability float32[B] of labels."""
+) -> list[tuple[Int32[jax.Array, "B 5"], Float32[jax.Array, " B"]]]:
+    """Each contestant's best five classes, and the log-probabilities of the labels."""
     of_member = {
         (number, views): networks.log_probs(trained[number], views, variables[number], images)
         for _, views, members in contest
@@ -154,7 +161,10 @@ def _answers(
 
 def _shown(batches: Iterator[Any], store: Store, batch_size: int) -> Iterator[Any]:
     total = -(-store.num_examples // batch_size)
-    return tqdm(batches, "evaluating", total, unit="batch", disable=None, leave=False)
+    shown: Iterator[Any] = tqdm(
+        batches, "evaluating", total, unit="batch", disable=None, leave=False
+    )
+    return shown
 
 
 def check_together(workdirs: Sequence[Path], trained: Sequence[Trained], store: Store) -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jax import Array
+from jaxtyping import Float32, UInt8
 
 from alexnet_jax import config as configs
 from alexnet_jax import runtime, trained
@@ -32,8 +33,10 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 FORMATS = (".jaxexport", ".onnx", ".safetensors")
 
 
-def probabilities(network: Trained, views: str) -> Callable[[Array], Array]:
-    """Returns uint8[B, S, S, 3] -> float32[B, num_classes], a pure function for any B.
+def probabilities(
+    network: Trained, views: str
+) -> Callable[[UInt8[Array, "B S S 3"]], Float32[Array, "B classes"]]:
+    """Returns stored images -> probabilities, a pure function for any B.
 
     Args:
       views: "center" or "ten".
@@ -142,7 +145,8 @@ def onnx_bytes(network: Trained, views: str) -> bytes:
     model = onnx_graph.convert(probabilities(network, views), image_shape(network))
     onnx.helper.set_model_props(model, _texts(description(network, views=views)))
     onnx.checker.check_model(model, full_check=True)
-    return model.SerializeToString()
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def _texts(told: dict[str, Any]) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """One page with what every layer makes of an image."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jaxtyping import Float32, Int64, UInt8
 
 from alexnet_jax import augment, trained
 from alexnet_jax.model import FEATURES
@@ -26,8 +27,8 @@ PAGE = (
 )
 
 
-def all_features(network: Trained, image: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns what each layer of `model.FEATURES` puts out for uint8[S, S, 3]'s centre crop.
+def all_features(network: Trained, image: UInt8[np.ndarray, "S S 3"]) -> dict[str, np.ndarray]:
+    """Returns what each layer of `model.FEATURES` puts out for the image's centre crop.
 
     float32[H, W, C] for convN and poolN, float32[D] for fcN.
     """
@@ -35,13 +36,13 @@ def all_features(network: Trained, image: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.asarray(x)[0] for name, x in found.items()}
 
 
-def strongest(maps: np.ndarray, most: int) -> np.ndarray:
-    """Returns the channels of float32[H, W, C] with the largest mean magnitude, falling."""
+def strongest(maps: Float32[np.ndarray, "H W C"], most: int) -> Int64[np.ndarray, " most"]:
+    """Returns the channels with the largest mean magnitude, falling."""
     return np.argsort(-np.abs(maps).mean(axis=(0, 1)), kind="stable")[:most]
 
 
-def mosaic(maps: np.ndarray) -> np.ndarray:
-    """Returns the maps of float32[H, W, N] as squares by rows in one square, NaN between them."""
+def mosaic(maps: Float32[np.ndarray, "H W N"]) -> Float32[np.ndarray, "side side"]:
+    """Returns the maps as squares by rows in one square, NaN between them."""
     height, width, count = maps.shape
     side = math.ceil(math.sqrt(count))
     sheet = np.full((side * (TILE + GAP) - GAP,) * 2, np.nan, np.float32)
@@ -52,8 +53,8 @@ def mosaic(maps: np.ndarray) -> np.ndarray:
     return sheet
 
 
-def features_figure(network: Trained, image: np.ndarray) -> "Figure":
-    """Draws the centre crop of uint8[S, S, 3] and what each layer makes of it.
+def features_figure(network: Trained, image: UInt8[np.ndarray, "S S 3"]) -> "Figure":
+    """Draws the centre crop of an image and what each layer makes of it.
 
     A layer's maps share one scale.
     """
@@ -106,7 +107,7 @@ def _draw_answers(axes: "Axes", logits: np.ndarray, class_names: Sequence[str]) 
     axes.set_title(f"fc8, {len(logits)} logits: the first {len(best)} by softmax")
 
 
-def _scale(values: np.ndarray) -> Mapping[str, object]:
+def _scale(values: np.ndarray) -> dict[str, Any]:
     """Colours from 0 up, or for values of both signs with white at 0."""
     most = max(float(np.abs(values).max()), 1e-12)
     if values.min() < 0:

@@ -1,8 +1,10 @@
 """The images whose fc7 features lie nearest, as in the right half of the paper's Figure 4."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
+from jaxtyping import Float32, Float64, Int64, UInt8
 from tqdm import tqdm
 
 from alexnet_jax import pipeline, trained
@@ -13,21 +15,19 @@ BATCH = 128  # images; of one length, so that the network is compiled once
 
 
 def nearest(
-    queries: np.ndarray, batches: Iterable[np.ndarray], count: int
-) -> tuple[np.ndarray, np.ndarray]:
+    queries: Float32[np.ndarray, "Q D"], batches: Iterable[Float32[np.ndarray, "B D"]], count: int
+) -> tuple[Int64[np.ndarray, "Q count"], Float32[np.ndarray, "Q count"]]:
     """Finds each query's nearest features by Euclidean distance (paper §6.1).
 
     Holds one batch and the nearest so far, however many batches there are.
 
     Args:
-      queries: float32[Q, D].
-      batches: float32[B, D] each, B may differ.
+      batches: B may differ.
       count: how many to find, from 1 up.
 
     Returns:
-      int64[Q, count], places in the stream of all batches, and float32[Q, count], their
-      distances, rising; what is equally near is in the stream's order. Where the stream is
-      shorter than count, so are both.
+      Places in the stream of all batches, and their distances, rising; what is equally near is in
+      the stream's order. Where the stream is shorter than count, so are both.
     """
     queries = np.asarray(queries, np.float64)
     places = np.empty((len(queries), 0), np.int64)
@@ -47,23 +47,25 @@ def nearest(
 
 
 def nearest_in_store(
-    network: Trained, store: Store, images: np.ndarray, count: int
-) -> tuple[np.ndarray, np.ndarray]:
+    network: Trained, store: Store, images: UInt8[np.ndarray, "Q S S 3"], count: int
+) -> tuple[Int64[np.ndarray, "Q count"], Float32[np.ndarray, "Q count"]]:
     """Finds the examples of a store that are nearest to images by the network's fc7.
 
     Reads all of the store; on a terminal a bar shows how far it is.
 
     Args:
-      images: uint8[Q, S, S, 3], S the config's image_size.
+      images: S is the config's image_size.
 
-    Returns the examples' indices int64[Q, count] and their distances, as `nearest`.
+    Returns the examples' indices and their distances, as `nearest`.
     """
     extract = trained.feature_extractor(network, ["fc7"])
     return nearest(fc7_of(extract, images), _of_store(extract, store), count)
 
 
-def _candidates(queries: np.ndarray, features: np.ndarray, count: int) -> np.ndarray:
-    """Returns int64[Q, up to count], the nearest rows of features, in any order.
+def _candidates(
+    queries: Float64[np.ndarray, "Q D"], features: Float64[np.ndarray, "B D"], count: int
+) -> Int64[np.ndarray, "Q found"]:
+    """Returns up to count of the nearest rows of features, in any order.
 
     |a - b|² = |a|² - 2ab + |b|² is one matrix product, but cancels where a and b are close: in
     float32 to an error of a thousandth of |a|. In float64, which costs nothing beside the network,
@@ -73,8 +75,8 @@ def _candidates(queries: np.ndarray, features: np.ndarray, count: int) -> np.nda
     return np.argsort(squares, axis=1, kind="stable")[:, :count]
 
 
-def fc7_of(extract: OfImages, images: np.ndarray) -> np.ndarray:
-    """Returns float32[Q, D] of uint8[Q, S, S, 3], computed in batches of BATCH."""
+def fc7_of(extract: OfImages, images: UInt8[np.ndarray, "Q S S 3"]) -> Float32[np.ndarray, "Q D"]:
+    """Returns the images' features, computed in batches of BATCH."""
     found = []
     for start in range(0, len(images), BATCH):
         part = images[start : start + BATCH]
@@ -83,10 +85,10 @@ def fc7_of(extract: OfImages, images: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _of_store(extract: OfImages, store: Store) -> Iterator[np.ndarray]:
-    """Yields float32[B, D] of the examples in order; the next are computed meanwhile."""
+def _of_store(extract: OfImages, store: Store) -> Iterator[Float32[np.ndarray, "B D"]]:
+    """Yields the examples' features in order; the next are computed meanwhile."""
 
-    def place(batch: pipeline.Batch) -> tuple[np.ndarray, np.ndarray]:
+    def place(batch: pipeline.Batch) -> tuple[Any, np.ndarray]:
         return extract(batch["image"])["fc7"], batch["label"] >= 0
 
     batches = pipeline.eval_batches(store, BATCH, place=place)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
 from alexnet_jax import augment, trained
@@ -27,18 +28,18 @@ class Occlusion(NamedTuple):
     """What was found.
 
     Attributes:
-      view: uint8[C, C, 3], the centre crop that the network sees.
+      view: the centre crop that the network sees.
       label: the class whose probability was taken.
       probability: of the view as it is, 0 to 1.
-      map: float32[n, n], with the square centred on each cell of `stride` x `stride` pixels.
+      map: with the square centred on each cell of `stride` x `stride` pixels.
       patch: the square's side in pixels.
       stride: by how many pixels it moves.
     """
 
-    view: np.ndarray
+    view: UInt8[np.ndarray, "C C 3"]
     label: int
     probability: float
-    map: np.ndarray
+    map: Float32[np.ndarray, "n n"]
     patch: int
     stride: int
 
@@ -49,14 +50,14 @@ class Occlusion(NamedTuple):
         """
         place = np.abs(self.map - self.probability).argmax()
         row, column = (
-            _center(cell, self.stride) for cell in np.unravel_index(place, self.map.shape)
+            _center(int(cell), self.stride) for cell in np.unravel_index(place, self.map.shape)
         )
         return float(self.map.flat[place]), row, column
 
 
 def occlude(
     network: Trained,
-    image: np.ndarray,
+    image: UInt8[np.ndarray, "S S 3"],
     label: int | None = None,
     patch: int | None = None,
     stride: int | None = None,
@@ -66,7 +67,7 @@ def occlude(
     The square shows the pixels' mean, which is zero to the network.
 
     Args:
-      image: uint8[S, S, 3], S the config's image_size.
+      image: S is the config's image_size.
       label: by default the class that the network answers.
       patch: the square's side in pixels, by default a quarter of the crop's.
       stride: pixels from place to place, by default a 28th of the crop's side.
@@ -90,6 +91,7 @@ def occlude(
         probabilities = np.asarray(jax.nn.softmax(extract(batch)["fc8"]))
         label = int(probabilities[0].argmax()) if label is None else label
         found.append(probabilities[:, label])
+    assert label is not None  # since there is a first batch
     whole, *hidden = np.concatenate(found)[:count]
     return Occlusion(
         view=augment.center_window(image, size),
@@ -101,8 +103,10 @@ def occlude(
     )
 
 
-def occluded(network: Trained, image: np.ndarray, patch: int, stride: int) -> Iterator[np.ndarray]:
-    """Yields uint8[BATCH, S, S, 3]: the image, then with the square at each place by rows.
+def occluded(
+    network: Trained, image: UInt8[np.ndarray, "S S 3"], patch: int, stride: int
+) -> Iterator[UInt8[np.ndarray, "BATCH S S 3"]]:
+    """Yields the image, then the same with the square at each place by rows.
 
     The last batch is filled up with the image.
     """

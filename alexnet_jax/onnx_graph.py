@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax2onnx
 from flax import linen as nn
 from jax import Array
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn, Literal
 
 Function = Callable[[Array], Array]
 Padding = Sequence[tuple[int, int]]
@@ -33,8 +33,8 @@ def convert(function: Function, shape: tuple[int, ...]) -> Any:
     )
 
 
-def _results(closed: ClosedJaxpr, args: Sequence[Array]) -> list[Array]:
-    """Computes a jaxpr, in other operations where jax2onnx 0.17 or onnxruntime 1.32 lack one."""
+def _results(closed: Any, args: Sequence[Array]) -> list[Array]:
+    """Computes a ClosedJaxpr, in other operations where jax2onnx or onnxruntime lack one."""
     jaxpr = closed.jaxpr
     values: dict[Any, Array] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= zip(jaxpr.invars, args, strict=True)

@@ -51,8 +51,9 @@ class Scheduled(NamedTuple):
     color_noise: jax.Array
 
 
-Rate = Callable[[jax.Array], jax.Array]  # of a step
-Schedule = Callable[[jax.Array, jax.Array], Scheduled]
+Step = jax.Array | int
+Rate = Callable[[Step], jax.Array]
+Schedule = Callable[[Step, jax.Array], Scheduled]
 
 
 def make_schedule(config: ConfigDict, steps_per_epoch: float) -> Schedule:
@@ -67,15 +68,13 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> Schedule:
     for change in config.schedule.changes:
         _check_change(change, config.freeze)
 
-    def changed(
-        step: jax.Array, layers: tuple[str, ...], field: str, value: jax.Array
-    ) -> jax.Array:
+    def changed(step: Step, layers: tuple[str, ...], field: str, value: jax.Array) -> jax.Array:
         for epoch, layer, changed_field, new in config.schedule.changes:
             if changed_field == field and layer in layers:
                 value = jnp.where(step >= math.ceil(epoch * steps_per_epoch), new, value)
         return jnp.asarray(value, jnp.float32)
 
-    def schedule(step: jax.Array, plateau_scale: jax.Array) -> Scheduled:
+    def schedule(step: Step, plateau_scale: jax.Array) -> Scheduled:
         rate = base(step) * plateau_scale
         bias_rate = rate * config.optimizer.bias_learning_rate
         rates = {

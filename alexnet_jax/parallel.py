@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.stages import Wrapped
+from jaxtyping import Int64
 from ml_collections import ConfigDict
 
 from alexnet_jax import placement
@@ -65,17 +67,17 @@ class Compiled(NamedTuple):
       batch_sharding: of a batch.
       place_batch: this host's part of a batch -> the same on its devices; returns while the
         transfer goes on.
-      own_places: which places of every global batch are this host's, int64[share], rising.
+      own_places: which places of every global batch are this host's, rising.
     """
 
-    train_step: Callable
-    eval_step: Callable
+    train_step: Wrapped
+    eval_step: Wrapped
     shardings: Tree
     place: Callable[[Tree], Tree]
     unplace: Callable[[Tree], Tree]
     batch_sharding: Sharding
     place_batch: Callable[[HostBatch], PlacedBatch]
-    own_places: np.ndarray
+    own_places: Int64[np.ndarray, " share"]
 
 
 def build_model(config: ConfigDict) -> AlexNet:
@@ -202,7 +204,8 @@ def _pmap(
 
     def place_batch(batch: HostBatch) -> PlacedBatch:
         shares = jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), batch)
-        return jax.device_put(shares, on_local)
+        placed: PlacedBatch = jax.device_put(shares, on_local)
+        return placed
 
     def place(x: jax.Array) -> jax.Array:
         copies = {shard.device: shard.data[None] for shard in x.addressable_shards}
@@ -250,7 +253,9 @@ def _mesh(
             return x[start : start + len(rows)]
 
         return jax.make_array_from_callback(
-            (config.batch_size, *x.shape[1:]), batch_sharding, share
+            (config.batch_size, *x.shape[1:]),
+            batch_sharding,
+            share,  # type: ignore[arg-type]  # it is never given None
         )
 
     return Compiled(
@@ -310,6 +315,7 @@ def _mean(
     Of a sum of shares of the loss, each of which is a mean over one device's images.
     """
     sent = gradient.astype(dtype)
+    total: jax.Array
     if scatter is None:
         total = jax.lax.psum(sent, axes)
     else:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int64
 from ml_collections import ConfigDict
 
 from alexnet_jax.errors import UserError
@@ -31,11 +32,12 @@ WHOLE = PartitionSpec()
 
 def kind(config: ConfigDict) -> str:
     """Returns the key of BATCH_AXES that config.parallel means; raises UserError for none."""
-    if config.parallel == "auto":
+    asked: str = config.parallel
+    if asked == "auto":
         return "mesh.data" if jax.device_count() > 1 else "jit"
-    if config.parallel not in BATCH_AXES:
-        raise UserError(f"parallel={config.parallel!r}; it can be auto, {', '.join(BATCH_AXES)}")
-    return config.parallel
+    if asked not in BATCH_AXES:
+        raise UserError(f"parallel={asked!r}; it can be auto, {', '.join(BATCH_AXES)}")
+    return asked
 
 
 def batch_axes(config: ConfigDict) -> tuple[str, ...]:
@@ -54,12 +56,13 @@ def fc_parts(config: ConfigDict, devices: int | None = None) -> int:
 
 
 def group_size(config: ConfigDict, devices: int) -> int:
-    return min(config.hybrid_group, devices)
+    wanted: int = config.hybrid_group
+    return min(wanted, devices)
 
 
 def make_mesh(config: ConfigDict, devices: Devices) -> Mesh:
     """Returns the devices by `batch_axes`, neighbours on the machine's network in one group."""
-    shape = (len(devices),)
+    shape: tuple[int, ...] = (len(devices),)
     if fc_axis(config):
         group = group_size(config, len(devices))
         shape = (len(devices) // group, group)
@@ -70,7 +73,7 @@ def make_mesh(config: ConfigDict, devices: Devices) -> Mesh:
 def parameter_specs(config: ConfigDict, params: Tree, mesh: Mesh) -> Tree:
     """Returns how each parameter is sharded at rest, by its layer's name, as a tree like params."""
 
-    def spec(path: tuple, x: jax.ShapeDtypeStruct) -> PartitionSpec:
+    def spec(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> PartitionSpec:
         layer, name = path[0].key, path[-1].key
         match kind(config):
             case "mesh.hybrid" if layer in SPLIT_LAYERS and name == "kernel":
@@ -79,7 +82,7 @@ def parameter_specs(config: ConfigDict, params: Tree, mesh: Mesh) -> Tree:
                 divisible = [length % mesh.size == 0 for length in x.shape]
                 if any(divisible):
                     lengths = np.where(divisible, x.shape, 0)
-                    axes = [None] * x.ndim
+                    axes: list[str | None] = [None] * x.ndim
                     axes[int(lengths.argmax())] = DATA_AXIS
                     return PartitionSpec(*axes)
         return WHOLE
@@ -113,10 +116,10 @@ def _is_spec(part: Any) -> bool:
     return isinstance(part, PartitionSpec)
 
 
-def own_places(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+def own_places(sharding: NamedSharding, batch_size: int) -> Int64[np.ndarray, " share"]:
     """Which rows of an array of so many this host's devices hold."""
     index = sharding.addressable_devices_indices_map((batch_size,))
-    return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in index.values()]))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in index.values()]))
 
 
 def whole(tree: Tree) -> Tree:
@@ -127,7 +130,11 @@ def whole(tree: Tree) -> Tree:
 def _gathered(x: jax.Array) -> jax.Array:
     if not isinstance(x, jax.Array) or x.is_fully_replicated:
         return x
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, WHOLE))(x)
+    assert isinstance(x.sharding, NamedSharding)
+    gathered: jax.Array = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, WHOLE))(
+        x
+    )
+    return gathered
 
 
 def replicated(tree: Tree, like: Tree) -> Tree:

@@ -49,7 +49,7 @@ def reading_rate(config: ConfigDict) -> tuple[float, str]:
         def read(first: int, end: int) -> Iterator[Example]:
             for number in range(first, end):
                 pixels = noise.integers(0, 256, shape, np.uint8)
-                yield Example(str(number), 0, lambda pixels=pixels: pixels)
+                yield Example(str(number), 0, pixels.copy)
 
         prepare_store(Source("noise", TRIAL_IMAGES, ("noise",), read), f"{folder}/noise", config)
         return _rate(open_store(f"{folder}/noise"), config), "noise in the page cache"

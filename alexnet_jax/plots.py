@@ -165,7 +165,7 @@ def save_predictions(
     images: Sequence[UInt8[np.ndarray, "S S 3"]],
     truths: Sequence[str | None],
     classes: Sequence[Sequence[str]],
-    probabilities: Sequence[Sequence[float]],
+    probabilities: Sequence[np.ndarray],
     path: Path,
 ) -> None:
     """Draws images with their most probable classes as bars under them (paper, Fig. 4 left).

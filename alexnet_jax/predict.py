@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Float32, Int32, UInt8
 
 from alexnet_jax import plots, runtime, trained
 from alexnet_jax.decode import read_upright
@@ -29,20 +30,22 @@ MOST_NAME = 40  # characters of a class's or a file's name that the table makes 
 THREADS = max(2, os.cpu_count() or 1)
 BATCHES_IN_FLIGHT = 2
 
+Read = tuple[Path, str | None]  # a file, and what is wrong with it
+
 
 class Prediction(NamedTuple):
     """What the network sees in one file.
 
     Attributes:
-      labels: int[k], the k classes of highest probability, highest first.
-      probabilities: float32[k], theirs, of a softmax over all classes.
-      image: uint8[S, S, 3], what it was shown, before crop and mean.
+      labels: the k classes of highest probability, highest first.
+      probabilities: theirs, of a softmax over all classes.
+      image: what it was shown, before crop and mean.
     """
 
     path: Path
-    labels: np.ndarray
-    probabilities: np.ndarray
-    image: np.ndarray
+    labels: Int32[np.ndarray, " k"]
+    probabilities: Float32[np.ndarray, " k"]
+    image: UInt8[np.ndarray, "S S 3"]
 
 
 class Skipped(NamedTuple):
@@ -99,7 +102,7 @@ def predictions(
         lambda variables, images: first_five(trained.log_probs(network, views, variables, images)),
         network.variables,
     )
-    pending: collections.deque = collections.deque()
+    pending: collections.deque[tuple[list[Read], np.ndarray, Any]] = collections.deque()
 
     def finished() -> Iterator[Prediction | Skipped]:
         read, images, (log_probs, labels) = pending.popleft()
@@ -121,8 +124,8 @@ def predictions(
 
 def _batches(
     files: Sequence[Path], size: int, batch_size: int
-) -> Iterator[tuple[list[tuple[Path, str | None]], np.ndarray]]:
-    """Yields files, each with what is wrong with it, and uint8[B, S, S, 3] of those that are well.
+) -> Iterator[tuple[list[Read], UInt8[np.ndarray, "B S S 3"]]]:
+    """Yields files, each with what is wrong with it, and the images of those that are well.
 
     B is the same in all batches, so that there is one program to compile; the last may have rows
     that no file goes with.
@@ -130,7 +133,8 @@ def _batches(
     length = min(batch_size, len(files))
     threads = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=2 * length)
     decoded = grain.MapDataset.source(files).map(lambda path: (path, read_upright(path, size)))
-    read, images = [], np.zeros((length, size, size, 3), np.uint8)
+    read: list[Read] = []
+    images = np.zeros((length, size, size, 3), np.uint8)
     filled = 0
     for path, image in decoded.to_iter_dataset(threads):
         if isinstance(image, str):

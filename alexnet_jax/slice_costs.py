@@ -47,7 +47,7 @@ def compile_layout(config: ConfigDict, devices: list[jax.Device]) -> Layout:
     compiled = parallel.compile_steps(config, model, stats, schedule, devices)
     placed = jax.tree.map(lambda x, s: x.update(sharding=s), state, compiled.shardings)
     lowered = compiled.train_step.lower(placed, batch_of(config, compiled.batch_sharding))
-    program = lowered.compile(compiler_options=runtime.TPU_OPTIONS)
+    program = lowered.compile(compiler_options={**runtime.TPU_OPTIONS})
     mesh = placement.make_mesh(config, devices)
     places = [tuple(device.coords) for device in mesh.devices.flat]
     return Layout(config, compiled, state, program, places)

@@ -83,8 +83,8 @@ def store_path(config: Mapping[str, Any], split: str) -> str:
     else:
         name = _file_name(dataset)
     kind = "" if config["storage"] == "raw" else f"_{config['storage']}"
-    folder = f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}{kind}"
-    return f"{folder}/{_file_name(split)}"
+    of_dataset = f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}{kind}"
+    return f"{of_dataset}/{_file_name(split)}"
 
 
 def _file_name(text: str, unique: str = "") -> str:
@@ -112,7 +112,7 @@ def describe(store: Store) -> str:
 
 def _verify(path: str) -> None:
     store = open_store(path, check_shards=False)  # so that one missing shard hides no other damage
-    found = Counter()
+    found: Counter[str] = Counter()
     for line in damages(store):
         if line not in found:  # a missing shard is said once
             print(line)
@@ -126,10 +126,10 @@ def _verify(path: str) -> None:
 def _part(text: str) -> tuple[int, int]:
     """Parses "2/8"."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
-    part = tuple(map(int, match.groups())) if match else (0, 0)
-    if not 1 <= part[0] <= part[1]:
+    part, count = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= part <= count:
         raise UserError(f"--part={text} must be I/N with I from 1 to N, for example 2/8")
-    return part
+    return part, count
 
 
 @exits_cleanly

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from jaxtyping import Float32, Int, Int32, Int64
 from tqdm import tqdm
 
 from alexnet_jax.buffers import Buffers
@@ -55,14 +56,12 @@ class Store:
       num_corrupt: examples of the source that could not be decoded.
       image_size: S.
       class_names: the name of each label.
-      mean_image: float32[S, S, 3], mean over the examples, in pixel units (0 to 255).
-      mean_channel: float32[3], the mean image's mean over its pixels.
-      eigenvalues: float32[3], of the covariance (0 to 255 squared units) of all pixels' RGB
-        values, falling.
-      eigenvectors: float32[3, 3], their unit eigenvectors in its columns, each with its entry
-        of largest magnitude positive.
-      labels: int32[N].
-      rows: int64[N], where the examples lie.
+      mean_image: mean over the examples, in pixel units (0 to 255).
+      mean_channel: the mean image's mean over its pixels.
+      eigenvalues: of the covariance (0 to 255 squared units) of all pixels' RGB values, falling.
+      eigenvectors: their unit eigenvectors in its columns, each with its entry of largest
+        magnitude positive.
+      rows: where the examples lie.
       shard_bytes: the length of each shard file.
     """
 
@@ -73,18 +72,18 @@ class Store:
     num_corrupt: int
     image_size: int
     class_names: tuple[str, ...] = field(repr=False)
-    mean_image: np.ndarray = field(repr=False)
-    mean_channel: np.ndarray
-    eigenvalues: np.ndarray
-    eigenvectors: np.ndarray
-    labels: np.ndarray = field(repr=False)
-    rows: np.ndarray = field(repr=False)
+    mean_image: Float32[np.ndarray, "S S 3"] = field(repr=False)
+    mean_channel: Float32[np.ndarray, " 3"]
+    eigenvalues: Float32[np.ndarray, " 3"]
+    eigenvectors: Float32[np.ndarray, "3 3"]
+    labels: Int32[np.ndarray, " N"] = field(repr=False)
+    rows: Int64[np.ndarray, " N"] = field(repr=False)
     shard_bytes: tuple[int, ...] = field(repr=False)
     shards: Shards = field(repr=False)
     buffers: Buffers = field(repr=False, default_factory=Buffers)
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads the examples at `indices` int[B], in that order.
+    def read(self, indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+        """Reads the examples at `indices`, in that order.
 
         Returns {"image": uint8[B, S, S, 3], "label": int32[B]}.
 
@@ -105,7 +104,7 @@ class Store:
         return {"image": images, "label": self.labels[indices]}
 
 
-def open_store(path: str | os.PathLike, check_shards: bool = True) -> Store:
+def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store:
     """Opens a complete store at a local path or a URL such as gs://bucket/folder.
 
     Args:
@@ -164,7 +163,7 @@ def is_settled(path: str) -> bool:
     attributes = read_attributes(path)
     if attributes is None:
         return False
-    return attributes["complete"] or attributes["format_version"] != FORMAT_VERSION
+    return bool(attributes["complete"] or attributes["format_version"] != FORMAT_VERSION)
 
 
 def expand_dir(data_dir: str) -> str:
@@ -194,7 +193,7 @@ def read_attributes(path: str) -> dict[str, Any] | None:
         found = open_kvstore(path).read("zarr.json").result()
         if found.state == "missing":
             return None
-        attributes = json.loads(found.value)["attributes"]
+        attributes: dict[str, Any] = json.loads(found.value)["attributes"]
         return {"format_version": None, "complete": False} | attributes
     except (ValueError, KeyError, TypeError) as error:
         raise _unreadable(path, error) from error

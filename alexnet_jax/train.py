@@ -149,20 +149,22 @@ def evaluate(
 
     `state` and the batches are placed on the devices.
     """
-    total, pending = collections.Counter(), collections.deque()
+    total: dict[str, float] = collections.defaultdict(float)
+    pending: collections.deque[Metrics] = collections.deque()
+
+    def add(sums: Metrics) -> None:
+        for name, value in compiled.unplace(sums).items():
+            total[name] += float(value)
+
     for batch in batches:
         if stopping():
             return None
         pending.append(compiled.eval_step(state, batch))
         if len(pending) > STEPS_IN_FLIGHT:
-            total.update(_floats(compiled.unplace(pending.popleft())))
+            add(pending.popleft())
     for sums in pending:
-        total.update(_floats(compiled.unplace(sums)))
+        add(sums)
     return {key: total[key] / total["count"] for key in ("loss", "top1", "top5")}
-
-
-def _floats(metrics: Metrics) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items()}
 
 
 @jax.jit
@@ -186,7 +188,7 @@ class _Run:
     ):
         self.config, self.workdir, self.stores = config, workdir, stores
         self.checkpoints, self.stop, self.started = checkpoints, stop, started
-        self.steps_per_epoch = stores["train"].num_examples / config.batch_size
+        self.steps_per_epoch: float = stores["train"].num_examples / config.batch_size
         self.total_steps = self._step_at(config.num_epochs)
         every = config.eval.every_epochs
         count = math.ceil(config.num_epochs / every)
@@ -217,7 +219,7 @@ class _Run:
         self.step = int(state.step)
         self.state = self.compiled.place(state)
         self.evaluated = checkpoints.was_evaluated(self.step)
-        self.report = NoReport()
+        self.report: Report | NoReport = NoReport()
         if hosts.is_first():
             self.report = Report(workdir, self.step, self.total_steps, self.evaluated)
         self.meter = Meter(config.batch_size)
@@ -232,7 +234,7 @@ class _Run:
         )
         restored = self.checkpoints.restore_latest(like)
         if not restored:
-            state = runtime.run_once(initial, out_shardings=self.compiled.shardings)
+            state: TrainState = runtime.run_once(initial, out_shardings=self.compiled.shardings)
             return finetune.with_weights(state, source) if source else state
         if restored.position is not None:
             self.batches.set_state(restored.position)
@@ -258,7 +260,8 @@ class _Run:
             self.checkpoints.wait()
             best = self.checkpoints.best_step
             self.report.say(f"finished at step {self.step}; best top-1 at step {best}")
-        return self.compiled.unplace(self.state)
+        at_rest: TrainState = self.compiled.unplace(self.state)
+        return at_rest
 
     def _step(self) -> None:
         first = self.meter.first_step

@@ -247,7 +247,8 @@ def _chosen_step(workdir: Path, checkpoints: Checkpoints, step: int | None) -> i
     if not steps:
         raise UserError(f"{workdir} has no checkpoint yet; train longer or name another workdir")
     if step is None:
-        return checkpoints.latest_step if checkpoints.best_step is None else checkpoints.best_step
+        best = checkpoints.best_step
+        return steps[-1] if best is None else best
     if step not in steps:
         raise UserError(
             f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"

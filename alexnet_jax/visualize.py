@@ -153,7 +153,7 @@ def _drawn(path: Path, other: str = "another --out") -> Iterator[Path]:
 
 
 def _out(args: argparse.Namespace, name: str) -> Path:
-    path = args.out or args.workdir / name
+    path: Path = args.out or args.workdir / name
     if path.suffix.lower() != ".png" or path.is_dir():
         raise UserError(f"--out={path} must name a file that ends in .png")
     return path
@@ -214,13 +214,17 @@ def _parser() -> argparse.ArgumentParser:
     of_run.add_argument("workdir", type=Path, metavar="WORKDIR", help="where a network lies")
     of_run.add_argument("--step", type=int, help="of its checkpoints; default: the best by top-1")
 
-    def add(name: str, draw: Callable, *parents: argparse.ArgumentParser, out: str = ""):
-        told = {"help": draw.__doc__, "description": draw.__doc__}
-        what = whats.add_parser(name, parents=parents, **told)
+    def add(
+        name: str,
+        draw: Callable[[argparse.Namespace], None],
+        *parents: argparse.ArgumentParser,
+        out: str = "",
+    ) -> argparse.ArgumentParser:
+        told = draw.__doc__
+        what = whats.add_parser(name, parents=parents, help=told, description=told)
         what.set_defaults(draw=draw)
         if out:
-            told = f"default: {out}"
-            what.add_argument("--out", type=Path, metavar="FILE.png", help=told)
+            what.add_argument("--out", type=Path, metavar="FILE.png", help=f"default: {out}")
         return what
 
     what = add("data", data)
@@ -246,8 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("workdir", type=Path, nargs="?", metavar="WORKDIR", help="or else a config")
     _add_config(what)
     usages = [what.format_usage().split(maxsplit=4)[4] for what in whats.choices.values()]
-    told = [" ".join(usage.replace("[-h] ", "").split()) for usage in usages]
-    parser.epilog = "\n  ".join(["WHAT in full, and more of each by WHAT --help:", *told])
+    lines = [" ".join(usage.replace("[-h] ", "").split()) for usage in usages]
+    parser.epilog = "\n  ".join(["WHAT in full, and more of each by WHAT --help:", *lines])
     return parser
 
 
