@@ -48,7 +48,7 @@ class Answer(NamedTuple):
     nearest: list[tuple[UInt8[np.ndarray, "S S 3"], str]]
 
 
-def read_upload(data: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def read_upload(data: bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Decodes an upload as training does, upright.
 
     What is no image, or one too large, is found out before any of it is decoded.

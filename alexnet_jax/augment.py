@@ -165,7 +165,7 @@ def center_crop(
 
 def center_window(
     image: Shaped[np.ndarray, "S S ..."], size: int
-) -> Shaped[np.ndarray, "size size ..."]:
+) -> Shaped[np.ndarray, "{size} {size} ..."]:
     """Returns the part of an image that `center_crop` keeps."""
     start = (len(image) - size) // 2
     return image[start : start + size, start : start + size]
@@ -207,7 +207,7 @@ def _drawn_crop(key: jax.Array, config: ConfigDict) -> Callable[[jax.Array], jax
 
 def _resized(
     image: Float32[jax.Array, "S S 3"], box: Int32[jax.Array, " 4"], size: int
-) -> Float32[jax.Array, "size size 3"]:
+) -> Float32[jax.Array, "{size} {size} 3"]:
     """Resizes the box of an image by Pillow's BILINEAR."""
     top, left, height, width = box
     rows = _resize_weights(top, height, image.shape[0], size)
@@ -219,7 +219,7 @@ def _resized(
 
 def _resize_weights(
     start: jax.Array, length: jax.Array, stored: int, size: int
-) -> Float32[jax.Array, "size stored"]:
+) -> Float32[jax.Array, "{size} {stored}"]:
     """Returns the matrix that resizes an axis's pixels [start, start + length).
 
     A pixel's weight falls linearly with its distance from the new pixel's centre, to zero at one

@@ -36,7 +36,7 @@ _scratch = threading.local()
 _images = Buffers()
 
 
-def decode_square(image: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def decode_square(image: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Decodes an image, scales its shorter side to `size` and keeps the centre square.
 
     Scaling antialiases when it shrinks. Colour and grey JPEGs that have to shrink, nearly all
@@ -68,7 +68,7 @@ def decode_square(image: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "si
     return _scale_square(Image.open(io.BytesIO(image)), size) if shrunk is None else shrunk
 
 
-def decode_upright(image: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def decode_upright(image: bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Decodes as `decode_square` does, turned as the file's EXIF orientation says it is to be seen.
 
     The centre square of a turned image is the turned centre square.
@@ -81,7 +81,7 @@ def decode_upright(image: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
     return np.ascontiguousarray(turned(square))
 
 
-def read_upright(path: Path, size: int) -> UInt8[np.ndarray, "size size 3"] | str:
+def read_upright(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"] | str:
     """Returns a file's image, as `decode_upright` does, or why there is none."""
     if path.exists() and not path.is_file():
         return "it is not a regular file"

@@ -121,7 +121,7 @@ def ceil_padding(length: int, size: int, stride: int) -> tuple[int, int]:
 
 def conv(
     x: Float[Array, "B H W C"],
-    kernel: Float[Array, "R R C/groups D"],
+    kernel: Float[Array, "R R C//{feature_group_count} D"],
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     *,
@@ -241,9 +241,7 @@ def _space_to_depth(
     )
 
 
-def max_pool(
-    x: Float[Array, "B H W C"],
-) -> Float[Array, "B ceil((H-3)/2)+1 ceil((W-3)/2)+1 C"]:
+def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H//2 W//2 C"]:
     """Overlapping max pooling, 3x3 of stride 2; sizes round up, windows are clipped at the edge."""
     pads = [ceil_padding(length, POOL_SIZE, POOL_STRIDE) for length in x.shape[1:3]]
 
@@ -354,8 +352,8 @@ def paper_dropout(
     return x * jnp.asarray(1.0 - rate, x.dtype) if kept is None else x * kept.astype(x.dtype)
 
 
-def to_rows_of_group(x: Shaped[Array, "b D"], axis: str) -> Shaped[Array, "m*b D/m"]:
-    """All units of each device's images -> of all m devices' images a share of the units.
+def to_rows_of_group(x: Shaped[Array, "B D"], axis: str) -> Shaped[Array, "mB D_share"]:
+    """Each device's images with all units -> all m devices' images with a share of the units.
 
     The devices along a mapped axis exchange what they have; that moves each value at most once.
     """
@@ -364,14 +362,14 @@ def to_rows_of_group(x: Shaped[Array, "b D"], axis: str) -> Shaped[Array, "m*b D
 
 
 def split_dot_general(
-    x: Float[Array, "m*b D/m"],
-    kernel: Float[Array, "D/m E"],
+    x: Float[Array, "mB D_share"],
+    kernel: Float[Array, "D_share E"],
     dimensions: Any,
     *,
     axis: str,
     scatter: int,
     **others: Any,
-) -> Float[Array, "b E"] | Float[Array, "m*b E/m"]:
+) -> Float[Array, "B E"] | Float[Array, "mB E_share"]:
     """`dot_general` of shares of the inputs, added over a mapped axis of m devices.
 
     Returns the share of the sum along dimension `scatter` that is this device's.

@@ -34,7 +34,7 @@ def convert(function: Function, shape: tuple[int, ...]) -> Any:
 
 
 def _results(closed: Any, args: Sequence[Array]) -> list[Array]:
-    """Computes a ClosedJaxpr, in other operations where jax2onnx or onnxruntime lack one."""
+    """Computes a jaxpr, in other operations where jax2onnx 0.17 or onnxruntime 1.32 lack one."""
     jaxpr = closed.jaxpr
     values: dict[Any, Array] = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     values |= zip(jaxpr.invars, args, strict=True)

@@ -68,7 +68,7 @@ def tiling(length: int, taps: int) -> Tiling:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def winograd_conv(
     x: Float[Array, "B H W C"], kernel: Float[Array, "R R C D"], padding: int
-) -> Float32[Array, "B H+2*padding-R+1 W+2*padding-R+1 D"]:
+) -> Float32[Array, "B H+2*{padding}-R+1 W+2*{padding}-R+1 D"]:
     """Convolution of stride 1, with zeros around x.
 
     Everything is in float32 whatever the dtypes of x and kernel. Against float64 the outputs' root
@@ -112,7 +112,8 @@ def _backward(padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Arra
 
 winograd_conv.defvjp(_forward, _backward)
 
-Tilings = tuple[Tiling, Tiling]  # of the rows and of the columns
+# Of the rows, whose products are numbered by i and tiles by t, and of the columns, by j and u.
+Tilings = tuple[Tiling, Tiling]
 
 
 def _tilings(x: Array, kernel: Array, padding: int) -> Tilings:
@@ -133,34 +134,32 @@ def _in_parts(x: Array) -> list[Array]:
 
 def _of_inputs(
     x: Float[Array, "B H W C"], tilings: Tilings, padding: int
-) -> Float32[Array, "products products B tiles tiles C"]:
+) -> Float32[Array, "j i B t u C"]:
     rows, columns = tilings
     return _cut(_cut(x, rows, rows.input, 1, padding), columns, columns.input, 3, padding)
 
 
 def _of_output_gradients(
     dy: Float[Array, "B height width D"], tilings: Tilings
-) -> Float32[Array, "products products B tiles tiles D"]:
+) -> Float32[Array, "j i B t u D"]:
     rows, columns = tilings
     return _cut(_cut(dy, rows, rows.output.T, 1), columns, columns.output.T, 3)
 
 
-def _of_kernel(
-    kernel: Float[Array, "R R C D"], tilings: Tilings
-) -> Float32[Array, "products products C D"]:
+def _of_kernel(kernel: Float[Array, "R R C D"], tilings: Tilings) -> Float32[Array, "j i C D"]:
     rows, columns = tilings
     return _combine(columns.kernel, _combine(rows.kernel, kernel).swapaxes(0, 1))
 
 
 def _kernel_gradient(
-    products: Float32[Array, "products products C D"], tilings: Tilings
+    products: Float32[Array, "j i C D"], tilings: Tilings
 ) -> Float32[Array, "R R C D"]:
     rows, columns = tilings
     return _combine(rows.kernel.T, _combine(columns.kernel.T, products).swapaxes(0, 1))
 
 
 def _outputs(
-    products: Float32[Array, "products products B tiles tiles D"], tilings: Tilings
+    products: Float32[Array, "j i B t u D"], tilings: Tilings
 ) -> Float32[Array, "B height width D"]:
     rows, columns = tilings
     y = _combine(rows.output, _combine(columns.output, products, axis=4), axis=2)
