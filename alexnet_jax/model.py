@@ -198,14 +198,10 @@ class AlexNet(nn.Module):
         rectified. `fc8` is the logits.
 
         Args:
-          x: mean subtracted; S is at least 63. Odd sizes are fine: convolutions round down,
-            pooling rounds up.
+          x: mean subtracted; S is at least 63. Convolutions round down, pooling rounds up.
           train: whether dropout drops (rng stream "dropout") and batch norm uses the batch.
-          features: names out of `FEATURES`.
-
-        Returns:
-          The logits, or with `features` a pair of them and a dict of arrays in the model's dtype:
-          [B, H, W, C] for convN and poolN, [B, D] for fcN.
+          features: names out of `FEATURES`, returned in a dict beside the logits, in the model's
+            dtype: [B, H, W, C] for convN and poolN, [B, D] for fcN.
         """
         _check_input(x.shape)
         for name in features:
@@ -319,8 +315,8 @@ class AlexNet(nn.Module):
     ) -> tuple[Array, Array, Array | None]:
         share = len(bias) // jax.lax.axis_size(self.fc_axis)
         start = jax.lax.axis_index(self.fc_axis) * share
-        own = jax.lax.dynamic_slice_in_dim(bias, start, share)
-        return promote_all_but_kernel(x, kernel, own, dtype=dtype)
+        bias = jax.lax.dynamic_slice_in_dim(bias, start, share)
+        return promote_all_but_kernel(x, kernel, bias, dtype=dtype)
 
     def _dropout(self, x: Array, train: bool) -> Array:
         dropout = paper_dropout if VARIANTS[self.variant].paper_dropout else inverted_dropout
