@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError, Message
+from jaxtyping import Float32
 
 from alexnet_jax.errors import UserError, one_line
 from alexnet_jax.layouts import ChannelsFirst
@@ -88,8 +89,8 @@ def read(path: Path) -> tuple[str, ChannelsFirst]:
     return variant, _as_paper(weights) if variant == "paper" else weights
 
 
-def read_mean(path: Path) -> np.ndarray:
-    """Returns the mean image in a .binaryproto: float32[3, S, S], blue, green, red.
+def read_mean(path: Path) -> Float32[np.ndarray, "3 S S"]:
+    """Returns the mean image in a .binaryproto: blue, green, red.
 
     Raises UserError if it cannot be read.
     """

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from alexnet_jax import (
@@ -132,8 +133,10 @@ def to_torch(workdir: Path, target: Path, step: int | None = None) -> str:
     )
 
 
-def read_mean(path: Path, program: Program) -> np.ndarray:
-    """Returns a mean image, float32[256, 256, 3], or channel means, float32[3]: red, green, blue.
+def read_mean(
+    path: Path, program: Program
+) -> Float32[np.ndarray, "256 256 3"] | Float32[np.ndarray, " 3"]:
+    """Returns a mean image or channel means: red, green, blue.
 
     Args:
       path: Caffe's .binaryproto, an array [3, 256, 256] or [3] in a .npy, which Caffe keeps in the

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 
 from alexnet_jax import augment, parallel
@@ -24,7 +25,7 @@ from alexnet_jax.step import init_state, log_probabilities, state_of
 from alexnet_jax.whole_files import written_whole
 
 STATISTICS_FILE = "statistics.npz"
-OfImages = Callable[[np.ndarray], Any]
+OfImages = Callable[[UInt8[np.ndarray, "B S S 3"]], Any]
 
 
 class Trained(NamedTuple):
@@ -171,9 +172,9 @@ def load_statistics(workdir: Path) -> tuple[Statistics, tuple[str, ...]]:
 
 
 def log_probs(
-    trained: Trained, views: str, variables: dict[str, Any], images: jax.Array
-) -> jax.Array:
-    """Returns log-probabilities float32[B, num_classes] of uint8[B, S, S, 3], a pure function.
+    trained: Trained, views: str, variables: dict[str, Any], images: UInt8[jax.Array, "B S S 3"]
+) -> Float32[jax.Array, "B classes"]:
+    """Returns the log-probabilities of images, a pure function.
 
     Args:
       views: "center" or "ten".
@@ -183,7 +184,7 @@ def log_probs(
 
 
 def classifier(trained: Trained, views: str | None = None) -> OfImages:
-    """Returns uint8[B, S, S, 3] -> log-probabilities float32[B, num_classes].
+    """Returns images -> log-probabilities float32[B, num_classes].
 
     S is the config's image_size. See `on_all_devices`.
 
@@ -195,7 +196,7 @@ def classifier(trained: Trained, views: str | None = None) -> OfImages:
 
 
 def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
-    """Returns uint8[B, S, S, 3] -> {name: float32[B, …]}, features of the images' centre crops.
+    """Returns images -> {name: float32[B, …]}, features of the images' centre crops.
 
     Args:
       names: out of `model.FEATURES`; see `AlexNet.__call__` for what each is.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from alexnet_jax import plain_pickle
 from alexnet_jax.errors import UserError, one_line
@@ -135,8 +136,8 @@ def _last(layers: dict[str, Layer]) -> tuple[np.ndarray, np.ndarray]:
 
 def _tower(
     name: str, layers: dict[str, Layer], inputs: int, shape: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns float32[O, I of all inputs] and float32[O]. Raises ValueError."""
+) -> tuple[Float32[np.ndarray, "O I"], Float32[np.ndarray, " O"]]:
+    """Returns the weights for all inputs, and the biases. Raises ValueError."""
     layer = layers.get(name, {})
     matrices = layer.get("weights")
     if not isinstance(matrices, list) or len(matrices) != inputs:
