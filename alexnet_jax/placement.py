@@ -131,9 +131,8 @@ def _gathered(x: jax.Array) -> jax.Array:
     if not isinstance(x, jax.Array) or x.is_fully_replicated:
         return x
     assert isinstance(x.sharding, NamedSharding)
-    gathered: jax.Array = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, WHOLE))(
-        x
-    )
+    everywhere = NamedSharding(x.sharding.mesh, WHOLE)
+    gathered: jax.Array = jax.jit(lambda x: x, out_shardings=everywhere)(x)
     return gathered
 
 
