@@ -257,7 +257,7 @@ def mean_softmax(log_probs: Float32[jax.Array, "N B C"]) -> Float32[jax.Array, "
 
 def first_five(
     scores: Float32[jax.Array, "B C"],
-) -> tuple[Float32[jax.Array, "B 5"], Int32[jax.Array, "B 5"]]:
+) -> tuple[Float32[jax.Array, "B best"], Int32[jax.Array, "B best"]]:
     """Returns the five highest of the scores, falling, and their classes. Of fewer classes, all."""
     values, classes = jax.lax.top_k(scores, min(5, scores.shape[-1]))
     return values, classes
