@@ -81,8 +81,11 @@ def test_a_layer_frozen_in_flight_stops_at_once():
     grads = jax.tree.map(jnp.ones_like, w)
     _, state = optimizer.update(grads, state, w, rates=scheduled(c, 0).rates)
     c.schedule.changes = ((0.0, "conv1", "learning_rate", 0.0),)
-    steps, _ = optimizer.update(grads, state, w, rates=scheduled(c, 0).rates)
+    steps, frozen = optimizer.update(grads, state, w, rates=scheduled(c, 0).rates)
     np.testing.assert_array_equal(steps["conv1"]["kernel"], 0.0)
+    np.testing.assert_array_equal(
+        frozen[-1].trace["conv1"]["kernel"], state[-1].trace["conv1"]["kernel"]
+    )
 
 
 def test_clipping_limits_the_global_norm_of_the_gradients():
@@ -188,11 +191,11 @@ def test_a_layers_rate_is_a_multiple_of_whatever_the_schedule_gives(kind):
 
 def test_a_convolutions_batch_norm_goes_with_it():
     c = default_config()
-    c.optimizer.layer_rates = (("conv2", 3.0),)
+    c.optimizer.layer_rates = (("conv2", 0.5),)
     w = {name: {"scale": jnp.ones(2)} for name in ("bn1", "bn2")}
     optimizer = optim.sgd(c)
     steps, _ = optimizer.update(w, optimizer.init(w), w, rates=scheduled(c, 0).rates)
-    np.testing.assert_allclose(steps["bn2"]["scale"], 3 * steps["bn1"]["scale"], rtol=1e-6)
+    np.testing.assert_allclose(steps["bn2"]["scale"], 0.5 * steps["bn1"]["scale"], rtol=1e-6)
     assert set(optim.trainable(w, ("conv2",))) == {"bn1"}
 
 
@@ -202,7 +205,9 @@ BAD_LAYERS = [
     ("freeze", LAYERS, "freeze names all layers"),
     ("optimizer.layer_rates", (("fc9", 2.0),), "layer_rates: no layer 'fc9'; the nearest are fc"),
     ("optimizer.layer_rates", ("fc8", 2.0), "'fc8' must be a pair like"),
+    ("optimizer.layer_rates", (("fc8", 2.0, 3.0),), "must be a pair like"),
     ("optimizer.layer_rates", (("fc8", 0.0),), "fc8's 0.0 must be a number above 0.*freeze"),
+    ("optimizer.layer_rates", (("fc8", np.inf),), "fc8's inf must be a number above 0"),
     ("optimizer.layer_rates", (("fc8", "x"),), "fc8's 'x' must be a number"),
     ("optimizer.layer_rates", (("fc8", 2.0), ("fc8", 3.0)), "names fc8, twice"),
     ("optimizer.layer_rates", (("conv1", 2.0),), "names conv1, in freeze as well"),
@@ -251,6 +256,7 @@ KINDS = [
     ("steps", {"step_epochs": (30.0, 60.0)}, {0: 0.01, 29.9: 0.01, 30: 1e-3, 60: 1e-4}),
     ("cosine", {}, {0: 0.01, 45: 0.005, 90: 0.0}),
     ("cosine", {"warmup_epochs": 10.0}, {0: 0.0, 5: 0.005, 10: 0.01, 50: 0.005, 90: 0.0}),
+    ("cosine", {"warmup_epochs": 90.0}, {45: 0.005, 90: 0.01, 90.1: 0.0}),
     ("polynomial", {"power": 2.0}, {0: 0.01, 45: 0.0025, 90: 0.0}),
     ("steps", {"warmup_epochs": 5.0, "step_epochs": (30.0,)}, {1: 0.002, 29.9: 0.01, 30: 1e-3}),
 ]
@@ -325,7 +331,7 @@ def test_plateau_divides_by_ten_three_times_when_error_stops_improving():
 
 BAD_CHANGES = [
     ((1, "conv9", "learning_rate", 0.1), "conv9"),
-    ((1, "conv1", "learning_rat", 0.1), "learning_rate"),
+    ((1, "conv1", "learning_rat", 0.1), "the nearest are learning_rate, bias_learning_rate$"),
     ((1, "conv1", "color_noise", 0.1), "data"),
     ((1, "all", "learning_rate"), "epoch, layer, field, value"),
     ((1, "all", "learning_rate", "low"), "numbers"),
