@@ -1,5 +1,7 @@
 """Layers against float64 loops written from the formulas, and against known values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,14 @@ from alexnet_jax.layers import (
     channel_sum_by_matrix,
     channel_sum_by_slices,
     conv,
+    dot_general,
     dropout_mask,
     inverted_dropout,
     local_response_norm,
     max_pool,
     paper_dropout,
+    split_dot_general,
+    to_rows_of_group,
     within_map_norm,
 )
 
@@ -157,6 +162,7 @@ def test_pooling_and_its_gradient_are_flax_s_to_the_bit(shape, dtype):
         ((2, 227, 227, 3), (11, 11, 3, 48), 4, [(0, 0), (0, 0)], 1),
         ((2, 66, 63, 4), (11, 11, 4, 32), 4, [(0, 1), (0, 0)], 1),
         ((2, 64, 71, 1), (11, 11, 1, 8), 4, [(2, 2), (0, 0)], 1),
+        ((1, 8, 9, 10), (3, 3, 10, 40), 2, [(1, 1), (1, 1)], 1),
         ((2, 27, 27, 80), (5, 5, 40, 96), 1, [(2, 2), (2, 2)], 2),
         ((2, 13, 13, 48), (3, 3, 48, 40), 1, [(1, 1), (1, 1)], 1),
     ],
@@ -182,7 +188,64 @@ def test_convolutions_are_jax_s(shape, kernel, stride, padding, groups):
 
 
 @pytest.mark.parametrize(
-    ("length", "size", "stride", "end"), [(224, 11, 4, 3), (227, 11, 4, 0), (32, 3, 2, 1)]
+    ("inputs", "outputs", "stride", "groups", "by_winograd"),
+    [
+        *[(40, 40, 1, 1, True), (40, 39, 1, 1, False), (24, 200, 1, 1, True)],
+        *[(20, 400, 1, 1, False), (40, 80, 1, 2, True), (40, 78, 1, 2, False)],
+        *[(3, 35, 4, 1, True), (3, 34, 4, 1, False)],
+    ],
+)
+def test_convolutions_of_few_channels_in_a_group_stay_plain(
+    inputs, outputs, stride, groups, by_winograd
+):
+    """Where inputs times outputs are less than 20 times their sum; a stride makes more inputs."""
+    settings = {"feature_group_count": groups, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    x, kernel = jnp.zeros((1, 16, 16, inputs * groups)), jnp.zeros((5, 5, inputs, outputs))
+    program = jax.jit(lambda *of: conv(*of, (stride, stride), [(0, 0)] * 2, **settings))
+    assert ("stablehlo.convolution" in program.lower(x, kernel).as_text()) != by_winograd
+
+
+def of_columns(product, x, kernel):
+    """A product as `flax.linen.Dense` asks for it."""
+    return product(x, kernel, (((1,), (0,)), ((), ())))
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_products_are_jax_s(dtype, digits):
+    x, kernel = activations((6, 5), 1.0).astype(dtype), np.float32(activations((5, 4), 1.0))
+    kernel[0] = 0.0  # so that the gradient of x has zeros
+    ours, plain = (
+        output_and_gradients(functools.partial(of_columns, product), x, kernel)
+        for product in (
+            dot_general,
+            lambda x, *of: jax.lax.dot_general(x.astype("float32"), *of).astype(x.dtype),
+        )
+    )
+    assert [part.dtype for part in ours] == [dtype, dtype, "float32"]
+    for part, wanted in zip(map(np.float32, ours), map(np.float32, plain), strict=True):
+        np.testing.assert_allclose(part, wanted, rtol=0, atol=digits * np.abs(wanted).max())
+
+
+def test_devices_of_a_group_exchange_their_rows_for_columns():
+    rows = jnp.arange(24.0).reshape(2, 3, 4)
+    columns = jax.vmap(lambda x: to_rows_of_group(x, "group"), axis_name="group")(rows)
+    np.testing.assert_array_equal(columns, jnp.stack(jnp.split(rows.reshape(6, 4), 2, axis=1)))
+
+
+@pytest.mark.parametrize("scatter", [0, 1])
+def test_products_of_shares_add_up_to_that_of_the_whole(scatter):
+    x, kernel = (jnp.asarray(activations(shape, 1.0), "float32") for shape in ((6, 4), (4, 8)))
+    product = functools.partial(split_dot_general, axis="group", scatter=scatter)
+    shares = jax.vmap(functools.partial(of_columns, product), axis_name="group")(
+        jnp.stack(jnp.split(x, 2, axis=1)), jnp.stack(jnp.split(kernel, 2))
+    )
+    whole = jnp.stack(jnp.split(x @ kernel, 2, axis=scatter))
+    np.testing.assert_allclose(shares, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "stride", "end"),
+    [(224, 11, 4, 3), (227, 11, 4, 0), (32, 3, 2, 1), (1, 3, 2, 2)],
 )
 def test_ceil_padding_is_at_the_end_only(length, size, stride, end):
     assert ceil_padding(length, size, stride) == (0, end)
