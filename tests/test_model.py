@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from alexnet_jax.errors import UserError
 from alexnet_jax.layers import local_response_norm, max_pool
@@ -110,9 +111,9 @@ def test_flops_are_two_per_multiply_accumulate(variant, mega_macs):
 
 def test_layer_table_as_text():
     lines = format_layer_table(layer_table(AlexNet("paper"), (224, 224, 3))).splitlines()
-    assert lines[1].split() == ["conv1", "55x55x96", "34,944", "210,830,400"]
-    assert lines[-1].split() == ["total", "60,965,224", "1,448,813,632"]
-    assert len({len(line) for line in lines}) == 1
+    assert lines[0] == "layer  output     parameters          FLOPs"
+    assert lines[1] == "conv1  55x55x96       34,944    210,830,400"
+    assert lines[-1] == "total             60,965,224  1,448,813,632"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -135,10 +136,18 @@ def test_params_have_a_kernel_and_a_bias_in_each_layer(variant):
     assert layers == {name: {"scale", "bias"} for name in norms}
 
 
-def test_width_scales_to_multiples_of_eight():
-    rows = layer_table(AlexNet("paper", width=NARROW), (224, 224, 3))
+@pytest.mark.parametrize(
+    ("variant", "width", "units"),
+    [
+        ("paper", 0.04, [8, 8, 16, 16, 8, 160, 160]),
+        ("paper", 8.0, [8 * units for units in (96, 256, 384, 384, 256, 4096, 4096)]),
+        ("owt", 8.0, [8 * units for units in (64, 192, 384, 256, 256, 4096, 4096)]),
+    ],
+)
+def test_width_scales_to_multiples_of_eight(variant, width, units):
+    rows = layer_table(AlexNet(variant, width=width), (224, 224, 3))
     widths = {row.name: row.output_shape[-1] for row in rows}
-    assert [widths[name] for name in LAYERS] == [8, 24, 40, 40, 24, 408, 408, 1000]
+    assert [widths[name] for name in LAYERS] == [*units, 1000]
 
 
 # Bad input
@@ -238,10 +247,40 @@ def test_features_are_rectified_where_a_relu_follows_directly(variant):
 
 
 @pytest.mark.parametrize(
+    ("variant", "size", "padding"),
+    [
+        ("single", (64, 67), [(2, 2), (0, 0)]),
+        ("original", (64, 67), [(0, 3), (0, 0)]),
+    ],
+)
+def test_conv1_pads_both_sides_and_in_the_original_the_end_where_strides_leave_a_rest(
+    variant, size, padding
+):
+    model = AlexNet(variant, width=NARROW)
+    x = images(67)[:, : size[0], : size[1]]
+    params = random_variables(model, x)["params"]
+    conv1 = jax.jit(lambda x: model.apply({"params": params}, x, features=("conv1",))[1]["conv1"])
+    want = params["conv1"]["bias"] + jax.lax.conv_general_dilated(
+        x,
+        params["conv1"]["kernel"],
+        (4, 4),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    want = want if variant == "original" else np.maximum(want, 0)
+    np.testing.assert_allclose(conv1(x), want, rtol=1e-4, atol=1e-4 * float(want.max()))
+
+
+@pytest.mark.parametrize(
     ("variant", "pool1_of_conv1", "conv2_input_of_pool1"),
     [
         ("paper", lambda a: max_pool(local_response_norm(a, k=2.0, alpha=1e-4)), lambda a: a),
         ("caffenet", max_pool, lambda a: local_response_norm(a, k=1.0, alpha=2e-5)),
+        (
+            "original",
+            lambda a: nn.relu(max_pool(local_response_norm(a, k=2.0, alpha=2e-5, groups=2))),
+            lambda a: a,
+        ),
     ],
 )
 def test_paper_normalises_before_pooling_and_caffenet_after(
