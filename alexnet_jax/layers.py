@@ -19,10 +19,9 @@ LEAST_CHANNELS = 20  # inputs · outputs / (inputs + outputs) of a group
 
 
 def _window_sum(x: Array, size: int, axis: int) -> Array:
-    """Sum over `size` neighbours centred on each element of `axis`, clipped at both ends."""
-    before = size // 2
+    """Sum over an odd `size` of neighbours centred on each element, clipped at both ends."""
     pad = [(0, 0)] * x.ndim
-    pad[axis] = (before, size - 1 - before)
+    pad[axis] = (size // 2, size // 2)
     padded = jnp.pad(x, pad)
     length = x.shape[axis]
     shifted = (jax.lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size))
@@ -125,7 +124,7 @@ def conv(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     *,
-    feature_group_count: int = 1,
+    feature_group_count: int,
     pool: bool = False,
     **others: Any,
 ) -> Float[Array, "B height width D"]:
