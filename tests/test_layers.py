@@ -1,6 +1,7 @@
 """Layers against float64 loops written from the formulas, and against known values."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -155,6 +156,16 @@ def test_pooling_and_its_gradient_are_flax_s_to_the_bit(shape, dtype):
         assert jnp.array_equal(ours, flax)
 
 
+def test_pooling_elsewhere_than_on_a_cpu_is_flaxs_own():
+    def windows(f):
+        program = jax.jit(f).trace(jnp.zeros((2, 8, 7, 3))).lower(lowering_platforms=("cuda",))
+        return re.findall(r"reduce_window.*<{(.*)}>", program.as_text())
+
+    flaxs = windows(lambda x: nn.max_pool(x, (3, 3), (2, 2), [(0, 1), (0, 0)]))
+    assert len(flaxs) == 1
+    assert windows(max_pool) == flaxs
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel", "stride", "padding", "groups"),
     [
@@ -210,10 +221,14 @@ def of_columns(product, x, kernel):
     return product(x, kernel, (((1,), (0,)), ((), ())))
 
 
-@pytest.mark.parametrize(("dtype", "digits"), [("float32", 1e-6), ("bfloat16", 1e-2)])
-def test_products_are_jax_s(dtype, digits):
+@pytest.mark.parametrize(
+    ("dtype", "digits", "of_first_input"),
+    [("float32", 1e-6, 1.0), ("bfloat16", 1e-2, 1.0), ("float32", 1e-6, 0.0)],
+)
+def test_products_are_jax_s(dtype, digits, of_first_input):
+    """Where nothing comes of the first input too, so that its gradient is zero."""
     x, kernel = activations((6, 5), 1.0).astype(dtype), np.float32(activations((5, 4), 1.0))
-    kernel[0] = 0.0  # so that the gradient of x has zeros
+    kernel[0] *= of_first_input
     ours, plain = (
         output_and_gradients(functools.partial(of_columns, product), x, kernel)
         for product in (
