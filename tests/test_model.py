@@ -350,6 +350,33 @@ def test_dropout_of_zero_needs_no_rng(variant):
     assert jnp.array_equal(train, test)
 
 
+# Split over devices
+
+
+def test_fc_layers_split_over_an_axis_equal_the_whole():
+    """Each of two devices has half of an fc kernel's rows, and half of the images."""
+    x = images(batch=4)
+    whole, split = (
+        AlexNet("paper", width=NARROW, batch_axes=axes, fc_axis=axis)
+        for axes, axis in (((), None), (("group",), "group"))
+    )
+    variables = random_variables(whole, x)
+    layers = variables["params"].items()
+    parts, axes = ({name: dict(arrays) for name, arrays in layers} for _ in range(2))
+    for name, arrays in layers:
+        axes[name] = dict.fromkeys(arrays)
+        if name.startswith("fc"):
+            parts[name]["kernel"] = np.stack(np.split(arrays["kernel"], 2))
+            axes[name]["kernel"] = 0
+    got = jax.vmap(
+        lambda params, x: apply(split, {"params": params}, x, train=True),
+        in_axes=(axes, 0),
+        axis_name="group",
+    )(parts, x.reshape(2, 2, *x.shape[1:]))
+    want = apply(whole, variables, x, train=True)
+    np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-5 * float(want.max()))
+
+
 # Batch norm
 
 
