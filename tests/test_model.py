@@ -249,8 +249,8 @@ def test_features_are_rectified_where_a_relu_follows_directly(variant):
 @pytest.mark.parametrize(
     ("variant", "size", "padding"),
     [
-        ("single", (64, 67), [(2, 2), (0, 0)]),
-        ("original", (64, 67), [(0, 3), (0, 0)]),
+        ("single", (66, 67), [(2, 2), (0, 0)]),
+        ("original", (66, 67), [(0, 1), (0, 0)]),
     ],
 )
 def test_conv1_pads_both_sides_and_in_the_original_the_end_where_strides_leave_a_rest(
