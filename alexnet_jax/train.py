@@ -381,9 +381,7 @@ class _Run:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Trains AlexNet as a config says. The same command resumes."
-    )
+    parser = argparse.ArgumentParser(description="Trains by a config. The same command resumes.")
     parser.add_argument("--workdir", type=Path, help="default: runs/<config name>")
     config, args = configs.parse(argv, parser)
     sys.stdout.reconfigure(line_buffering=True)  # so that a log file is never behind
