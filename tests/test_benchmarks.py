@@ -60,6 +60,7 @@ def test_a_folder_repeats_its_photographs_beyond_the_pool(tmp_path, monkeypatch)
     assert files["train/class1/000003.jpg"] != files["train/class1/000001.jpg"]
 
 
+@pytest.mark.slow
 def test_features_of_five_digits_help_to_learn_five_others(tmp_path):
     """`transfer.py` has them at more rates and draws, and at larger images."""
     done = run(sys.executable, "benchmarks/transfer.py", "--quick", f"--json={tmp_path}/rows")
@@ -70,6 +71,7 @@ def test_features_of_five_digits_help_to_learn_five_others(tmp_path):
     assert 70 < scratch["value"] < transferred["value"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_quick_run_prints_a_table_and_writes_its_rows_and_plot(name, tmp_path):
     rows, plot = tmp_path / "rows.json", tmp_path / "plot.png"
@@ -121,6 +123,7 @@ def test_rows_are_of_a_whole_run_of_an_entrys_command():
         assert result["rows"] and all(row.keys() >= ROW for row in result["rows"])
 
 
+@pytest.mark.slow
 def test_an_entry_that_fails_is_told_and_the_others_go_on(tmp_path):
     """No platform of JAX has that name; shuffling does without a device."""
     earlier = tmp_path / "crops.json"
@@ -176,4 +179,4 @@ def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings():
         'docstring"""',
     ]
     assert lines.code_lines("\n".join(source) + "\n") == 6
-    assert lines.total({ROOT / "train.py"}) > 10
+    assert lines.total({ROOT / "configs" / "imagenet.py"}) > 10

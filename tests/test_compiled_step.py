@@ -87,7 +87,10 @@ def traced(dtype):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize(("dtype", "element"), [("float32", "f32"), ("bfloat16", "bf16")])
+@pytest.mark.parametrize(
+    ("dtype", "element"),
+    [pytest.param("float32", "f32", marks=pytest.mark.slow), ("bfloat16", "bf16")],
+)
 def test_accelerators_get_plain_convolutions_and_products(platform, dtype, element):
     """In the model's dtype, and beside them no loop, call to the host, float64 or layout change."""
     text = traced(dtype).lower(lowering_platforms=(platform,)).as_text()

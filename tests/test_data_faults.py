@@ -170,6 +170,7 @@ def read_only(folder: Path):
             folder.chmod(0o755)
 
 
+@pytest.mark.slow
 def test_a_read_only_data_dir_is_a_sentence_and_enough_to_train_once_it_is_prepared(
     folder, tmp_path
 ):
@@ -195,6 +196,7 @@ def test_a_read_only_data_dir_is_a_sentence_and_enough_to_train_once_it_is_prepa
         assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_a_store_deleted_under_a_running_training_costs_no_step(undisturbed, digits, tmp_path):
     """The images of open shards stay readable; at the first evaluation the store is missed."""
     data_dir, workdir = tmp_path / "data", tmp_path / "run"

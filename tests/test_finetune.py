@@ -303,6 +303,7 @@ OPTIONS = (
 STEPS = 20
 
 
+@pytest.mark.slow
 def test_stopped_and_without_its_source_a_run_goes_on_to_the_same_bits(created, digits, tmp_path):
     """On eight devices, by the real command line."""
     source = tmp_path / "source"

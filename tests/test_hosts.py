@@ -129,6 +129,7 @@ def assert_others_end_with_one_sentence(cluster, killed):
     assert noise == []
 
 
+@pytest.mark.slow
 def test_if_the_coordinator_is_killed_a_restart_goes_on_to_the_same_bits(
     undisturbed, digits, tmp_path
 ):

@@ -101,6 +101,7 @@ def test_a_preparation_of_other_files_is_not_continued(folder, tmp_path):
     assert mark_number(train.read(np.arange(COUNT - 1))["image"]).tolist() == expected
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_prepare_one_store(folder, tmp_path):
     expected = undisturbed(folder, tmp_path)
     pipe = block_at(folder, STOP_AT)
@@ -244,6 +245,7 @@ def part_command(folder: Path, data_dir: Path, part: str) -> list[str]:
     return [sys.executable, module, name, "prepare", *rest, f"--part={part}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [["1/2", "2/2"], ["3/3", "1/3", "2/3"], ["5/5", "1/1"]])
 def test_hosts_prepare_a_part_each_and_the_last_one_completes_the_store(folder, tmp_path, parts):
     """The eval store, of one shard, belongs to the last part."""
@@ -298,6 +300,7 @@ def test_a_part_that_does_not_exist_is_refused(folder, tmp_path, part):
     assert ran.stderr == f"error: --part={part} must be I/N with I from 1 to N, for example 2/8\n"
 
 
+@pytest.mark.slow
 def test_a_jpeg_store_killed_in_its_preparation_ends_with_the_same_bytes(folder, tmp_path):
     storage = "--config.storage=jpeg"
     config = folder_config(folder, tmp_path / "data")

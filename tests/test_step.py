@@ -90,7 +90,8 @@ BATCHES = [batch(seed=n) for n in range(20, 22)]
     ("variant", "kind"),
     [
         *(("paper", kind) for kind in SEVERAL_DEVICES),
-        *(("bn", "mesh.zero"), ("owt", "mesh.hybrid")),
+        pytest.param("bn", "mesh.zero", marks=pytest.mark.slow),
+        pytest.param("owt", "mesh.hybrid", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_on_eight_devices_equals_one_device(variant, kind):
@@ -105,6 +106,7 @@ def test_every_kind_on_eight_devices_equals_one_device(variant, kind):
         assert a == pytest.approx(b, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [

@@ -9,7 +9,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import OFTEN, ROOT, arguments, run, saved_state, saved_steps, signalled_at, train
+from commands import (
+    OFTEN,
+    ROOT,
+    arguments,
+    run,
+    run_with_file_limit,
+    saved_state,
+    saved_steps,
+    signalled_at,
+    train,
+)
 from PIL import Image
 
 from alexnet_jax.errors import EXIT_KILLED_BY_CTRL_C, EXIT_STOPPED, EXIT_USER_ERROR
@@ -81,6 +91,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(undisturbed, digits)
     assert losses(workdir) == before
 
 
+@pytest.mark.slow
 def test_killed_in_mid_epoch_and_started_again_it_is_the_same_run(undisturbed, digits, tmp_path):
     killed = signalled_at(digits, tmp_path / "run", "step     29", signal.SIGKILL, *OFTEN)
     assert killed.returncode == -signal.SIGKILL
@@ -92,7 +103,9 @@ def test_killed_in_mid_epoch_and_started_again_it_is_the_same_run(undisturbed, d
     assert_same_run(tmp_path / "run", undisturbed[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_asked_to_stop_it_saves_that_step_and_tells_by_its_exit_code(
     number, undisturbed, digits, tmp_path
 ):
@@ -106,6 +119,7 @@ def test_asked_to_stop_it_saves_that_step_and_tells_by_its_exit_code(
     assert_same_run(part, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_stopped_before_an_evaluation_it_makes_it_up_and_keeps_its_outcome(
     undisturbed, digits, tmp_path
 ):
@@ -133,6 +147,7 @@ def test_a_second_process_in_the_same_workdir_is_refused(digits, tmp_path):
     assert f"another process is training in {tmp_path}" in second.stderr
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(digits, tmp_path):
     """The first comes while XLA compiles a large step, which takes it seconds."""
     process = subprocess.Popen(
@@ -181,6 +196,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert_same_run(damaged, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_if_no_checkpoint_can_be_read_none_is_moved_and_none_overwritten(digits, tmp_path):
     more = (*OFTEN, "--config.num_epochs=1")
     assert train(digits, tmp_path, *more).returncode == 0
@@ -202,6 +218,7 @@ def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(undi
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_second_start_finds_its_programs_compiled(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
@@ -269,6 +286,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_the_checkpoints_before_it_stay_whole(
     small_disk, undisturbed, digits
 ):
@@ -286,14 +304,16 @@ def test_a_full_disk_is_told_and_the_checkpoints_before_it_stay_whole(
     assert_same_run(small_disk / "run", undisturbed[0])
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes_is_told_as_a_full_disk_is(digits, tmp_path):
     command = arguments(digits, tmp_path / "run")
-    done = run("bash", "-c", 'ulimit -f 64 && exec "$@"', "bash", *command)
+    done = run_with_file_limit(64, *command)
     assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
     assert "cannot write" in done.stderr
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_imagenet_without_its_archives_says_which_files_to_put_where(tmp_path):
     done = run(
         *(sys.executable, "train.py", "--config", "configs/imagenet.py"),
@@ -304,6 +324,7 @@ def test_imagenet_without_its_archives_says_which_files_to_put_where(tmp_path):
         assert told in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_quickstart_learns_the_digits_within_three_epochs(digits, tmp_path):
     done = run(
         *(sys.executable, "train.py", "--config", "configs/quickstart.py"),

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, config, runtime, step, trained
+from alexnet_jax import runtime, step, trained
 from alexnet_jax.errors import UserError
 
 
@@ -74,6 +74,7 @@ def test_a_network_is_created_whole_or_not_at_all(trained_run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_network_that_was_created(trained_run, digits, tmp_path):
     network = trained.load(trained_run)
     place = tmp_path / "new"
@@ -123,18 +124,3 @@ def test_only_a_network_that_fits_goes_into_a_folder_that_is_empty(trained_run, 
     params = dict(network.variables["params"], fc8={"kernel": np.zeros((3, 4))})
     with pytest.raises(UserError, match="not of variant bn: fc8.bias has shape none, not"):
         trained.create(tmp_path / "new", network.config, {"params": params}, *rest)
-
-
-def test_channel_scale_multiplies_each_colour_beside_pixel_scale():
-    c = config.default_config()
-    c.image_size = c.augment.crop_size = 4
-    c.augment.mean = "channel"
-    c.augment.pixel_scale = 0.5
-    c.augment.channel_scale = (1.0, 2.0, 4.0)
-    stats = augment.Statistics(np.zeros(3, np.float32), np.zeros((3, 3), np.float32))
-    seen = augment.center_crop(np.full((1, 4, 4, 3), 8, np.uint8), stats, c)
-    np.testing.assert_array_equal(seen[0, 0, 0], [4, 8, 16])
-    for wrong in ((1.0, 2.0), (1.0, 1.0, 0.0), (1.0, 1.0, "x")):
-        c.augment.channel_scale = wrong
-        with pytest.raises(UserError, match="channel_scale"):
-            augment.check(c)

@@ -42,6 +42,7 @@ def text_cells(notebook):
     return [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_shows_what_is_stored(english, digits):
     environment = {**ENVIRONMENT, "TUTORIAL_DATA_DIR": str(digits)}
     now = tutorial.executed(english, environment=environment)

@@ -368,9 +368,8 @@ def test_a_full_disk_leaves_the_picture_before_it(tmp_path):
     out = tmp_path / "network.png"
     out.write_bytes(b"an older one")
     command = (sys.executable, "-m", "alexnet_jax.visualize", "network")
-    done = commands.run(
-        *("bash", "-c", 'ulimit -f 8 && exec "$@"', "bash", *command),
-        *("--config", "configs/quickstart.py", "--out", out),
+    done = commands.run_with_file_limit(
+        8, *command, "--config", "configs/quickstart.py", "--out", out
     )
     assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
     assert "cannot write" in done.stderr and "Traceback" not in done.stderr
