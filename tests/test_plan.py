@@ -4,13 +4,17 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 
+import numpy as np
 import pytest
 from commands import run
+from PIL import Image
 
-from alexnet_jax import plan, tpu
+from alexnet_jax import config, plan, plots, store, tpu
 from alexnet_jax.errors import EXIT_USER_ERROR, UserError
 
+PLAN = ("--config", "configs/imagenet_pod.py")
 V5E = tpu.CHIPS["v5e"]
 PROGRAM = """HloModule step
 
@@ -107,9 +111,50 @@ def test_without_libtpu_it_says_what_to_install():
     assert "pip install 'libtpu" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_layouts_are_chosen_by_kind_or_whole_and_all_without_a_choice(monkeypatch, capsys):
+    everything = plan._chosen(None)
+    assert len(everything) == len(set(everything)) == 6
+    assert plan._chosen(["mesh.zero"]) == [("mesh.zero", "float32"), ("mesh.zero", "bfloat16")]
+    assert plan._chosen(["mesh.data,bfloat16"]) == [("mesh.data", "bfloat16")]
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a command sets
+    with pytest.raises(SystemExit, match=f"^{EXIT_USER_ERROR}$"):
+        plan.main([*PLAN, "--topology=v5e:2x2", "--layouts", "mesh.data", "pmap"])
+    told = capsys.readouterr().err
+    assert told.startswith("error: --layouts pmap: it can be mesh.data,float32, mesh.data,bfloat16")
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_the_reading_rate_is_of_the_config_s_own_store_if_there_is_one(
+    at_hand, digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(plan, "TRIAL_S", 0.05)
+    monkeypatch.setattr(plan, "TRIAL_IMAGES", 48)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    data_dir = digits if at_hand else tmp_path / "none"
+    fields = [("data_dir", str(data_dir)), ("batch_size", "16")]
+    settings = config.load("configs/quickstart.py", fields)
+    rate, data = plan.reading_rate(settings)
+    own = store.store_path(settings, settings.train_split)
+    assert data == (own if at_hand else "noise in the page cache")
+    assert rate > 0
+    assert not list(tmp_path.iterdir())  # the noise is gone again
+
+
+def test_the_picture_has_a_curve_for_each_layout_on_both_sides(tmp_path):
+    curves = {"mesh.data": [(1, 100.0), (4, 380.0), (8, 700.0)], "mesh.zero": [(4, 300.0)]}
+    plots.save_scaling(curves, "v5e:2x4", tmp_path / "two.png")
+    plots.save_scaling({**curves, "mesh.hybrid": [(4, 90.0)]}, "v5e:2x4", tmp_path / "three.png")
+    blue, orange, green = (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (0x2C, 0xA0, 0x2C)
+    for name, drawn in (("two", (True, True, False)), ("three", (True, True, True))):
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
+        for half in np.array_split(picture, 2, axis=1):
+            found = [bool((half == color).all(2).any()) for color in (blue, orange, green)]
+            assert found == list(drawn)
+
+
 def command(*more):
     return run(
-        *(sys.executable, "-m", "alexnet_jax.plan", "--config", "configs/imagenet_pod.py"),
+        *(sys.executable, "-m", "alexnet_jax.plan", *PLAN),
         *more,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     )
