@@ -84,6 +84,61 @@ def test_only_old_files_are_deleted(tmp_path):
     assert [path.read_text() for path in tmp_path.rglob("upload")] == ["new"]
 
 
+def test_an_upload_is_shown_with_its_answer_as_files_for_the_page(expected, tmp_path):
+    (digit, (image, answered)), _ = expected.items()
+
+    def answer_of(upload):
+        np.testing.assert_array_equal(upload, image)
+        return answered
+
+    upload = images.encode(image, "PNG")
+    emptied, message, seen, classes, responses, nearest = serve._shown(
+        len(image), answer_of, tmp_path, upload
+    )
+    assert (emptied, message) == (None, "")
+    assert next(iter(classes)) == digit and classes == answered.classes
+    np.testing.assert_array_equal(np.asarray(Image.open(seen))[::4, ::4], answered.seen)
+    sheet = answer.response_sheet(answered.responses)
+    np.testing.assert_array_equal(np.asarray(Image.open(responses)), sheet)
+    assert len(nearest) == 8
+    for (path, caption), (neighbor, told) in zip(nearest, answered.nearest, strict=True):
+        pixels = np.asarray(Image.open(path))
+        assert min(pixels.shape[:2]) >= serve.LEAST_SIDE
+        np.testing.assert_array_equal(pixels[::4, ::4], neighbor)
+        assert caption == told
+
+
+@pytest.mark.parametrize("kind", RUBBISH)
+def test_of_rubbish_the_page_shows_what_is_wrong_with_it_and_nothing_else(kind, tmp_path):
+    data, told = RUBBISH[kind]
+    _, message, *rest = serve._shown(72, pytest.fail, tmp_path, data or None)
+    assert told in message
+    assert rest == [None] * 4 and not list(tmp_path.iterdir())
+
+
+def test_the_same_pixels_are_the_same_file_and_others_another(tmp_path):
+    pixels = images.photograph(0)
+    mirrored = pixels[:, ::-1]
+    path, again, other = (serve._saved(p, tmp_path) for p in (pixels, pixels.copy(), mirrored))
+    assert path == again != other
+    assert sorted(map(str, tmp_path.iterdir())) == sorted([path, other])
+    for name, expected_pixels in ((path, pixels), (other, mirrored)):
+        np.testing.assert_array_equal(np.asarray(Image.open(name)), expected_pixels)
+
+
+def test_the_page_says_how_many_training_images_it_compares_with():
+    index = answer.Index(None, np.arange(1200), np.zeros((1200, 8), np.float32))
+    assert serve._told_of(index) == "### Nearest of 1,200 training images, by fc7"
+    assert serve._told_of(None).startswith("No nearest neighbours")
+
+
+def test_a_number_of_neighbours_below_none_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a command sets
+    with pytest.raises(SystemExit, match="^2$"):
+        serve.main(["a workdir", "--neighbors=-1"])
+    assert capsys.readouterr().err == "error: --neighbors is -1; give 0 or more\n"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is not None, reason="gradio is installed")
 def test_without_gradio_the_command_says_what_to_install(tmp_path):
     result = commands.run(sys.executable, "-m", "alexnet_jax.serve", str(tmp_path))
