@@ -1,5 +1,6 @@
 """The 2012 program's pickles: read exactly, computed as there, and harmless whatever is in them."""
 
+import collections
 import contextlib
 import pickle
 import shutil
@@ -120,6 +121,17 @@ def test_arrays_of_numbers_are_read_from_every_protocol(tmp_path, protocol, orde
     np.testing.assert_array_equal(got.pop("array").array(), array)
     del content["array"]
     assert got == content
+
+
+def test_objects_of_other_classes_are_inert_whatever_a_pickle_does_to_them(tmp_path):
+    with_state = ValueError("told")
+    with_state.more = "set later"
+    filled = (collections.deque([1]), collections.deque([1, 2]), collections.defaultdict(int, a=1))
+    for number, value in enumerate([with_state, *filled]):
+        path = tmp_path / str(number)
+        path.write_bytes(pickle.dumps({"value": value, "after": 1}, protocol=2))
+        got = plain_pickle.load(path)
+        assert type(got["value"]) is plain_pickle.Inert and got["after"] == 1
 
 
 def test_the_newest_checkpoint_of_a_folder_is_taken(tmp_path):
