@@ -209,6 +209,23 @@ def narrow_workdir(folder):
     return folder / "narrow"
 
 
+@pytest.mark.parametrize(
+    ("of_a_workdir", "option", "told"),
+    [
+        (True, "--mean=m.npy", "are for a file; leave them out"),
+        (False, "--step=7", "--step is for"),
+    ],
+)
+def test_options_of_the_other_direction_are_refused(
+    of_a_workdir, option, told, workdir, tmp_path, capsys
+):
+    source = workdir if of_a_workdir else tmp_path / "a.safetensors"
+    with pytest.raises(SystemExit, match="^2$"):
+        convert.main([str(source), str(tmp_path / "b"), option])
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_is_in_the_way_is_told_before_anything_is_read(workdir, tmp_path):
     source, names = tmp_path / "a.safetensors", tmp_path / "names.txt"
     tiny_file(source)

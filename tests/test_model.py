@@ -171,6 +171,11 @@ def test_unknown_feature_is_named():
         jax.eval_shape(lambda x: AlexNet().init({}, x, features=("conv9",)), images())
 
 
+def test_an_image_that_is_no_batch_is_refused():
+    with pytest.raises(UserError, match=r"shape \[B, S, S, C\], not \[224, 224, 3\]"):
+        jax.eval_shape(lambda x: AlexNet().init({}, x), jnp.zeros((224, 224, 3)))
+
+
 def test_too_small_images_are_told_the_least_size():
     with pytest.raises(UserError, match="62x62.*at least 63x63"):
         layer_table(AlexNet(), (62, 62, 3))

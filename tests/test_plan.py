@@ -75,6 +75,25 @@ def test_collectives_are_read_with_their_groups_and_those_begun_early_count_once
     assert [(*collective, collective.bytes_sent) for collective in found] == SENT
 
 
+ASYNCHRONOUS = """HloModule step
+
+ENTRY %main (x: f32[8]) -> f32[64] {
+  %all-gather-start.1 = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), dimensions={0}
+  %all-reduce-start.1 = f32[100]{0} all-reduce-start(%x), to_apply=%add
+  %all-gather-done.1 = f32[64]{0} all-gather-done(%all-gather-start.1)
+  %all-reduce-done.1 = f32[100]{0} all-reduce-done(%all-reduce-start.1)
+}
+"""
+
+
+def test_of_what_is_started_and_awaited_the_output_counts_once_and_all_chips_take_part():
+    everyone = tuple(range(8))
+    assert tpu.collectives(ASYNCHRONOUS, 8) == [
+        ("all-gather", "f32", 4 * 64, everyone),
+        ("all-reduce", "f32", 4 * 100, everyone),
+    ]
+
+
 LINKS = [  # extent of a group of chips on a 16 × 16 torus, links to others of it
     ([(x, y) for x in range(16) for y in range(16)], 4),
     ([(x, 0) for x in range(16)], 2),
@@ -101,6 +120,13 @@ def test_topologies_that_are_none_are_refused(topology, monkeypatch):
     monkeypatch.setattr(tpu, "_check_libtpu", lambda: None)
     with pytest.raises(UserError, match="must be like v5e:16x16"):
         tpu.topology_devices(topology)
+
+
+def test_the_environment_is_libtpu_s_for_as_long_as_it_is_asked():
+    before = dict(os.environ)
+    with tpu._no_tpu_of_our_own():
+        assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
+    assert dict(os.environ) == before
 
 
 def test_without_libtpu_it_says_what_to_install():

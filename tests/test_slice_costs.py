@@ -19,7 +19,7 @@ CYCLES = 1500  # of each fusion: a microsecond
 
 
 def compiled_for_the_slice(kind):
-    c = config("owt", hybrid_group=GROUP, parallel=kind, **NARROW)
+    c = plan._with(config("owt", hybrid_group=GROUP, **NARROW), kind, "float32")
     model = parallel.build_model(c)
     state = jax.eval_shape(lambda: step.init_state(model, c))
     steps = parallel.compile_steps(c, model, STATS, optim.make_schedule(c, 10.0))
