@@ -118,11 +118,13 @@ def test_of_rubbish_the_page_shows_what_is_wrong_with_it_and_nothing_else(kind, 
 
 def test_the_same_pixels_are_the_same_file_and_others_another(tmp_path):
     pixels = images.photograph(0)
-    mirrored = pixels[:, ::-1]
-    path, again, other = (serve._saved(p, tmp_path) for p in (pixels, pixels.copy(), mirrored))
+    turned = np.ascontiguousarray(pixels[:, ::-1])[:, ::-1]  # the same, in another order
+    changed = pixels.copy()
+    changed[-1, -1, -1] ^= 1
+    path, again, other = (serve._saved(p, tmp_path) for p in (pixels, turned, changed))
     assert path == again != other
     assert sorted(map(str, tmp_path.iterdir())) == sorted([path, other])
-    for name, expected_pixels in ((path, pixels), (other, mirrored)):
+    for name, expected_pixels in ((path, pixels), (other, changed)):
         np.testing.assert_array_equal(np.asarray(Image.open(name)), expected_pixels)
 
 
