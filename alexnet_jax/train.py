@@ -4,6 +4,7 @@ import argparse
 import collections
 import fcntl
 import functools
+import io
 import json
 import math
 import sys
@@ -117,15 +118,15 @@ def claimed_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
         lock = (workdir / ".lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            saved = json.loads(path.read_text()) if path.exists() else None
+            saved = json.loads(path.read_text()) if path.exists() else {}
+            if not isinstance(saved, dict):
+                raise ValueError("it is no config")
         except BlockingIOError as error:
             raise UserError(
                 f"another process is training in {workdir}; wait for it or choose another --workdir"
             ) from error
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise UserError(f"{path} is damaged; choose another --workdir or remove it") from error
-        if not isinstance(saved, dict | None):
-            raise UserError(f"{path} is damaged; choose another --workdir or remove it")
         differing = configs.differing_fields(config, saved) if saved else []
         if not differing:
             with written_whole(path) as new:
@@ -384,7 +385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Trains by a config. The same command resumes.")
     parser.add_argument("--workdir", type=Path, help="default: runs/<config name>")
     config, args = configs.parse(argv, parser)
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file is never behind
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log file is never behind
     runtime.set_up()
     with hosts.joined():
         try:
