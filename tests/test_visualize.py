@@ -323,6 +323,7 @@ BAD_INPUT = {
     "a name": (["filters", "RUN", "--out", "f.jpg"], "--out=f.jpg must name a file"),
     "out": (["filters", "RUN", "--out", "text.jpg/f.png"], "cannot write text.jpg"),
     "no rows": (["curves", "folder"], "folder/metrics.jsonl has no rows yet"),
+    "no file of rows": (["curves", "RUN", "odd"], "odd/metrics.jsonl cannot be read"),
     "other rows": (["curves", "RUN", "bad"], "bad/metrics.jsonl, line 2, is no row of metrics"),
     "no network": (["network"], "name either a workdir or --config"),
     "two networks": (
@@ -340,6 +341,7 @@ def test_bad_input_is_one_sentence_that_names_it(name, trained_run, draw, tmp_pa
     (tmp_path / "half.jpg").write_bytes(images.encode(images.photograph(0))[:2000])
     (tmp_path / "folder").mkdir()
     row = {"split": "eval", "epoch": 1, "step": 1, "loss": 1.0, "top1": 0.5}
+    (tmp_path / "odd" / "metrics.jsonl").mkdir(parents=True)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "metrics.jsonl").write_text(f"{json.dumps(row)}\n5\n")
     monkeypatch.chdir(tmp_path)
