@@ -98,10 +98,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             hosts.say(told)
             if hosts.is_first():
                 summary.write_text(f"{table}\n{told}\n")
-        with (
-            StopRequest() as stop,
-            closing(Checkpoints(workdir, config)) as checkpoints,
-        ):
+        with StopRequest() as stop, closing(Checkpoints(workdir, config)) as checkpoints:
             return _Run(config, workdir, model, stores, source, checkpoints, stop, started).train()
 
 
