@@ -230,7 +230,7 @@ def test_the_missing_converter_is_named(trained_run, tmp_path, capsys):
 
 
 ONNX = [(variant, "center", 64) for variant in VARIANTS]
-ONNX += [("original", "ten", 64), ("caffenet", "center", 67)]  # 67: pooling rounds up
+ONNX += [("single", "ten", 64), ("caffenet", "center", 67)]  # 67: pooling rounds up
 
 
 @pytest.mark.onnx

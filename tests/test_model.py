@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from narrow_model import NARROW, apply, images, init, random_variables
 
 from alexnet_jax.errors import UserError
 from alexnet_jax.layers import local_response_norm, max_pool
@@ -27,35 +28,6 @@ PARAMS = {
     "bn": 62_378_344 - 1_376 + 2 * 1_376,
 }
 MEGA_MACS = {"paper": 724.4, "original": 724.4, "caffenet": 724.4, "owt": 714.2}
-NARROW = 0.1  # 8-24-40-40-24 filters, 408 hidden units; 8-16-40-24-24 for owt
-
-
-def images(size: int = 63, batch: int = 2, channels: int = 3) -> jax.Array:
-    pixels = np.random.default_rng(1).uniform(-128, 128, (batch, size, size, channels))
-    return jnp.asarray(pixels, jnp.float32)
-
-
-def init(model: AlexNet, x: jax.Array) -> dict:
-    return jax.jit(model.init)(jax.random.key(0), x)
-
-
-def apply(model: AlexNet, variables: dict, x: jax.Array, **kwargs):
-    return jax.jit(lambda v, x, rngs: model.apply(v, x, rngs=rngs, **kwargs))(
-        variables, x, {"dropout": jax.random.key(2)}
-    )
-
-
-def random_variables(model: AlexNet, x: jax.Array) -> dict:
-    """Weights and biases large enough for every layer to tell in the logits."""
-    rng = np.random.default_rng(3)
-
-    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        std = np.sqrt(2 / np.prod(leaf.shape[:-1])) if len(leaf.shape) > 1 else 10.0
-        return rng.normal(0, std, leaf.shape).astype(np.float32)
-
-    shapes = jax.eval_shape(model.init, jax.random.key(0), x)
-    statistics = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
-    return {**statistics, "params": jax.tree.map(draw, shapes["params"])}
 
 
 # Shapes and counts
@@ -353,68 +325,3 @@ def test_dropout_of_zero_needs_no_rng(variant):
         jax.jit(model.apply, static_argnames="train")(variables, x, train=t) for t in (True, False)
     )
     assert jnp.array_equal(train, test)
-
-
-# Split over devices
-
-
-def test_fc_layers_split_over_an_axis_equal_the_whole():
-    """Each of two devices has half of an fc kernel's rows, and half of the images."""
-    x = images(batch=4)
-    whole, split = (
-        AlexNet("paper", width=NARROW, batch_axes=axes, fc_axis=axis)
-        for axes, axis in (((), None), (("group",), "group"))
-    )
-    variables = random_variables(whole, x)
-    layers = variables["params"].items()
-    parts, axes = ({name: dict(arrays) for name, arrays in layers} for _ in range(2))
-    for name, arrays in layers:
-        axes[name] = dict.fromkeys(arrays)
-        if name.startswith("fc"):
-            parts[name]["kernel"] = np.stack(np.split(arrays["kernel"], 2))
-            axes[name]["kernel"] = 0
-    got = jax.vmap(
-        lambda params, x: apply(split, {"params": params}, x, train=True),
-        in_axes=(axes, 0),
-        axis_name="group",
-    )(parts, x.reshape(2, 2, *x.shape[1:]))
-    want = apply(whole, variables, x, train=True)
-    np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-5 * float(want.max()))
-
-
-# Batch norm
-
-
-def test_batch_norm_statistics_follow_the_batch():
-    model, x = AlexNet("bn", width=NARROW, dropout=0.0), images(batch=4)
-    variables = random_variables(model, x)
-    _, new = apply(model, variables, x, train=True, mutable=["batch_stats"])
-    conv1 = jax.lax.conv_general_dilated(
-        x,
-        variables["params"]["conv1"]["kernel"],
-        (4, 4),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    stats = new["batch_stats"]["bn1"]
-    np.testing.assert_allclose(stats["mean"], 0.9 + 0.1 * conv1.mean((0, 1, 2)), atol=1e-4)
-    np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * conv1.var((0, 1, 2)), rtol=1e-4)
-
-
-def test_batch_norm_over_an_axis_equals_the_whole_batch():
-    x = images(batch=4)
-    whole, mapped = (
-        AlexNet("bn", width=NARROW, dropout=0.0, batch_axes=axes) for axes in ((), ("batch",))
-    )
-    variables = random_variables(whole, x)
-    want, want_stats = apply(whole, variables, x, train=True, mutable=["batch_stats"])
-    got, got_stats = jax.vmap(
-        lambda part: apply(mapped, variables, part, train=True, mutable=["batch_stats"]),
-        axis_name="batch",
-    )(x.reshape(2, 2, *x.shape[1:]))
-    np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-3, atol=1e-4),
-        got_stats,
-        want_stats,
-    )

@@ -1,5 +1,6 @@
 """`python train.py` as a user runs it: what it writes, and that no signal or damage loses work."""
 
+import argparse
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from commands import (
     OFTEN,
     ROOT,
+    SMALL,
     arguments,
     run,
     run_with_file_limit,
@@ -22,8 +24,9 @@ from commands import (
 )
 from PIL import Image
 
-from alexnet_jax.errors import EXIT_KILLED_BY_CTRL_C, EXIT_STOPPED, EXIT_USER_ERROR
-from alexnet_jax.train import main
+from alexnet_jax import config as configs
+from alexnet_jax.errors import EXIT_KILLED_BY_CTRL_C, EXIT_STOPPED, EXIT_USER_ERROR, exits_cleanly
+from alexnet_jax.train import train_and_evaluate
 
 
 def rows(workdir, split=None):
@@ -241,6 +244,7 @@ def test_visualize_data_draws_the_first_batch_of_a_run(undisturbed, digits, tmp_
     assert drawn[0].std() > 20
 
 
+QUICKSTART = ("--config", "configs/quickstart.py")
 BAD_INPUT = [
     (["--config", "configs/quikstart.py"], "no config file configs/quikstart.py"),
     (["--config", "train.py"], "defines no get_config"),
@@ -254,10 +258,17 @@ BAD_INPUT = [
 ]
 
 
+@exits_cleanly
+def train_here(argv, workdir):
+    """As the command does, which would have to join other processes before JAX starts."""
+    config, _ = configs.parse(argv, argparse.ArgumentParser())
+    train_and_evaluate(config, workdir)
+
+
 @pytest.mark.parametrize(("argv", "told"), BAD_INPUT, ids=lambda x: str(x)[:40])
 def test_bad_input_is_one_sentence_and_an_exit_code(argv, told, digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
-        main(arguments(digits, tmp_path / "run", *argv)[2:])
+        train_here([f"--config.data_dir={digits}", *QUICKSTART, *SMALL, *argv], tmp_path / "run")
     errors = capsys.readouterr().err
     assert left.value.code == EXIT_USER_ERROR, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]

@@ -1,0 +1,35 @@
+"""Small images, and the config and statistics to augment them by."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from alexnet_jax import augment
+from alexnet_jax.config import default_config
+
+SIZE, CROP = 40, 32
+BORDER = SIZE - CROP
+
+
+def config(**fields):
+    c = default_config()
+    c.image_size = SIZE
+    c.augment.crop_size = CROP
+    c.augment.update({"color_noise": 0.0, "flip": False} | fields)
+    return c
+
+
+def images(count=1, seed=0, size=SIZE):
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def stats(mean=None, basis=None):
+    return augment.Statistics(
+        np.zeros((SIZE, SIZE, 3), np.float32) if mean is None else np.float32(mean),
+        np.zeros((3, 3), np.float32) if basis is None else np.float32(basis),
+    )
+
+
+def run(batch, c, s, noise=0.0, seed=0):
+    keys = jax.random.split(jax.random.PRNGKey(seed), len(batch))
+    return np.asarray(jax.jit(lambda b: augment.augment(b, keys, jnp.float32(noise), s, c))(batch))
