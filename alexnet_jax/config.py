@@ -17,7 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from alexnet_jax.errors import UserError, one_line
+from alexnet_jax.utils.errors import UserError, one_line
 
 # A run may go on with other values of these, since they change no parameter of the network.
 FIELDS_FREE_TO_CHANGE = ("data_dir", "log_every_steps", "checkpoint.keep", "checkpoint.every_steps")

@@ -21,17 +21,15 @@ import numpy as np
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 
-from alexnet_jax import (
-    augment,
-    caffe_weights,
-    layouts,
-    runtime,
-    torch_weights,
-    trained,
-    weights_2012,
-)
+from alexnet_jax import inference as trained
 from alexnet_jax.config import default_config
-from alexnet_jax.errors import UserError, exits_cleanly, one_line
+from alexnet_jax.data import augment
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
+from alexnet_jax.weights import caffe as caffe_weights
+from alexnet_jax.weights import cuda_convnet as weights_2012
+from alexnet_jax.weights import layouts
+from alexnet_jax.weights import torchvision as torch_weights
 
 # Crops of which conv1 with torchvision's padding of 2 makes 55 rows, so that no pooling behind it
 # rounds. At 227 conv1 has no padding here.

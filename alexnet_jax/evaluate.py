@@ -15,14 +15,16 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from tqdm import tqdm
 
-from alexnet_jax import augment, pipeline, plots, runtime
 from alexnet_jax import config as configs
-from alexnet_jax import trained as networks
-from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
-from alexnet_jax.step import first_five, mean_softmax
+from alexnet_jax import inference as networks
+from alexnet_jax.analysis import figures as plots
+from alexnet_jax.data import augment, pipeline
+from alexnet_jax.data.store import Store
+from alexnet_jax.inference import Trained
 from alexnet_jax.store import open_or_prepare
-from alexnet_jax.store_files import Store
-from alexnet_jax.trained import Trained
+from alexnet_jax.training.train_step import first_five, mean_softmax
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors
 
 VIEWS = {"center": "centre crop", "ten": "ten views"}
 BATCHES_IN_FLIGHT = 3

@@ -24,10 +24,11 @@ from jax import Array
 from jaxtyping import Float32, UInt8
 
 from alexnet_jax import config as configs
-from alexnet_jax import runtime, trained
-from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
-from alexnet_jax.trained import Trained
-from alexnet_jax.whole_files import written_whole
+from alexnet_jax import inference as trained
+from alexnet_jax.inference import Trained
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors
+from alexnet_jax.utils.files import written_whole
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMATS = (".jaxexport", ".onnx", ".safetensors")
@@ -132,7 +133,7 @@ def onnx_bytes(network: Trained, views: str) -> bytes:
     try:
         import onnx
 
-        from alexnet_jax import onnx_graph  # imports jax2onnx
+        from alexnet_jax.weights import onnx as onnx_graph
     except ModuleNotFoundError as error:
         raise UserError(
             f"{error.name} is not installed, which makes ONNX files; run in a checkout "

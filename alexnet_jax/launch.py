@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from alexnet_jax import hosts
-from alexnet_jax.errors import UserError, exits_cleanly
+from alexnet_jax.utils import distributed as hosts
+from alexnet_jax.utils.errors import UserError, exits_cleanly
 
 
 def start(

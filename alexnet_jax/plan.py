@@ -19,13 +19,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import checks, parallel, pipeline, placement, plots, store, tpu
 from alexnet_jax import config as configs
-from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
-from alexnet_jax.prepare import prepare_store
-from alexnet_jax.slice_costs import Row, compile_layout, row_of, scaling
-from alexnet_jax.sources import Example, Source
-from alexnet_jax.store_files import Store, is_settled, open_store
+from alexnet_jax import store
+from alexnet_jax.analysis import figures as plots
+from alexnet_jax.analysis import tpu
+from alexnet_jax.analysis.slice_costs import Row, compile_layout, row_of, scaling
+from alexnet_jax.data import pipeline
+from alexnet_jax.data.prepare import prepare_store
+from alexnet_jax.data.sources import Example, Source
+from alexnet_jax.data.store import Store, is_settled, open_store
+from alexnet_jax.training import checks, placement
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors
 
 LAYOUTS = tuple(
     itertools.product(("mesh.data", "mesh.zero", "mesh.hybrid"), parallel.GRADIENT_DTYPES)

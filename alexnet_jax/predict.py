@@ -16,12 +16,14 @@ import grain
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from alexnet_jax import plots, runtime, trained
-from alexnet_jax.decode import read_upright
-from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors
-from alexnet_jax.step import first_five
-from alexnet_jax.trained import Trained
-from alexnet_jax.whole_files import written_whole
+from alexnet_jax import inference as trained
+from alexnet_jax.analysis import figures as plots
+from alexnet_jax.data.decode import read_upright
+from alexnet_jax.inference import Trained
+from alexnet_jax.training.train_step import first_five
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors
+from alexnet_jax.utils.files import written_whole
 
 EXIT_SOME_SKIPPED = 3
 MOST_IN_PANEL = 40

@@ -27,8 +27,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alexnet_jax import runtime, trained
-from alexnet_jax.answer import (
+from alexnet_jax import inference as trained
+from alexnet_jax.analysis.answer import (
     MAX_BYTES,
     NEIGHBORS_SHOWN,
     TOP,
@@ -40,11 +40,12 @@ from alexnet_jax.answer import (
     read_upload,
     response_sheet,
 )
-from alexnet_jax.errors import UserError, exits_cleanly, one_line
+from alexnet_jax.data.store import Store, open_store
+from alexnet_jax.inference import Trained
 from alexnet_jax.store import store_paths
-from alexnet_jax.store_files import Store, open_store
-from alexnet_jax.trained import Trained
-from alexnet_jax.whole_files import written_whole
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
+from alexnet_jax.utils.files import written_whole
 
 if TYPE_CHECKING:
     import gradio

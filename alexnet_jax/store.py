@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_jax import hosts
 from alexnet_jax.config import check_bounds, parse
-from alexnet_jax.errors import UserError, exits_cleanly
-from alexnet_jax.sources import FOLDER_PREFIX, check_folder_unchanged
-from alexnet_jax.store_files import (
+from alexnet_jax.data.sources import FOLDER_PREFIX, check_folder_unchanged
+from alexnet_jax.data.store import (
     UNPACK,
     Store,
     damaged,
@@ -31,6 +29,8 @@ from alexnet_jax.store_files import (
     open_store,
     remove_records,
 )
+from alexnet_jax.utils import distributed as hosts
+from alexnet_jax.utils.errors import UserError, exits_cleanly
 
 
 def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
@@ -45,7 +45,7 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     """
     paths = store_paths(config)
     if not all(is_settled(path) for path in paths.values()):
-        from alexnet_jax import prepare
+        from alexnet_jax.data import prepare
 
         shared = is_url(paths["train"])
         prepare.prepare_splits(config, paths, hosts.part() if shared else prepare.WHOLE)
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(what: str, part: str | None, config: Mapping[str, Any]) -> None:
     paths = store_paths(config)
     if part:
-        from alexnet_jax import prepare
+        from alexnet_jax.data import prepare
 
         prepare.prepare_splits(config, paths, _part(part))
     elif what == "prepare":

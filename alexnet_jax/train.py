@@ -19,37 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import (
-    augment,
-    checks,
-    finetune,
-    hosts,
-    optim,
-    parallel,
-    pipeline,
-    placement,
-    plots,
-    runtime,
-    trained,
-)
 from alexnet_jax import config as configs
-from alexnet_jax.checkpoint import Checkpoints
-from alexnet_jax.errors import (
+from alexnet_jax import inference as trained
+from alexnet_jax.analysis import figures as plots
+from alexnet_jax.analysis.samples import save_samples
+from alexnet_jax.data import augment, pipeline
+from alexnet_jax.data.store import Store
+from alexnet_jax.inference import Trained
+from alexnet_jax.models.alexnet import VARIANTS, AlexNet, format_layer_table, layer_table
+from alexnet_jax.store import open_or_prepare
+from alexnet_jax.training import checks, finetune, placement
+from alexnet_jax.training import optimizer as optim
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training.checkpoint import Checkpoints
+from alexnet_jax.training.metrics import Meter, NoReport, Report
+from alexnet_jax.training.train_step import Metrics, TrainState, init_state
+from alexnet_jax.utils import distributed as hosts
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import (
     DISK_FULL,
     EXIT_STOPPED,
     UserError,
     exits_cleanly,
     explained_write_errors,
 )
-from alexnet_jax.interrupt import StopRequest
-from alexnet_jax.model import VARIANTS, AlexNet, format_layer_table, layer_table
-from alexnet_jax.report import Meter, NoReport, Report
-from alexnet_jax.samples import save_samples
-from alexnet_jax.step import Metrics, TrainState, init_state
-from alexnet_jax.store import open_or_prepare
-from alexnet_jax.store_files import Store
-from alexnet_jax.trained import Trained
-from alexnet_jax.whole_files import written_whole
+from alexnet_jax.utils.files import written_whole
+from alexnet_jax.utils.interrupt import StopRequest
 
 # Steps that JAX may be behind the loop. It runs on while the next batches are read; without a
 # limit they would pile up on the device.

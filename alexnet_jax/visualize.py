@@ -9,28 +9,24 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from alexnet_jax import (
-    augment,
-    decode,
-    feature_maps,
-    hosts,
-    neighbors,
-    network_picture,
-    occlusion,
-    optim,
-    parallel,
-    plots,
-    runtime,
-    trained,
-)
 from alexnet_jax import config as configs
-from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors, one_line
-from alexnet_jax.model import VARIANTS
-from alexnet_jax.report import Row, read_metrics
-from alexnet_jax.samples import save_samples
+from alexnet_jax import inference as trained
+from alexnet_jax.analysis import diagram as network_picture
+from alexnet_jax.analysis import features as feature_maps
+from alexnet_jax.analysis import figures as plots
+from alexnet_jax.analysis import neighbors, occlusion
+from alexnet_jax.analysis.samples import save_samples
+from alexnet_jax.data import augment, decode
+from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attributes
+from alexnet_jax.models.alexnet import VARIANTS
 from alexnet_jax.store import open_or_prepare, store_paths
-from alexnet_jax.store_files import PREPARE_COMMAND, Store, open_store, read_attributes
-from alexnet_jax.whole_files import written_whole
+from alexnet_jax.training import optimizer as optim
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training.metrics import Row, read_metrics
+from alexnet_jax.utils import distributed as hosts
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors, one_line
+from alexnet_jax.utils.files import written_whole
 
 NEIGHBORS, QUERIES = 6, 5  # as in Figure 4
 IMAGE_HELP = "a file of any format that Pillow reads"

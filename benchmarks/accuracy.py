@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from alexnet_jax import config as configs  # noqa: E402
-from alexnet_jax.report import read_metrics  # noqa: E402
+from alexnet_jax.training.metrics import read_metrics  # noqa: E402
 
 Run = tuple[list[Row], float]  # the rows of metrics.jsonl; seconds from start to exit
 QUICK = (

@@ -29,8 +29,8 @@ sys.path[:0] = str(BENCHMARKS), str(ROOT)
 import results_page  # noqa: E402  (in this folder)
 from figures import ENTRIES, Entry  # noqa: E402
 
-from alexnet_jax.errors import UserError, exits_cleanly, explained_write_errors  # noqa: E402
-from alexnet_jax.whole_files import written_whole  # noqa: E402
+from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors  # noqa: E402
+from alexnet_jax.utils.files import written_whole  # noqa: E402
 
 
 def missing(entry: Entry) -> list[str]:

@@ -169,7 +169,7 @@ def from_store(data: Data, batch_size: int, on_device: bool) -> Iterator[int]:
     """Ours: uint8[B, 256, 256, 3] with labels, in host memory or as arrays of the first device."""
     import jax
 
-    from alexnet_jax.pipeline import train_batches
+    from alexnet_jax.data.pipeline import train_batches
     from alexnet_jax.store import open_store
 
     place = {"place": jax.device_put} if on_device else {}
@@ -208,7 +208,7 @@ def memcpy(data: Data, batch_size: int, threads: int) -> Iterator[int]:
 
 def pread(data: Data, batch_size: int) -> Iterator[int]:
     """Reads random images' bytes out of the store's shards into one batch's memory."""
-    from alexnet_jax.shards import CHECKSUM_BYTES, rows_per_shard, shard_key
+    from alexnet_jax.data.shards import CHECKSUM_BYTES, rows_per_shard, shard_key
     from alexnet_jax.store import open_store
 
     store = open_store(data.store)

@@ -15,8 +15,9 @@ import jax  # noqa: E402  (it must find the variable above)
 import numpy as np  # noqa: E402
 from rows import options, row, write  # noqa: E402
 
-from alexnet_jax import augment, runtime  # noqa: E402
 from alexnet_jax.config import default_config  # noqa: E402
+from alexnet_jax.data import augment
+from alexnet_jax.utils import process as runtime
 
 BATCH, CALLS = 128, 41
 CROPS = ("random", "inception")

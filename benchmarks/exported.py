@@ -39,10 +39,11 @@ def network(width: float) -> Any:
     """Returns an untrained `owt`."""
     import jax
 
-    from alexnet_jax import parallel, step
-    from alexnet_jax.augment import Statistics
     from alexnet_jax.config import default_config
-    from alexnet_jax.trained import Trained, unnamed
+    from alexnet_jax.data.augment import Statistics
+    from alexnet_jax.inference import Trained, unnamed
+    from alexnet_jax.training import sharding as parallel
+    from alexnet_jax.training import train_step as step
 
     config = default_config()
     config.model.variant, config.model.width, config.augment.mean = "owt", width, "channel"
@@ -73,7 +74,8 @@ def exported(file: str, batch: int) -> Iterator[int]:
 
 def predict(width: float, batch: int) -> Iterator[int]:
     """As `python -m alexnet_jax.predict` computes."""
-    from alexnet_jax import runtime, trained
+    from alexnet_jax import inference as trained
+    from alexnet_jax.utils import process as runtime
 
     runtime.set_up()
     log_probs = trained.classifier(network(width), "center")

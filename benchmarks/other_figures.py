@@ -23,7 +23,7 @@ OTHERS = (
     Other(
         "parameters of the variants; the quickstart's table of layers",
         (README,),
-        "`alexnet_jax.model.layer_table`, to which `tests/test_readme.py` holds the README",
+        "`alexnet_jax.models.alexnet.layer_table`; checked by `tests/test_readme.py`",
     ),
     Other(
         "262 GB, 41 GB and 26 minutes for ImageNet",

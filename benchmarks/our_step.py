@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import step
-from alexnet_jax.augment import Statistics
 from alexnet_jax.config import default_config
-from alexnet_jax.model import AlexNet, layer_table
-from alexnet_jax.optim import make_schedule
+from alexnet_jax.data.augment import Statistics
+from alexnet_jax.models.alexnet import AlexNet, layer_table
+from alexnet_jax.training import train_step as step
+from alexnet_jax.training.optimizer import make_schedule
 
 SIDE = 224
 

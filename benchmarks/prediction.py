@@ -18,11 +18,14 @@ from rows import options, row, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from alexnet_jax import augment, evaluate, parallel, predict, runtime  # noqa: E402
+from alexnet_jax import evaluate, predict
 from alexnet_jax.config import default_config  # noqa: E402
-from alexnet_jax.step import init_state  # noqa: E402
+from alexnet_jax.data import augment
+from alexnet_jax.inference import Trained, unnamed  # noqa: E402
 from alexnet_jax.store import Store, open_or_prepare  # noqa: E402
-from alexnet_jax.trained import Trained, unnamed  # noqa: E402
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training.train_step import init_state  # noqa: E402
+from alexnet_jax.utils import process as runtime
 
 BATCH = 128
 ROUNDS = 3

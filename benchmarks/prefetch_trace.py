@@ -22,8 +22,8 @@ import jax  # noqa: E402  (it must find the variable above)
 from rows import options, row, write  # noqa: E402
 
 from alexnet_jax import config as configs  # noqa: E402
-from alexnet_jax.report import read_metrics  # noqa: E402
 from alexnet_jax.train import train_and_evaluate  # noqa: E402
+from alexnet_jax.training.metrics import read_metrics  # noqa: E402
 
 Span = tuple[float, float]  # begin and end, ms
 LANES = {

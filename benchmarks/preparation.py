@@ -24,8 +24,8 @@ from photographs import jpegs  # noqa: E402
 from rows import options, row, write  # noqa: E402
 
 from alexnet_jax.config import default_config  # noqa: E402
-from alexnet_jax.prepare import prepare_store  # noqa: E402
-from alexnet_jax.sources import open_source  # noqa: E402
+from alexnet_jax.data.prepare import prepare_store  # noqa: E402
+from alexnet_jax.data.sources import open_source  # noqa: E402
 
 DISTINCT = 512
 

@@ -12,7 +12,7 @@ from typing import Any
 from figures import ENTRIES, README, Entry
 from other_figures import OTHERS
 
-from alexnet_jax.errors import UserError
+from alexnet_jax.utils.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "grain", "tensorflow", "torch", "onnxruntime")
 Result = dict[str, Any]  # a file of benchmarks/results

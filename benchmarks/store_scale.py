@@ -21,10 +21,10 @@ from rows import Row, options, row, write
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from alexnet_jax import pipeline  # noqa: E402
 from alexnet_jax.config import default_config  # noqa: E402
-from alexnet_jax.prepare import prepare_store  # noqa: E402
-from alexnet_jax.sources import Example, Source  # noqa: E402
+from alexnet_jax.data import pipeline  # noqa: E402
+from alexnet_jax.data.prepare import prepare_store  # noqa: E402
+from alexnet_jax.data.sources import Example, Source  # noqa: E402
 from alexnet_jax.store import Store, open_store  # noqa: E402
 
 IMAGENET = 1_281_167

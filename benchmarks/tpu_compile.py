@@ -25,8 +25,9 @@ import jax.numpy as jnp  # noqa: E402
 import our_step  # noqa: E402
 import plain_flax  # noqa: E402
 
-from alexnet_jax import runtime, tpu  # noqa: E402
-from alexnet_jax.errors import exits_cleanly  # noqa: E402
+from alexnet_jax.analysis import tpu
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import exits_cleanly  # noqa: E402
 
 CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}  # the smallest topologies there are
 BATCHES = (128, 256, 512)

@@ -40,7 +40,7 @@ def ours(variant: str, batch: int, dtype: str, train: bool) -> Iterator[int]:
     """Our network, and its step without the augmentation."""
     import our_step
 
-    from alexnet_jax import runtime
+    from alexnet_jax.utils import process as runtime
 
     runtime.set_up()
     model = our_step.network(variant, dtype)

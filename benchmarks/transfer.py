@@ -21,8 +21,9 @@ from rows import options, row, write
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from alexnet_jax import config as configs  # noqa: E402
-from alexnet_jax import report, runtime  # noqa: E402
 from alexnet_jax.train import train_and_evaluate  # noqa: E402
+from alexnet_jax.training import metrics as report
+from alexnet_jax.utils import process as runtime
 
 EXAMPLES = 100  # of five classes, which the data set has in turn
 BATCH = 20

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax import augment
 from alexnet_jax.config import default_config
+from alexnet_jax.data import augment
 
 SIZE, CROP = 40, 32
 BORDER = SIZE - CROP

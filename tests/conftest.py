@@ -79,7 +79,7 @@ def trained_run(digits, made_once):
 @pytest.fixture(scope="session")
 def network(trained_run):
     """What it learned."""
-    from alexnet_jax import trained
+    from alexnet_jax import inference as trained
 
     return trained.load(trained_run)
 

@@ -9,9 +9,10 @@ import images
 import numpy as np
 import pytest
 
-from alexnet_jax import convert, trained
-from alexnet_jax.errors import UserError
-from alexnet_jax.model import LAYERS
+from alexnet_jax import convert
+from alexnet_jax import inference as trained
+from alexnet_jax.models.alexnet import LAYERS
+from alexnet_jax.utils.errors import UserError
 
 CLASSES = 7
 FILTERS = {"owt": (64, 192, 384, 256, 256), "towers": (96, 256, 384, 384, 256)}

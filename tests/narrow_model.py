@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alexnet_jax.model import AlexNet
+from alexnet_jax.models.alexnet import AlexNet
 
 NARROW = 0.1  # 8-24-40-40-24 filters, 408 hidden units; 8-16-40-24-24 for owt
 

@@ -27,8 +27,8 @@ import numpy as np  # noqa: E402
 from commands import saved_state, saved_steps  # noqa: E402
 from test_hosts import Cluster, losses  # noqa: E402
 
-from alexnet_jax import hosts  # noqa: E402
-from alexnet_jax.errors import EXIT_PEER_LOST  # noqa: E402
+from alexnet_jax.utils import distributed as hosts  # noqa: E402
+from alexnet_jax.utils.errors import EXIT_PEER_LOST  # noqa: E402
 
 EPOCHS = 10
 LATEST_S = 20  # after the processes have met

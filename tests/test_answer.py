@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import answer, decode, store, trained
-from alexnet_jax.errors import UserError
+from alexnet_jax import inference as trained
+from alexnet_jax import store
+from alexnet_jax.analysis import answer
+from alexnet_jax.data import decode
+from alexnet_jax.utils.errors import UserError
 
 
 def png_header(width: int, height: int) -> bytes:

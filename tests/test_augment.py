@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from augmenting import BORDER, CROP, SIZE, config, images, run, stats
 
-from alexnet_jax import augment
 from alexnet_jax import config as configs
-from alexnet_jax.errors import UserError
+from alexnet_jax.data import augment
+from alexnet_jax.utils.errors import UserError
 
 
 def where_from(crop, image):

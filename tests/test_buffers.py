@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from alexnet_jax.buffers import Buffers
+from alexnet_jax.data.buffers import Buffers
 
 
 def address(array):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import test_step
 
-from alexnet_jax import parallel, step
-from alexnet_jax.checkpoint import Checkpoints
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training import train_step as step
+from alexnet_jax.training.checkpoint import Checkpoints
 
 
 @pytest.fixture

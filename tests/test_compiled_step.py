@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alexnet_jax import augment, optim, parallel, runtime, step
 from alexnet_jax.config import default_config
+from alexnet_jax.data import augment
+from alexnet_jax.training import optimizer as optim
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training import train_step as step
+from alexnet_jax.utils import process as runtime
 
 BATCH = 128
 # Beside the state: what gradients need of the activations (580 MB), and one gradient of fc6 (151).

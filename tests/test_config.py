@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_jax import checks, optim, parallel
 from alexnet_jax import config as configs
-from alexnet_jax.errors import UserError
+from alexnet_jax.training import checks
+from alexnet_jax.training import optimizer as optim
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))

@@ -96,7 +96,7 @@ def test_a_variant_is_added(copy):
         re.match(r'"(\w+)"', entry)[1],
         re.search(r"[\d,]{9,}", SECTIONS["Add a variant"])[0],
     )
-    model, tests = copy / "alexnet_jax/model.py", copy / "tests/test_model.py"
+    model, tests = copy / "alexnet_jax/models/alexnet.py", copy / "tests/test_model.py"
     insert(model, '    "single":', f"    {entry}")
     insert(tests, '    "single":', f'    "{name}": {count.replace(",", "_")},\n')
     insert(copy / "README.md", "| `single` |", f"| `{name}` | without LRN | | | | {count} | |\n")
@@ -107,7 +107,7 @@ def test_a_variant_is_added(copy):
 def test_a_data_set_is_added(copy):
     package = copy / "alexnet_jax/datasets"
     (package / "scikit_digits.py").write_text(BUILDER)
-    insert(package / "__init__.py", "from", "from alexnet_jax.datasets import scikit_digits\n")
+    insert(package / "__init__.py", "from", "from alexnet_jax.data.datasets import scikit_digits\n")
     (told,) = follow("Add a data set", copy, commands=1)  # drawing is tried in other tests
     assert "scikit_digits/1.0.0 train\n  examples        60," in told
 

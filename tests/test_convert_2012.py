@@ -13,8 +13,10 @@ import pytest
 import python2_pickle
 from python2_pickle import Called, Global, OldStyle
 
-from alexnet_jax import convert, plain_pickle, weights_2012
-from alexnet_jax.errors import UserError
+from alexnet_jax import convert
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.weights import cuda_convnet as weights_2012
+from alexnet_jax.weights import pickles as plain_pickle
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import foreign
 import numpy as np
 import pytest
 
-from alexnet_jax import caffe_weights, convert
-from alexnet_jax.errors import UserError
+from alexnet_jax import convert
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.weights import caffe as caffe_weights
 
 VARIANTS = {"bvlc_alexnet": "paper", "bvlc_reference_caffenet": "caffenet"}
 BLUE_GREEN_RED = (104.0069879317889, 116.66876761696767, 122.6789143406786)

@@ -13,9 +13,14 @@ import pytest
 import safetensors.flax
 import safetensors.numpy
 
-from alexnet_jax import augment, convert, parallel, step, torch_weights, trained
+from alexnet_jax import convert
+from alexnet_jax import inference as trained
 from alexnet_jax.config import default_config
-from alexnet_jax.errors import UserError
+from alexnet_jax.data import augment
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training import train_step as step
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.weights import torchvision as torch_weights
 
 MODULES = [f"features.{n}" for n in (0, 3, 6, 8, 10)] + [f"classifier.{n}" for n in (1, 4, 6)]
 NO_PYTORCH = "PyTorch is not installed: pip install -r requirements-torch.txt"

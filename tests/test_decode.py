@@ -7,7 +7,7 @@ import pytest
 from images import encode, photograph
 from PIL import ExifTags, Image, ImageOps
 
-from alexnet_jax.decode import decode_square, decode_upright
+from alexnet_jax.data.decode import decode_square, decode_upright
 
 SIDE = 32
 PHOTO = photograph(3, SIDE, SIDE)

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from alexnet_jax import errors
+from alexnet_jax.utils import errors
 
 
 @pytest.fixture

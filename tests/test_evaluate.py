@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import evaluate, plots, trained
+from alexnet_jax import evaluate
+from alexnet_jax import inference as trained
+from alexnet_jax.analysis import figures as plots
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,15 @@ import pytest
 from safetensors import safe_open
 
 from alexnet_jax import config as configs
-from alexnet_jax import export, parallel, runtime, step, tpu, trained
-from alexnet_jax.augment import Statistics
-from alexnet_jax.errors import UserError
-from alexnet_jax.model import VARIANTS
+from alexnet_jax import export
+from alexnet_jax import inference as trained
+from alexnet_jax.analysis import tpu
+from alexnet_jax.data.augment import Statistics
+from alexnet_jax.models.alexnet import VARIANTS
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training import train_step as step
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import UserError
 
 STRANGER = """
 import json, sys

@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 from images import contents, encode, photograph
 
-from alexnet_jax import augment, config, finetune, optim, parallel, placement, step, trained
-from alexnet_jax.errors import EXIT_STOPPED, UserError
+from alexnet_jax import config
+from alexnet_jax import inference as trained
+from alexnet_jax.data import augment
 from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.training import finetune, placement
+from alexnet_jax.training import optimizer as optim
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training import train_step as step
+from alexnet_jax.utils.errors import EXIT_STOPPED, UserError
 
 KINDS = ("jit", "mesh.zero", "mesh.hybrid")  # and pmap at the end
 FIVE = ("conv1", "conv2", "conv3", "conv4", "conv5")

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from commands import FEW, ROOT, SMALL, flags_of_devices, run, saved_state, saved_steps, train
 
-from alexnet_jax import hosts, launch
-from alexnet_jax.errors import EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+from alexnet_jax import launch
+from alexnet_jax.utils import distributed as hosts
+from alexnet_jax.utils.errors import EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USER_ERROR
 
 DEVICES = 4  # of all processes together
 STEPS = 20

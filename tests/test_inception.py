@@ -10,8 +10,10 @@ import pytest
 from augmenting import BORDER, CROP, SIZE, config, images, run, stats
 from PIL import Image
 
-from alexnet_jax import augment, optim, step
 from alexnet_jax.config import default_config
+from alexnet_jax.data import augment
+from alexnet_jax.training import optimizer as optim
+from alexnet_jax.training import train_step as step
 
 
 def inception(size=SIZE, crop_size=CROP, **fields):

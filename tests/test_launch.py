@@ -7,8 +7,9 @@ import sys
 import commands
 import pytest
 
-from alexnet_jax import hosts, launch
-from alexnet_jax.errors import EXIT_USER_ERROR
+from alexnet_jax import launch
+from alexnet_jax.utils import distributed as hosts
+from alexnet_jax.utils.errors import EXIT_USER_ERROR
 
 COMMAND = (sys.executable, "-m", "alexnet_jax.launch")
 TELLS_ITS_PLACE = f"""

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from gradients import output_and_gradients
 
-from alexnet_jax.layers import (
+from alexnet_jax.models.layers import (
     ceil_padding,
     channel_sum_by_matrix,
     channel_sum_by_slices,

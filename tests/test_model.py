@@ -7,9 +7,7 @@ import pytest
 from flax import linen as nn
 from narrow_model import NARROW, apply, images, init, random_variables
 
-from alexnet_jax.errors import UserError
-from alexnet_jax.layers import local_response_norm, max_pool
-from alexnet_jax.model import (
+from alexnet_jax.models.alexnet import (
     FEATURES,
     LAYERS,
     VARIANTS,
@@ -17,6 +15,8 @@ from alexnet_jax.model import (
     format_layer_table,
     layer_table,
 )
+from alexnet_jax.models.layers import local_response_norm, max_pool
+from alexnet_jax.utils.errors import UserError
 
 PARAMS = {
     "paper": 60_965_224,

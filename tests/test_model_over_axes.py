@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from narrow_model import NARROW, apply, images, random_variables
 
-from alexnet_jax.model import AlexNet
+from alexnet_jax.models.alexnet import AlexNet
 
 
 def test_fc_layers_split_over_an_axis_equal_the_whole():

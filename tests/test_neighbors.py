@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from alexnet_jax import trained
-from alexnet_jax.neighbors import nearest, nearest_in_store
+from alexnet_jax import inference as trained
+from alexnet_jax.analysis.neighbors import nearest, nearest_in_store
 
 
 def parts(features, *ends):

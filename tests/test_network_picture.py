@@ -2,8 +2,8 @@
 
 import pytest
 
-from alexnet_jax import network_picture
-from alexnet_jax.model import VARIANTS, AlexNet, layer_table
+from alexnet_jax.analysis import diagram as network_picture
+from alexnet_jax.models.alexnet import VARIANTS, AlexNet, layer_table
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

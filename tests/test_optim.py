@@ -7,10 +7,10 @@ import optax
 import pytest
 
 from alexnet_jax import config as configs
-from alexnet_jax import optim
 from alexnet_jax.config import default_config
-from alexnet_jax.errors import UserError
-from alexnet_jax.model import LAYERS
+from alexnet_jax.models.alexnet import LAYERS
+from alexnet_jax.training import optimizer as optim
+from alexnet_jax.utils.errors import UserError
 
 STEPS_PER_EPOCH = 10.0
 

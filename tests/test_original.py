@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax.model import AlexNet
+from alexnet_jax.models.alexnet import AlexNet
 
 FACTS = (
     "conv1 reaches past the bottom and right edges",

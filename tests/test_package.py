@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from alexnet_jax import config as configs
-from alexnet_jax.errors import UserError
+from alexnet_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alexnet_jax import pipeline
-from alexnet_jax.errors import UserError
+from alexnet_jax.data import pipeline
+from alexnet_jax.utils.errors import UserError
 
 EXAMPLES = 1000
 

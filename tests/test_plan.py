@@ -11,8 +11,10 @@ import pytest
 from commands import run
 from PIL import Image
 
-from alexnet_jax import config, plan, plots, store, tpu
-from alexnet_jax.errors import EXIT_USER_ERROR, UserError
+from alexnet_jax import config, plan, store
+from alexnet_jax.analysis import figures as plots
+from alexnet_jax.analysis import tpu
+from alexnet_jax.utils.errors import EXIT_USER_ERROR, UserError
 
 PLAN = ("--config", "configs/imagenet_pod.py")
 V5E = tpu.CHIPS["v5e"]

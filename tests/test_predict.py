@@ -10,8 +10,9 @@ import pytest
 from images import encode
 from PIL import ExifTags, Image
 
-from alexnet_jax import predict, trained
-from alexnet_jax.errors import UserError
+from alexnet_jax import inference as trained
+from alexnet_jax import predict
+from alexnet_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alexnet_jax import config as configs
-from alexnet_jax.model import VARIANTS, AlexNet, layer_table
+from alexnet_jax.models.alexnet import VARIANTS, AlexNet, layer_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

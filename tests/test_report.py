@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import plots
-from alexnet_jax.report import Meter, Report, read_metrics
+from alexnet_jax.analysis import figures as plots
+from alexnet_jax.training.metrics import Meter, Report, read_metrics
 
 
 def row(step, split="train"):

@@ -21,8 +21,10 @@ import pytest
 from PIL import Image
 from test_answer import RUBBISH
 
-from alexnet_jax import answer, serve, trained
-from alexnet_jax.errors import UserError
+from alexnet_jax import inference as trained
+from alexnet_jax import serve
+from alexnet_jax.analysis import answer
+from alexnet_jax.utils.errors import UserError
 
 TIMEOUT = 120_000  # ms; for slow machines, a test that passes never waits so long
 CHROMIUM = next(

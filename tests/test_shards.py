@@ -6,8 +6,8 @@ import tensorstore as ts
 from images import encode, folder_config, mark, mark_number, photograph, write_marks
 from PIL import Image
 
-from alexnet_jax import shards
-from alexnet_jax.shards import Damage, LocalShards, RemoteShards
+from alexnet_jax.data import shards
+from alexnet_jax.data.shards import Damage, LocalShards, RemoteShards
 from alexnet_jax.store import open_kvstore, open_or_prepare
 
 SIDE, ROWS, IMAGES = 8, 16, 40

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alexnet_jax.shuffle import shuffled
+from alexnet_jax.data.shuffle import shuffled
 
 IMAGENET = 1_281_167
 

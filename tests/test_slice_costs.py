@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import pytest
 from test_step import STATS, config
 
-from alexnet_jax import optim, parallel, placement, plan, runtime, slice_costs, step, tpu
+from alexnet_jax import plan
+from alexnet_jax.analysis import slice_costs, tpu
+from alexnet_jax.training import optimizer as optim
+from alexnet_jax.training import placement
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training import train_step as step
+from alexnet_jax.utils import process as runtime
 
 V5E = tpu.CHIPS["v5e"]
 SLICE = list(itertools.product(range(2), range(4)))

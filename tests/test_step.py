@@ -8,10 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax import augment, optim, parallel, placement, runtime, step
 from alexnet_jax.config import default_config
-from alexnet_jax.errors import UserError
-from alexnet_jax.model import AlexNet, layer_table
+from alexnet_jax.data import augment
+from alexnet_jax.models.alexnet import AlexNet, layer_table
+from alexnet_jax.training import optimizer as optim
+from alexnet_jax.training import placement
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training import train_step as step
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import UserError
 
 STATS = augment.Statistics(np.full((72, 72, 3), 100, np.float32), np.eye(3, dtype=np.float32) * 9)
 NO_CHANCE = {"flip": False, "color_noise": 0.0, "crop_size": 72}

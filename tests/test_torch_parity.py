@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax import optim
 from alexnet_jax.config import default_config
-from alexnet_jax.model import LAYERS, AlexNet
+from alexnet_jax.models.alexnet import LAYERS, AlexNet
+from alexnet_jax.training import optimizer as optim
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip(

@@ -25,8 +25,13 @@ from commands import (
 from PIL import Image
 
 from alexnet_jax import config as configs
-from alexnet_jax.errors import EXIT_KILLED_BY_CTRL_C, EXIT_STOPPED, EXIT_USER_ERROR, exits_cleanly
 from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.utils.errors import (
+    EXIT_KILLED_BY_CTRL_C,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    exits_cleanly,
+)
 
 
 def rows(workdir, split=None):

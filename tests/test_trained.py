@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from alexnet_jax import runtime, step, trained
-from alexnet_jax.errors import UserError
+from alexnet_jax import inference as trained
+from alexnet_jax.training import train_step as step
+from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils.errors import UserError
 
 
 def test_a_workdir_is_loaded_without_its_data(trained_run, tmp_path):

@@ -11,20 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import (
-    augment,
-    feature_maps,
-    network_picture,
-    occlusion,
-    parallel,
-    plots,
-    trained,
-    visualize,
-)
 from alexnet_jax import config as configs
-from alexnet_jax.errors import EXIT_USER_ERROR
-from alexnet_jax.model import FEATURES
-from alexnet_jax.step import init_state
+from alexnet_jax import inference as trained
+from alexnet_jax import visualize
+from alexnet_jax.analysis import diagram as network_picture
+from alexnet_jax.analysis import features as feature_maps
+from alexnet_jax.analysis import figures as plots
+from alexnet_jax.analysis import occlusion
+from alexnet_jax.data import augment
+from alexnet_jax.models.alexnet import FEATURES
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training.train_step import init_state
+from alexnet_jax.utils.errors import EXIT_USER_ERROR
 
 
 @pytest.fixture

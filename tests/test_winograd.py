@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gradients import output_and_gradients
 
-from alexnet_jax.winograd import MAX_TAPS, PART, tiling, winograd_conv
+from alexnet_jax.models.cpu_kernels import MAX_TAPS, PART, tiling, winograd_conv
 
 SHAPES = [  # height, width, channels, filters, taps, padding
     (13, 13, 24, 16, 3, 1),  # conv3 to conv5

