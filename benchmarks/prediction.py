@@ -18,7 +18,7 @@ from rows import options, row, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from alexnet_jax import evaluate, predict
+from alexnet_jax.analysis import evaluation, prediction
 from alexnet_jax.config import default_config  # noqa: E402
 from alexnet_jax.data import augment
 from alexnet_jax.inference import Trained, unnamed  # noqa: E402
@@ -42,15 +42,15 @@ def untrained(config: ConfigDict, store: Store) -> Trained:
 
 def predict_all(net: Trained, files: Sequence[Path]) -> None:
     """As `python -m alexnet_jax.predict` does."""
-    for result in predict.predictions(net, files, "center", BATCH):
-        assert isinstance(result, predict.Prediction)
+    for result in prediction.predict_files(net, files, "center", BATCH):
+        assert isinstance(result, prediction.Prediction)
 
 
 def evaluate_all(net: Trained, store: Store) -> None:
     """As `python -m alexnet_jax.evaluate` does."""
-    contest = evaluate.contestants([Path("net")], ["center"])
-    (tally,) = evaluate.evaluate([net], store, BATCH, contest)
-    assert tally.summary()["count"] == store.num_examples
+    ensembles = evaluation.all_ensembles([Path("net")], ["center"])
+    (metrics,) = evaluation.evaluate([net], store, BATCH, ensembles)
+    assert metrics.summary()["count"] == store.num_examples
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         config.model.width = 0.1 if args.quick else 1.0
         stores = open_or_prepare(config)
         net = untrained(config, stores["train"])
-        files = predict.find_files([f"{place}/photos/val"])
+        files = prediction.find_files([f"{place}/photos/val"])
         runs = {
             "evaluate, from the store": lambda: evaluate_all(net, stores["eval"]),
             "predict, from JPEG files": lambda: predict_all(net, files),
@@ -84,8 +84,8 @@ def main() -> None:
     table = [row(what, found, "images/s", BATCH, "float32") for what, found in rates.items()]
     for line in table:
         print(f"{line['what']}  {line['value']:8.1f} ({line['min']:.1f} to {line['max']:.1f})")
-    evaluation, prediction = (line["value"] for line in table)
-    print(f"prediction has {prediction / evaluation:.2f} of the evaluation's images a second")
+    evaluated, predicted = (line["value"] for line in table)
+    print(f"prediction has {predicted / evaluated:.2f} of the evaluation's images a second")
     write(table, args.json)
 
 

@@ -1,4 +1,4 @@
-"""`python -m alexnet_jax.evaluate`: every example once, alone and averaged, by class."""
+"""`python -m alexnet_jax.evaluate`: accuracy of networks alone, averaged, and by class."""
 
 import csv
 import json
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_jax import evaluate
-from alexnet_jax import inference as trained
-from alexnet_jax.analysis import figures as plots
+from alexnet_jax import evaluate, inference
+from alexnet_jax.analysis import evaluation, figures
+from alexnet_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +22,20 @@ def store(digit_stores):
 
 @pytest.fixture(scope="module")
 def other_run(trained_run, tmp_path_factory):
-    """A worse network of the same shape."""
-    network = trained.load(trained_run)
+    """The workdir of a less accurate network of the same shape: fc8 with noise added."""
+    network = inference.load(trained_run)
     kernel = network.variables["params"]["fc8"]["kernel"]
     noise = 0.3 * kernel.std() * jax.random.normal(jax.random.key(1), kernel.shape)
     network.variables["params"]["fc8"]["kernel"] = kernel + noise
     place = tmp_path_factory.mktemp("trained") / "other"
-    trained.create(place, network.config, network.variables, network.stats, network.class_names)
+    inference.create(place, network.config, network.variables, network.stats, network.class_names)
     return place
 
 
 def probabilities(workdir, store, views):
-    """Softmax of every example by the network, in float64."""
+    """Returns the network's softmax of every example, in float64."""
     images = store.read(np.arange(store.num_examples))["image"]
-    classify = trained.classifier(trained.load(workdir), views)
+    classify = inference.classifier(inference.load(workdir), views)
     return np.exp(np.asarray(classify(images), np.float64))
 
 
@@ -50,7 +50,7 @@ def scores(probs, labels):
     }
 
 
-def test_the_command_counts_each_network_and_their_average(
+def test_command_evaluates_each_network_and_their_average(
     trained_run, other_run, digits, store, tmp_path
 ):
     result = commands.run(
@@ -79,91 +79,92 @@ def test_the_command_counts_each_network_and_their_average(
     assert "average of 2, ten views, by class" in result.stdout
 
 
-def test_the_training_found_the_same(trained_run, store):
-    network = trained.load(trained_run)
-    (tally,) = evaluate.evaluate(
-        [network], store, 64, evaluate.contestants([trained_run], ["center"])
-    )
+def test_evaluation_equals_the_one_during_training(trained_run, store):
+    network = inference.load(trained_run)
+    ensembles = evaluation.all_ensembles([trained_run], ["center"])
+    (result,) = evaluation.evaluate([network], store, 64, ensembles)
     metrics = map(json.loads, (trained_run / "metrics.jsonl").read_text().splitlines())
     (row,) = [r for r in metrics if r["split"] == "eval" and r["step"] == network.step]
-    found = tally.summary()
+    found = result.summary()
     assert (found["top1"], found["top5"]) == (row["top1"], row["top5"])
     assert found["loss"] == pytest.approx(row["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1000, 77])
-def test_every_example_counts_once_whatever_the_batch(trained_run, store, batch_size):
-    contest = evaluate.contestants([trained_run], ["center"])
-    (tally,) = evaluate.evaluate([trained.load(trained_run)], store, batch_size, contest)
-    np.testing.assert_array_equal(tally.confusion.sum(axis=1), np.bincount(store.labels))
+def test_every_example_is_counted_once_at_any_batch_size(trained_run, store, batch_size):
+    ensembles = evaluation.all_ensembles([trained_run], ["center"])
+    network = inference.load(trained_run)
+    (result,) = evaluation.evaluate([network], store, batch_size, ensembles)
+    np.testing.assert_array_equal(result.confusion.sum(axis=1), np.bincount(store.labels))
 
 
-def test_the_table_of_classes_names_what_each_is_taken_for():
-    tally = evaluate.Tally(3)
-    tally.add(
+def test_per_class_rows_and_loss_match_hand_counted_values():
+    metrics = evaluation.ClassificationMetrics(3)
+    metrics.update(
         np.array([[0, 1], [1, 0], [1, 2], [0, 1]]), np.log([0.5, 0.5, 0.5, 0.5]), np.full(4, 0)
     )
-    tally.add(np.array([[1, 0]]), np.log([0.25]), np.array([1]))
-    cat, dog = tally.per_class(["cat", "dog", "eel"])  # no eel was shown
+    metrics.update(np.array([[1, 0]]), np.log([0.25]), np.array([1]))
+    cat, dog = metrics.per_class(["cat", "dog", "eel"])  # there is no example of an eel
     assert cat == {"class": "cat", "count": 4, "top1": 0.5, "top5": 0.75, "taken_for": "dog"}
     assert dog == {"class": "dog", "count": 1, "top1": 1.0, "top5": 1.0, "taken_for": ""}
-    assert tally.summary()["loss"] == pytest.approx(np.log(2 * 2 * 2 * 2 * 4) / 5)
+    assert metrics.summary()["loss"] == pytest.approx(np.log(2 * 2 * 2 * 2 * 4) / 5)
     table = evaluate.format_per_class([cat, dog]).splitlines()
     assert [line.split()[0] for line in table] == ["class", "cat", "dog"]
 
 
-def test_of_many_classes_the_worst_are_shown():
+def test_table_of_many_classes_has_the_least_accurate_ones():
     rows = [
         {"class": f"c{n}", "count": 1, "top1": n / 30, "top5": 1.0, "taken_for": ""}
         for n in range(30)
     ]
     lines = evaluate.format_per_class(rows[::-1]).splitlines()
     assert [line.split()[0] for line in lines[1:-1]] == [f"c{n}" for n in range(20)]
-    assert lines[-1] == "… and 10 classes more"
+    assert lines[-1] == "… and 10 more classes"
 
 
-def test_a_confusion_matrix_is_drawn_with_labels_as_rows(tmp_path):
+def test_confusion_matrix_has_labels_as_rows(tmp_path):
     confusion = np.zeros((100, 100), int)
-    confusion[:, 99] = 5  # everything is taken for the last class
-    plots.save_confusion(confusion, [str(n) for n in range(100)], tmp_path / "many.png")
+    confusion[:, 99] = 5  # every example is predicted as the last class
+    figures.save_confusion(confusion, [str(n) for n in range(100)], tmp_path / "many.png")
     dark = (np.asarray(Image.open(tmp_path / "many.png").convert("RGB")) == (8, 48, 107)).all(-1)
     columns = np.flatnonzero(dark.sum(axis=0) > 300)
     assert len(columns) < 20 and dark[:, columns].sum() > 1000
 
 
-def moved(network, **fields):
+def with_fields(network, **fields):
+    """Returns the network with a changed copy of its config."""
     config = network.config.copy_and_resolve_references()
     for name, value in fields.items():
         config[name] = value
     return network._replace(config=config)
 
 
-def test_networks_that_do_not_know_the_same_classes_are_refused(trained_run, store):
-    network = trained.load(trained_run)
-    other = moved(network)
+def test_networks_with_other_classes_or_image_size_are_rejected(trained_run, store):
+    network = inference.load(trained_run)
+    other = with_fields(network)
     other.config.model.num_classes = 11
-    for networks, told in (
-        ([network, other], "11 classes apart"),
-        ([network, moved(network, image_size=80)], "stored at 80 pixels"),
-        ([network._replace(class_names=tuple("abcdefghij"))], "knows the classes a, b, c"),
+    for networks, message in (
+        ([network, other], "b has 11 classes, a has 10 and the data has 10"),
+        ([network, with_fields(network, image_size=80)], "stored at 80 pixels"),
+        ([network._replace(class_names=tuple("abcdefghij"))], "on the classes a, b, c, …"),
     ):
-        with pytest.raises(evaluate.UserError, match=told):
-            evaluate.check_together(["a", "b"][: len(networks)], networks, store)
-    unnamed = tuple(map(trained.unnamed, range(10)))
-    evaluate.check_together(["a"], [network._replace(class_names=unnamed)], store)
+        with pytest.raises(UserError, match=message):
+            evaluation.check_comparable(["a", "b"][: len(networks)], networks, store)
+    unnamed = tuple(map(inference.unnamed, range(10)))
+    evaluation.check_comparable(["a"], [network._replace(class_names=unnamed)], store)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["nowhere"], "no trained network in nowhere"),
         (["RUN", "--step", "3"], "no checkpoint of step 3"),
         (["RUN", "--batch-size", "0"], "batch_size=0 must lie between"),
     ],
 )
-def test_what_cannot_be_evaluated_is_told_in_a_sentence(trained_run, arguments, told, capsys):
+def test_wrong_arguments_exit_with_an_error_message(trained_run, arguments, message, capsys):
     arguments = [str(trained_run) if word == "RUN" else word for word in arguments]
     with pytest.raises(SystemExit) as exited:
         evaluate.main(arguments)
     assert exited.value.code == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

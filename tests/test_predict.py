@@ -1,4 +1,4 @@
-"""`python -m alexnet_jax.predict`: files in, the five most probable classes out."""
+"""`python -m alexnet_jax.predict`: the most probable classes of image files."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 from images import encode
 from PIL import ExifTags, Image
 
-from alexnet_jax import inference as trained
-from alexnet_jax import predict
+from alexnet_jax import inference, predict
+from alexnet_jax.analysis import prediction
 from alexnet_jax.utils.errors import UserError
 
 
@@ -23,7 +23,7 @@ def examples(digit_stores):
 
 @pytest.fixture
 def folder(examples, tmp_path):
-    """Twenty files in folders of their classes, of two kinds; nothing else."""
+    """A folder with twenty PNG and WebP files in subfolders named after their classes."""
     for number, (image, label) in enumerate(zip(examples["image"], examples["label"], strict=True)):
         kind = "png" if number % 2 else "webp"
         file = tmp_path / "photos" / str(label) / f"{number:02d}.{kind}"
@@ -33,7 +33,7 @@ def folder(examples, tmp_path):
 
 
 def probabilities(trained_run, images):
-    return np.exp(np.asarray(trained.classifier(trained.load(trained_run), "center")(images)))
+    return np.exp(np.asarray(inference.classifier(inference.load(trained_run), "center")(images)))
 
 
 def run(capsys, *words):
@@ -42,9 +42,9 @@ def run(capsys, *words):
     return exited.value.code, *capsys.readouterr()
 
 
-def test_every_file_of_a_folder_gets_the_networks_probabilities(trained_run, folder, examples):
+def test_files_of_a_folder_have_the_probabilities_of_the_classifier(trained_run, folder, examples):
     (folder / "notes.txt").write_text("not an image")
-    (folder / ".hidden").write_text("not looked at")
+    (folder / ".hidden").write_text("ignored")
     cut = encode(examples["image"][0], "PNG")[:-200]
     (folder / "truncated.png").write_bytes(cut)
     result = commands.run(
@@ -72,24 +72,24 @@ def test_every_file_of_a_folder_gets_the_networks_probabilities(trained_run, fol
     assert "Traceback" not in result.stderr
 
 
-def test_the_table_has_a_line_for_each_file_that_a_pattern_names(
+def test_table_has_one_line_for_each_file_of_overlapping_patterns(
     trained_run, folder, examples, capsys
 ):
     code, out, err = run(capsys, trained_run, folder / "*" / "0[0-4].*", folder / "*" / "00.webp")
     assert (code, err) == (0, "")
     expected = probabilities(trained_run, examples["image"][:5])
     lines = out.splitlines()
-    assert len(lines) == 5  # the file that is named twice comes once
+    assert len(lines) == 5  # the file that both patterns match is listed once
     for line in lines:
         number = int(line.split()[0].split("/")[-1][:2])
         assert line.split()[1] == f"{100 * expected[number].max():.1f}"
         assert line.split()[3] == str(expected[number].argmax())
 
 
-def test_a_photograph_is_seen_as_its_exif_says(trained_run, examples, tmp_path, capsys):
+def test_exif_orientation_is_applied(trained_run, examples, tmp_path, capsys):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    lying = np.rot90(examples["image"][3])  # to be turned by 90 degrees clockwise
+    lying = np.rot90(examples["image"][3])  # orientation 6: turn by 90 degrees clockwise
     (tmp_path / "lying.png").write_bytes(encode(lying, "PNG", exif=exif))
     (tmp_path / "upright.png").write_bytes(encode(examples["image"][3], "PNG"))
     _, out, _ = run(capsys, trained_run, tmp_path, "--json")
@@ -97,26 +97,28 @@ def test_a_photograph_is_seen_as_its_exif_says(trained_run, examples, tmp_path, 
     assert lying == upright
 
 
-def test_ten_views_are_averaged(trained_run, folder, examples, capsys):
+def test_ten_views_match_the_classifier_of_ten_views(trained_run, folder, examples, capsys):
     file = next(folder.rglob("00.*"))
     _, out, _ = run(capsys, trained_run, file, "--json", "--views", "ten")
-    log_probs = trained.classifier(trained.load(trained_run), "ten")(examples["image"][:1])
+    log_probs = inference.classifier(inference.load(trained_run), "ten")(examples["image"][:1])
     (best, *_) = json.loads(out)["predictions"]
     assert best["probability"] == pytest.approx(float(np.exp(log_probs.max())), rel=1e-4)
 
 
-def test_what_no_batch_can_hold_is_read_as_it_is_needed(trained_run, folder):
-    """Of 400 files, the first predictions come before the last files are read."""
-    files = [next(folder.rglob("01.*"))] * 399 + [folder / "made later.png"]
-    results = predict.predictions(trained.load(trained_run), files, "center", 8)
+def test_files_are_read_as_a_stream(trained_run, folder):
+    """The first of 400 predictions come before the last file exists."""
+    files = [next(folder.rglob("01.*"))] * 399 + [folder / "written later.png"]
+    results = prediction.predict_files(inference.load(trained_run), files, "center", 8)
     first = [next(results) for _ in range(8)]
-    assert all(isinstance(result, predict.Prediction) for result in first)
-    (folder / "made later.png").write_bytes(files[0].read_bytes())
+    assert all(isinstance(result, prediction.Prediction) for result in first)
+    (folder / "written later.png").write_bytes(files[0].read_bytes())
     rest = list(results)
-    assert len(rest) == 392 and isinstance(rest[-1], predict.Prediction)
+    assert len(rest) == 392 and isinstance(rest[-1], prediction.Prediction)
 
 
-def test_bars_of_the_right_class_are_red(examples, trained_run, folder, tmp_path, capsys):
+def test_panel_has_a_red_bar_for_the_class_of_the_folder(
+    examples, trained_run, folder, tmp_path, capsys
+):
     named, unnamed = tmp_path / "named.png", tmp_path / "unnamed.png"
     file = next(folder.rglob("00.*"))
     elsewhere = tmp_path / "photo.webp"
@@ -131,7 +133,7 @@ def test_bars_of_the_right_class_are_red(examples, trained_run, folder, tmp_path
     assert red(named) > 0 == red(unnamed)
 
 
-def test_a_pipe_is_not_an_image(trained_run, tmp_path, capsys):
+def test_named_pipe_is_skipped(trained_run, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")
     code, _, err = run(capsys, trained_run, tmp_path)
     assert code == 3
@@ -139,19 +141,19 @@ def test_a_pipe_is_not_an_image(trained_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        (["nowhere*.jpg"], "no file at nowhere"),
+        (["nowhere*.jpg"], "there is no file at nowhere"),
         (["https://example.com/cat.jpg"], "is a URL; download it"),
         (["tests", "--batch-size", "0"], "must be at least 1"),
         (["tests", "--panel", "panel.gif"], "must end in .png"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_a_sentence(trained_run, words, told, capsys):
+def test_wrong_arguments_exit_with_an_error_message(trained_run, words, message, capsys):
     code, _, err = run(capsys, trained_run, *words)
-    assert code == 2 and err.startswith("error: ") and told in err
+    assert code == 2 and err.startswith("error: ") and message in err
 
 
-def test_an_empty_folder_is_told(tmp_path):
-    with pytest.raises(UserError, match="no file at"):
-        predict.find_files([str(tmp_path)])
+def test_empty_folder_is_rejected(tmp_path):
+    with pytest.raises(UserError, match="there is no file at"):
+        prediction.find_files([str(tmp_path)])
