@@ -1,10 +1,9 @@
-"""Runs docs/tutorial.ipynb and stores what it shows there and in docs/tutorial_zh.ipynb.
-
-Change code and English text in the first, the Chinese text in the second, and run
+"""Runs docs/tutorial.ipynb and stores its outputs in both languages.
 
     python docs/execute_tutorial.py
 
-The second takes its code from the first, so the two must have the same cells in the same order.
+The Chinese notebook takes its code cells from the English one, so both must have the same cells in
+the same order.
 """
 
 import os
@@ -19,23 +18,28 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parent
 ENGLISH, CHINESE = FOLDER / "tutorial.ipynb", FOLDER / "tutorial_zh.ipynb"
-TIMEOUT = 600  # seconds, for the kernel's start and for each cell
+TIMEOUT = 600  # seconds, per cell
 
 
 def read(path: Path) -> NotebookNode:
-    """Returns a notebook, valid by its format's schema."""
+    """Returns a notebook after checking it against the format's schema."""
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     return notebook
 
 
-def executed(
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """Returns the code cells in order."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def execute(
     notebook: NotebookNode, folder: Path = FOLDER, environment: Mapping[str, str] = os.environ
 ) -> NotebookNode:
-    """Returns the notebook with the outputs of a new kernel that was started in the folder.
+    """Returns the notebook with outputs from a new kernel that starts in `folder`.
 
-    Left out is what differs from run to run or tells of the machine: progress bars, warnings and
-    logs, all of which go to stderr, and the times and versions in the metadata.
+    Outputs that differ between runs or machines are removed: stderr (progress bars, warnings,
+    logs), execution times and the kernel's version.
 
     Raises nbclient.exceptions.CellExecutionError for the first cell that fails.
     """
@@ -56,42 +60,32 @@ def executed(
     return notebook
 
 
-def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    """Returns its cells of code, in order."""
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+def translate(notebook: NotebookNode, translation: NotebookNode) -> NotebookNode:
+    """Returns the notebook with the text cells of its translation.
 
-
-def with_code_of(translation: NotebookNode, notebook: NotebookNode) -> NotebookNode:
-    """Returns the text of the first with the code and the outputs of the second.
-
-    Raises ValueError if their cells are not the same ones in the same order.
+    Raises ValueError if the two do not have the same cells in the same order.
     """
-    for number, (own, other) in enumerate(zip_longest(translation.cells, notebook.cells)):
-        ids = [cell and f"{cell.cell_type} cell {cell.id}" for cell in (own, other)]
-        if ids[0] != ids[1]:
+    for number, cells in enumerate(zip_longest(notebook.cells, translation.cells)):
+        ours, theirs = (cell and f"{cell.cell_type} cell {cell.id}" for cell in cells)
+        if ours != theirs:
             raise ValueError(
-                f"cell number {number} is the {ids[0]} in the translation but the {ids[1]} in the "
-                "notebook; give both the same cells in the same order"
+                f"cell number {number} is the {ours} in the notebook but the {theirs} in the "
+                "translation; give both the same cells in the same order"
             )
-    translation = deepcopy(translation)
-    translation.metadata = notebook.metadata
-    translation.cells = [
-        own if own.cell_type == "markdown" else other
-        for own, other in zip(translation.cells, notebook.cells, strict=True)
-    ]
-    return translation
+    result = deepcopy(notebook)
+    for cell, text in zip(result.cells, translation.cells, strict=True):
+        if cell.cell_type == "markdown":
+            cell.source = text.source
+    return result
 
 
 def main() -> None:
-    """Stores both notebooks, or neither if a cell fails."""
+    """Executes and stores both notebooks, or neither if a cell fails."""
     english, chinese = read(ENGLISH), read(CHINESE)
-    with_code_of(chinese, english)  # fails now, not after a minute
-    english = executed(english)
-    stored = {ENGLISH: english, CHINESE: with_code_of(chinese, english)}
-    for path, notebook in stored.items():
-        nbformat.write(notebook, path.with_suffix(".new"))
-    for path in stored:
-        path.with_suffix(".new").replace(path)
+    translate(english, chinese)  # fails before the minutes of execution, not after them
+    english = execute(english)
+    for path, notebook in ((ENGLISH, english), (CHINESE, translate(english, chinese))):
+        nbformat.write(notebook, path)
 
 
 if __name__ == "__main__":

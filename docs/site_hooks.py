@@ -1,7 +1,6 @@
-"""What the site shows besides docs/*.md: the repository's own pages, the tutorial, linked files.
+"""MkDocs hooks: adds the README, the notebooks and linked files to the site, and adapts links.
 
-All pages keep the links that they have in the repository; here they are made to lead to where the
-site has the same file. MkDocs calls the two functions whose names begin with `on_`.
+Pages keep the links that work in the repository.
 """
 
 import posixpath
@@ -17,6 +16,7 @@ from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
+# Pages outside docs/ and their names in the site.
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -28,37 +28,38 @@ FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>.+?)\$", re.S)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages of PAGES, those of the notebooks, and the files that any page links to."""
+    """Adds PAGES, the notebooks as pages, and all files that a page links to."""
     for path, uri in PAGES.items():
         files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
     for notebook in [file for file in files if file.src_uri.endswith(".ipynb")]:
         files.remove(notebook)
-        for uri, content in _of_notebook(ROOT / "docs" / notebook.src_uri):
+        for uri, content in _notebook_files(ROOT / "docs" / notebook.src_uri):
             files.append(File.generated(config, uri, content=content))
     for page in list(files.documentation_pages()):
-        for path in _linked(page.content_string, page.src_uri):
-            if _uri(path) not in files:
-                files.append(File.generated(config, _uri(path), abs_src_path=str(ROOT / path)))
+        for target in LINK.findall(page.content_string):
+            path = _repository_path(target, page.src_uri)
+            if path and _site_uri(path) not in files:
+                files.append(File.generated(config, _site_uri(path), abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_) -> str:
-    """Makes links to files of the repository lead to them in the site."""
+    """Replaces links to repository files by links to the same files in the site."""
     uri = page.file.src_uri
 
-    def here(link: re.Match) -> str:
-        path = _path(link[0], uri)
-        return posixpath.relpath(_uri(path), posixpath.dirname(uri)) if path else link[0]
+    def replace(link: re.Match) -> str:
+        path = _repository_path(link[0], uri)
+        return posixpath.relpath(_site_uri(path), posixpath.dirname(uri)) if path else link[0]
 
-    return LINK.sub(here, markdown)
+    return LINK.sub(replace, markdown)
 
 
-def _of_notebook(path: Path) -> Iterator[tuple[str, str | bytes]]:
-    """Yields a page and its pictures, by their places in the site."""
+def _notebook_files(path: Path) -> Iterator[tuple[str, str | bytes]]:
+    """Yields (name in the site, content) of a notebook's page and pictures."""
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = FORMULA.sub(_in_mathml, cell.source)
+            cell.source = FORMULA.sub(_to_mathml, cell.source)
     body, resources = MarkdownExporter().from_notebook_node(
         notebook, {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
     )
@@ -66,24 +67,22 @@ def _of_notebook(path: Path) -> Iterator[tuple[str, str | bytes]]:
     yield from resources["outputs"].items()
 
 
-def _in_mathml(formula: re.Match) -> str:
+def _to_mathml(formula: re.Match) -> str:
+    """MathML needs no script in the browser."""
     if formula["block"]:
         return mathml(formula["block"], display="block")
     return f"<span>{mathml(formula['inline'])}</span>"
 
 
-def _linked(markdown: str, uri: str) -> Iterator[str]:
-    return filter(None, (_path(target, uri) for target in LINK.findall(markdown)))
-
-
-def _path(target: str, uri: str) -> str | None:
-    """Returns where in the repository the target of a page's link lies, None if it is no file."""
+def _repository_path(target: str, uri: str) -> str | None:
+    """Returns the repository path of a link on the page `uri`; None if it is not a file."""
     folder = posixpath.dirname(SOURCES.get(uri, f"docs/{uri}"))
     path = posixpath.normpath(posixpath.join(folder, target))
     return path if (ROOT / path).is_file() else None
 
 
-def _uri(path: str) -> str:
-    """Returns where in the site a file of the repository is."""
-    inside = PAGES.get(path, path.removeprefix("docs/"))
-    return re.sub(r"\.ipynb$", ".md", inside)
+def _site_uri(path: str) -> str:
+    """Returns the name in the site of a repository file."""
+    return PAGES.get(path, path.removeprefix("docs/")).removesuffix(".ipynb") + (
+        ".md" if path.endswith(".ipynb") else ""
+    )
