@@ -1,0 +1,39 @@
+"""`python -m alexnet_jax` and the help of every command."""
+
+import sys
+import tomllib
+
+import commands
+import pytest
+
+SCRIPTS = tomllib.loads((commands.ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+COMMANDS = [target.removesuffix(":main") for target in SCRIPTS.values()]
+
+
+def test_list_has_each_command_with_its_summary():
+    result = commands.run(sys.executable, "-m", "alexnet_jax")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.partition("commands:\n")[2].splitlines()
+    summaries = dict(line.split(maxsplit=1) for line in lines)
+    assert sorted(f"alexnet_jax.{name}" for name in summaries) == sorted(COMMANDS)
+
+
+def test_list_does_not_import_jax():
+    code = (
+        "import runpy, sys; runpy.run_module('alexnet_jax', run_name='__main__'); "
+        "sys.exit('jax' in sys.modules)"
+    )
+    assert commands.run(sys.executable, "-c", code).returncode == 0
+
+
+def test_arguments_are_rejected():
+    result = commands.run(sys.executable, "-m", "alexnet_jax", "train")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == ("error: unknown argument train; run python -m alexnet_jax.COMMAND\n")
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_command_has_help(module):
+    result = commands.run(sys.executable, "-m", module, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(("usage:", "Usage:")) and result.stderr == ""
