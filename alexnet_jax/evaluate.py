@@ -14,7 +14,8 @@ from alexnet_jax.analysis.evaluation import ClassificationMetrics, Ensemble
 from alexnet_jax.data import augment
 from alexnet_jax.store import open_or_prepare
 from alexnet_jax.utils import process
-from alexnet_jax.utils.errors import exits_cleanly, explained_write_errors
+from alexnet_jax.utils.errors import exits_cleanly
+from alexnet_jax.utils.files import explain_write_errors
 
 VIEWS = {"center": "center crop", "ten": "ten views"}
 MAX_CLASSES_PRINTED = 20  # per_class.csv has all of them
@@ -57,7 +58,7 @@ def write_results(
     class_names: Sequence[str],
 ) -> None:
     """Writes evaluation.json, and per_class.csv and confusion.png of the last ensemble."""
-    with explained_write_errors(folder, "another --out"):
+    with explain_write_errors(folder, "another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         rows = [
             {"network": ensemble.name, "views": ensemble.views, **own.summary()}

@@ -27,8 +27,8 @@ from alexnet_jax import config as configs
 from alexnet_jax import inference as trained
 from alexnet_jax.inference import Trained
 from alexnet_jax.utils import process as runtime
-from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors
-from alexnet_jax.utils.files import written_whole
+from alexnet_jax.utils.errors import UserError, exits_cleanly
+from alexnet_jax.utils.files import atomic_write, explain_write_errors
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMATS = (".jaxexport", ".onnx", ".safetensors")
@@ -161,10 +161,10 @@ def _texts(told: dict[str, Any]) -> dict[str, str]:
 def write_whole(files: dict[Path, bytes]) -> None:
     """Writes files beside each other, each whole or not at all, and none before all are written."""
     folder = next(iter(files)).parent
-    with explained_write_errors(folder, "another FILE"), ExitStack() as all_written:
+    with explain_write_errors(folder, "another FILE"), ExitStack() as all_written:
         folder.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
-            all_written.enter_context(written_whole(path)).write_bytes(content)
+            all_written.enter_context(atomic_write(path)).write_bytes(content)
 
 
 def export(

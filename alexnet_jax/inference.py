@@ -22,8 +22,8 @@ from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.training import sharding as parallel
 from alexnet_jax.training.checkpoint import Checkpoints
 from alexnet_jax.training.train_step import init_state, log_probabilities, state_of
-from alexnet_jax.utils.errors import DISK_FULL, UserError, explained_write_errors
-from alexnet_jax.utils.files import written_whole
+from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import DISK_FULL, atomic_write, explain_write_errors
 
 STATISTICS_FILE = "statistics.npz"
 OfImages = Callable[[UInt8[np.ndarray, "B S S 3"]], Any]
@@ -114,7 +114,7 @@ def create(
         raise UserError(f"{workdir} is not empty; choose another workdir")
     place = workdir.absolute()
     part = place.with_name(f".{place.name}.part")
-    with explained_write_errors(workdir, "another workdir"):
+    with explain_write_errors(workdir, "another workdir"):
         shutil.rmtree(part, ignore_errors=True)  # of one that was killed
         try:
             part.mkdir(parents=True)
@@ -152,8 +152,8 @@ def saved_config(workdir: Path) -> ConfigDict:
 def save_statistics(workdir: Path, stats: Statistics, class_names: Sequence[str]) -> None:
     """Writes what a network's inputs and outputs mean, `statistics.npz`, whole or not at all."""
     with (
-        explained_write_errors(workdir, "another --workdir", DISK_FULL),
-        written_whole(workdir / STATISTICS_FILE) as new,
+        explain_write_errors(workdir, "another --workdir", DISK_FULL),
+        atomic_write(workdir / STATISTICS_FILE) as new,
     ):
         np.savez(new, class_names=np.array(class_names, np.str_), **stats._asdict())
 

@@ -30,7 +30,8 @@ from alexnet_jax.data.sources import Example, Source
 from alexnet_jax.data.store import Store, is_settled, open_store
 from alexnet_jax.training import checks, placement
 from alexnet_jax.training import sharding as parallel
-from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors
+from alexnet_jax.utils.errors import UserError, exits_cleanly
+from alexnet_jax.utils.files import explain_write_errors
 
 LAYOUTS = tuple(
     itertools.product(("mesh.data", "mesh.zero", "mesh.hybrid"), parallel.GRADIENT_DTYPES)
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for layout in layouts:
         checks.check_config(_with(config, *layout), len(devices))
     workdir = (args.workdir or Path("runs") / f"{config.name}_plan").expanduser()
-    with explained_write_errors(workdir, "another --workdir"):
+    with explain_write_errors(workdir, "another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
         _plan(config, args.topology, chip, devices, layouts, workdir)
 

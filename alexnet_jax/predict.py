@@ -13,8 +13,8 @@ from alexnet_jax import inference
 from alexnet_jax.analysis import figures
 from alexnet_jax.analysis.prediction import Prediction, Skipped, find_files, predict_files
 from alexnet_jax.utils import process
-from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors
-from alexnet_jax.utils.files import written_whole
+from alexnet_jax.utils.errors import UserError, exits_cleanly
+from alexnet_jax.utils.files import atomic_write, explain_write_errors
 
 EXIT_SOME_SKIPPED = 3
 MAX_IMAGES_IN_PANEL = 40
@@ -48,7 +48,7 @@ def to_json(result: Prediction | Skipped, class_names: Sequence[str]) -> str:
 def save_panel(predictions: Sequence[Prediction], class_names: Sequence[str], path: Path) -> None:
     """Draws predictions. A file in a folder named after a class has that class as its label."""
     folders = [prediction.path.parent.name for prediction in predictions]
-    with explained_write_errors(path, "another file for --panel"), written_whole(path) as new:
+    with explain_write_errors(path, "another file for --panel"), atomic_write(path) as new:
         figures.save_predictions(
             [prediction.image for prediction in predictions],
             [folder if folder in class_names else None for folder in folders],

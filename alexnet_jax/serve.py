@@ -45,7 +45,7 @@ from alexnet_jax.inference import Trained
 from alexnet_jax.store import store_paths
 from alexnet_jax.utils import process as runtime
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
-from alexnet_jax.utils.files import written_whole
+from alexnet_jax.utils.files import atomic_write
 
 if TYPE_CHECKING:
     import gradio
@@ -144,7 +144,7 @@ def _saved(image: np.ndarray, folder: Path) -> str:
     """Gradio itself would write an array anew while another visitor is sent the same picture."""
     pixels = np.ascontiguousarray(image)
     path = folder / f"{hashlib.sha256(pixels).hexdigest()}.png"
-    with written_whole(path) as new:
+    with atomic_write(path) as new:
         Image.fromarray(pixels).save(new)
     return str(path)
 

@@ -36,15 +36,9 @@ from alexnet_jax.training.metrics import Meter, NoReport, Report
 from alexnet_jax.training.train_step import Metrics, TrainState, init_state
 from alexnet_jax.utils import distributed as hosts
 from alexnet_jax.utils import process as runtime
-from alexnet_jax.utils.errors import (
-    DISK_FULL,
-    EXIT_STOPPED,
-    UserError,
-    exits_cleanly,
-    explained_write_errors,
-)
-from alexnet_jax.utils.files import written_whole
-from alexnet_jax.utils.interrupt import StopRequest
+from alexnet_jax.utils.errors import EXIT_STOPPED, UserError, exits_cleanly
+from alexnet_jax.utils.files import DISK_FULL, atomic_write, explain_write_errors
+from alexnet_jax.utils.process import StopRequest
 
 # Steps that JAX may be behind the loop. It runs on while the next batches are read; without a
 # limit they would pile up on the device.
@@ -77,7 +71,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     parallel.check_layers(config, layers)
     source = finetune.load_source(config, model, workdir)
     with (
-        explained_write_errors(workdir, "another --workdir", DISK_FULL),
+        explain_write_errors(workdir, "another --workdir", DISK_FULL),
         claimed_workdir(workdir, config) if hosts.is_first() else nullcontext(),
     ):
         table = format_layer_table(layers) + finetune.describe_frozen(config, layers)
@@ -105,7 +99,7 @@ def claimed_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
     trains there now.
     """
     path = workdir / "config.json"
-    with explained_write_errors(workdir, "another --workdir"):
+    with explain_write_errors(workdir, "another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
         try:
@@ -121,7 +115,7 @@ def claimed_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
             raise UserError(f"{path} is damaged; choose another --workdir or remove it") from error
         differing = configs.differing_fields(config, saved) if saved else []
         if not differing:
-            with written_whole(path) as new:
+            with atomic_write(path) as new:
                 new.write_text(configs.to_json(config) + "\n")
     if differing:
         raise UserError(
@@ -204,7 +198,7 @@ class _Run:
 
         state = self._restored_or_initial(functools.partial(init_state, model, config), source)
         hosts.check_same("checkpoints", {"step": int(state.step)})
-        on = f" of {jax.process_count()} processes" if hosts.several() else ""
+        on = f" of {jax.process_count()} processes" if hosts.is_multi_process() else ""
         hosts.say(
             f"training to step {self.total_steps} on {jax.device_count()} "
             f"{jax.default_backend()} device(s){on}, compiled by {placement.kind(config)}"
@@ -333,7 +327,7 @@ class _Run:
         try:
             yield
         except UserError:
-            if not hosts.several():
+            if not hosts.is_multi_process():
                 self._settle()
                 self._save()
             raise

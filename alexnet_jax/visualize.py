@@ -25,8 +25,8 @@ from alexnet_jax.training import sharding as parallel
 from alexnet_jax.training.metrics import Row, read_metrics
 from alexnet_jax.utils import distributed as hosts
 from alexnet_jax.utils import process as runtime
-from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors, one_line
-from alexnet_jax.utils.files import written_whole
+from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
+from alexnet_jax.utils.files import atomic_write, explain_write_errors
 
 NEIGHBORS, QUERIES = 6, 5  # as in Figure 4
 IMAGE_HELP = "a file of any format that Pillow reads"
@@ -141,9 +141,9 @@ def network(args: argparse.Namespace) -> None:
 @contextmanager
 def _drawn(path: Path, other: str = "another --out") -> Iterator[Path]:
     """Gives a file to draw to, which takes its place when it is whole; prints where it is."""
-    with explained_write_errors(path.parent, other):
+    with explain_write_errors(path.parent, other):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as new:
+        with atomic_write(path) as new:
             yield new
     print(path, flush=True)
 

@@ -29,8 +29,8 @@ sys.path[:0] = str(BENCHMARKS), str(ROOT)
 import results_page  # noqa: E402  (in this folder)
 from figures import ENTRIES, Entry  # noqa: E402
 
-from alexnet_jax.utils.errors import UserError, exits_cleanly, explained_write_errors  # noqa: E402
-from alexnet_jax.utils.files import written_whole  # noqa: E402
+from alexnet_jax.utils.errors import UserError, exits_cleanly  # noqa: E402
+from alexnet_jax.utils.files import atomic_write, explain_write_errors  # noqa: E402
 
 
 def missing(entry: Entry) -> list[str]:
@@ -66,9 +66,9 @@ def run(entry: Entry, folder: Path, quick: bool) -> str | None:
 
 def write(path: Path, text: str) -> None:
     """Writes a file whole. Raises UserError where it cannot be written."""
-    with explained_write_errors(path, "another --out"):
+    with explain_write_errors(path, "another --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as new:
+        with atomic_write(path) as new:
             new.write_text(text)
 
 

@@ -47,7 +47,8 @@ from alexnet_jax.data.store import (
     remove_records,
 )
 from alexnet_jax.data.zarr_files import write_array, write_attributes, write_image_metadata
-from alexnet_jax.utils.errors import UserError, explained_write_errors, one_line
+from alexnet_jax.utils.errors import UserError, one_line
+from alexnet_jax.utils.files import explain_write_errors
 
 CORRUPT_KEY = "corrupt.log"
 DECODES_AHEAD = 256  # goes on while a shard is written
@@ -102,7 +103,7 @@ def prepare_splits(
         """One host of several locks only what all of them do; one alone locks all the while."""
         return _lock(folder) if whole == (part == WHOLE) else contextlib.nullcontext()
 
-    with explained_write_errors(folder, "another data_dir"), lock(whole=True):
+    with explain_write_errors(folder, "another data_dir"), lock(whole=True):
         with lock(whole=False):
             sources = {
                 path: open_source(config, split)  # all of them, before hours go into the first
@@ -111,7 +112,7 @@ def prepare_splits(
             }
             works = [_Work(source, path, config, part) for path, source in sources.items()]
         for work in works:
-            with explained_write_errors(work.path, "another data_dir"):
+            with explain_write_errors(work.path, "another data_dir"):
                 work.make_shards()
                 with lock(whole=False):
                     work.finish_if_all_shards_are_made()

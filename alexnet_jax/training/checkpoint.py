@@ -158,7 +158,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # whatever Orbax or TensorStore make of the damage
             fault = error
-        if hosts.any_host(fault is not None):
+        if hosts.any_process(fault is not None):
             raise ValueError(one_line(fault) if fault else "another host cannot read it") from fault
         if _checksums(restored["state"]) != restored["progress"].get("checksums"):
             raise ValueError("its checksum is not that of what was saved")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from alexnet_jax.analysis import figures as plots
 from alexnet_jax.training.train_step import Metrics
-from alexnet_jax.utils.files import written_whole
+from alexnet_jax.utils.files import atomic_write
 
 Row = dict[str, Any]
 
@@ -32,7 +32,7 @@ class Report:
         self._workdir = workdir
         self._rows = [row for row in read_metrics(workdir) if stays(row)]
         path = workdir / "metrics.jsonl"
-        with written_whole(path) as kept:
+        with atomic_write(path) as kept:
             kept.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         self._metrics = path.open("a")
         self._tensorboard = SummaryWriter(

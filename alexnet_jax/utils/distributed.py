@@ -54,14 +54,14 @@ def joined() -> Iterator[None]:
         raise
 
 
-def several() -> bool:
+def is_multi_process() -> bool:
     """Whether this process has joined others; asked without starting JAX's backends."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def part() -> tuple[int, int]:
     """Returns which of how many parts of a job this process does, counted from 1."""
-    return (jax.process_index() + 1, jax.process_count()) if several() else (1, 1)
+    return (jax.process_index() + 1, jax.process_count()) if is_multi_process() else (1, 1)
 
 
 def is_first() -> bool:
@@ -75,20 +75,24 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def any_host(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Returns whether the flag is set on any process; all call it together."""
-    return bool(multihost_utils.process_allgather(np.array(flag)).any()) if several() else flag
+    return (
+        bool(multihost_utils.process_allgather(np.array(flag)).any())
+        if is_multi_process()
+        else flag
+    )
 
 
 def wait_for_all(name: str) -> None:
     """Returns once all processes have called it with that name."""
-    if several():
+    if is_multi_process():
         multihost_utils.sync_global_devices(name)
 
 
 def check_same(what: str, fields: dict[str, Any]) -> None:
     """Raises UserError on every process, with the fields in question, if two have other values."""
-    if not several():
+    if not is_multi_process():
         return
     digests = np.array([_digest(value) for value in fields.values()], np.uint32)
     differs = (multihost_utils.process_allgather(digests) != digests).any(axis=0)

@@ -1,14 +1,11 @@
 """Errors that are the user's to mend, and how a command shows them."""
 
-import errno
 import functools
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
@@ -75,46 +72,3 @@ def _without_late_writes(fault: Any) -> None:
     """
     if "Event loop is closed" not in str(fault.exc_value):
         sys.__unraisablehook__(fault)
-
-
-DISK_FULL = (
-    *(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
-    "Not enough disk space",  # tfds, when it foresees it
-)
-NO_ACCESS = tuple(
-    os.strerror(code)
-    for code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-)
-
-
-@contextmanager
-def explained_write_errors(
-    folder: str | Path, other: str, texts: tuple[str, ...] = (*DISK_FULL, *NO_ACCESS)
-) -> Iterator[None]:
-    """Turns a full disk, missing rights and the like, on writing a folder, into a UserError.
-
-    TensorStore, Orbax, TensorFlow, tfds and Python raise different exceptions, all with the
-    system's own texts in them or in their causes.
-
-    Args:
-      other: what to choose instead, e.g. "another --workdir".
-      texts: those to explain. All else keeps its traceback.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        told = _chain(error)
-        for text in texts:
-            if text in told:
-                full = f"make room or choose {other}, and run the same command again: it goes on"
-                mend = full if text in DISK_FULL else f"choose {other}"
-                where = getattr(error, "filename", None) or folder
-                raise UserError(f"cannot write {where}: {text.lower()}; {mend}") from error
-        raise
-
-
-def _chain(error: BaseException | None) -> str:
-    """The texts of an error and of what caused it."""
-    return f"{error}\n{_chain(error.__cause__ or error.__context__)}" if error else ""

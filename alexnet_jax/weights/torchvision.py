@@ -12,8 +12,8 @@ import safetensors
 import safetensors.flax
 import safetensors.numpy
 
-from alexnet_jax.utils.errors import UserError, explained_write_errors, one_line
-from alexnet_jax.utils.files import written_whole
+from alexnet_jax.utils.errors import UserError, one_line
+from alexnet_jax.utils.files import atomic_write, explain_write_errors
 from alexnet_jax.weights.layouts import ChannelsFirst
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -69,9 +69,9 @@ def write(path: Path, weights: ChannelsFirst) -> None:
         for part, array in zip(("weight", "bias"), pair, strict=True)
     }
     content = _encoded(path, arrays)
-    with explained_write_errors(path, "another file"):
+    with explain_write_errors(path, "another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as new:
+        with atomic_write(path) as new:
             new.write_bytes(content)
 
 
