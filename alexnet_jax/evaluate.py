@@ -12,7 +12,7 @@ from alexnet_jax import inference
 from alexnet_jax.analysis import evaluation, figures
 from alexnet_jax.analysis.evaluation import ClassificationMetrics, Ensemble
 from alexnet_jax.data import augment
-from alexnet_jax.store import open_or_prepare
+from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.utils import process
 from alexnet_jax.utils.errors import exits_cleanly
 from alexnet_jax.utils.files import explain_write_errors

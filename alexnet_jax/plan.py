@@ -20,14 +20,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
-from alexnet_jax import store
 from alexnet_jax.analysis import figures as plots
 from alexnet_jax.analysis import tpu
 from alexnet_jax.analysis.slice_costs import Row, compile_layout, row_of, scaling
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.prepare import prepare_store
 from alexnet_jax.data.sources import Example, Source
-from alexnet_jax.data.store import Store, is_settled, open_store
+from alexnet_jax.data.store import Store, needs_preparation, open_store, store_path
 from alexnet_jax.training import checks, placement
 from alexnet_jax.training import sharding as parallel
 from alexnet_jax.utils.errors import UserError, exits_cleanly
@@ -45,8 +44,8 @@ def reading_rate(config: ConfigDict) -> tuple[float, str]:
 
     From the config's own store if that is complete, else from one of noise in a temporary folder.
     """
-    path = store.store_path(config, config.train_split)
-    if is_settled(path):
+    path = store_path(config, config.train_split)
+    if not needs_preparation(path):
         return _rate(open_store(path), config), path
     with tempfile.TemporaryDirectory() as folder:
         noise = np.random.default_rng(0)
@@ -57,7 +56,8 @@ def reading_rate(config: ConfigDict) -> tuple[float, str]:
                 pixels = noise.integers(0, 256, shape, np.uint8)
                 yield Example(str(number), 0, pixels.copy)
 
-        prepare_store(Source("noise", TRIAL_IMAGES, ("noise",), read), f"{folder}/noise", config)
+        source = Source("noise", TRIAL_IMAGES, ("noise",), read)
+        prepare_store(source, f"{folder}/noise", config.image_size, config.storage)
         return _rate(open_store(f"{folder}/noise"), config), "noise in the page cache"
 
 

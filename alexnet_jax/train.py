@@ -24,10 +24,10 @@ from alexnet_jax import inference as trained
 from alexnet_jax.analysis import figures as plots
 from alexnet_jax.analysis.samples import save_samples
 from alexnet_jax.data import augment, pipeline
+from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store
 from alexnet_jax.inference import Trained
 from alexnet_jax.models.alexnet import VARIANTS, AlexNet, format_layer_table, layer_table
-from alexnet_jax.store import open_or_prepare
 from alexnet_jax.training import checks, finetune, placement
 from alexnet_jax.training import optimizer as optim
 from alexnet_jax.training import sharding as parallel

@@ -17,9 +17,9 @@ from alexnet_jax.analysis import figures as plots
 from alexnet_jax.analysis import neighbors, occlusion
 from alexnet_jax.analysis.samples import save_samples
 from alexnet_jax.data import augment, decode
-from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attributes
+from alexnet_jax.data.prepare import open_or_prepare
+from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attributes, store_paths
 from alexnet_jax.models.alexnet import VARIANTS
-from alexnet_jax.store import open_or_prepare, store_paths
 from alexnet_jax.training import optimizer as optim
 from alexnet_jax.training import sharding as parallel
 from alexnet_jax.training.metrics import Row, read_metrics

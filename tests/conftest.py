@@ -44,13 +44,14 @@ def digits(made_once):
     """A data_dir with the quickstart's prepared digits, all and few of them."""
     import commands
 
-    from alexnet_jax import config, store
+    from alexnet_jax import config
+    from alexnet_jax.data import prepare
 
     def fill(data_dir):
         for fields in ((), commands.FEW):
             more = [tuple(field.removeprefix("--config.").split("=", 1)) for field in fields]
             fields = [("data_dir", str(data_dir)), *more]
-            store.open_or_prepare(config.load("configs/quickstart.py", fields))
+            prepare.open_or_prepare(config.load("configs/quickstart.py", fields))
 
     return made_once("digits", fill)
 
@@ -58,10 +59,11 @@ def digits(made_once):
 @pytest.fixture(scope="session")
 def digit_stores(digits):
     """The quickstart's stores, opened: {"train": 4,000 digits, "eval": 1,000}."""
-    from alexnet_jax import config, store
+    from alexnet_jax import config
+    from alexnet_jax.data import prepare
 
     fields = config.load("configs/quickstart.py", [("data_dir", str(digits))])
-    return store.open_or_prepare(fields)
+    return prepare.open_or_prepare(fields)
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,9 @@ from commands import OFTEN, run, saved_state, started, train
 from images import encode, folder_config, mark, mark_number, prepare_command, write_marks
 
 from alexnet_jax import config as configs
-from alexnet_jax.data.prepare import prepare_store
+from alexnet_jax.data.prepare import open_or_prepare, prepare_store
 from alexnet_jax.data.sources import Example, Source
-from alexnet_jax.store import open_or_prepare, open_store, store_path
+from alexnet_jax.data.store import open_store, store_path
 from alexnet_jax.utils.errors import UserError
 
 

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from alexnet_jax.config import default_config
-from alexnet_jax.store import Store, open_or_prepare
+from alexnet_jax.data.prepare import open_or_prepare
+from alexnet_jax.data.store import Store
 from alexnet_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]

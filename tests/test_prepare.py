@@ -12,9 +12,9 @@ import pytest
 from commands import ROOT, run
 from images import contents, encode, folder_config, mark, mark_number, prepare_command, write_marks
 
-from alexnet_jax.data.prepare import prepare_store
+from alexnet_jax.data.prepare import open_or_prepare, prepare_store
 from alexnet_jax.data.sources import Example, Source
-from alexnet_jax.store import open_or_prepare, open_store, store_path
+from alexnet_jax.data.store import open_store, store_path
 from alexnet_jax.utils.errors import UserError
 
 COUNT = 2100  # three shards: 1024, 1024 and 52 images

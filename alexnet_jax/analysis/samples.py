@@ -21,7 +21,8 @@ def save_samples(config: ConfigDict, store: Store, number: int, path: Path) -> N
 
     The mean is left in, so that the picture can be looked at; all else is what the step does.
     """
-    batch = pipeline.first_of_batch(store, config.batch_size, config.seed, number, SAMPLES)
+    positions = number * config.batch_size + np.arange(min(SAMPLES, config.batch_size))
+    batch = store.read(pipeline.shuffled(positions, store.num_examples, config.seed))
     schedule = optim.make_schedule(config, store.num_examples / config.batch_size)
     stats = augment.statistics(store, config)
     stats = stats._replace(mean=np.zeros_like(stats.mean))

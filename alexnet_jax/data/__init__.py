@@ -1,1 +1,1 @@
-"""From photographs on disk to batches, and what augmentation makes of them."""
+"""Prepared stores, the input pipeline, and augmentation."""

@@ -1,12 +1,14 @@
-"""Builds a store (see `store`) from a tfds builder or a folder of images, and resumes one.
+"""Prepares the stores of a config (see `store`), resumes their preparation, and opens them.
 
-Work goes shard by shard. Row n of a store is its source's example n, so that a shard depends on
-nothing but its own examples: any number of hosts may make some of the shards each, be killed and
-go on, and the files end the same, byte for byte. Each finished shard leaves a record in `parts/`;
-when all are there, the host that sees it adds them up.
+Work proceeds shard by shard. Row n of a store is example n of its source, so a shard depends only
+on its own examples. Any number of hosts may each write some of the shards, be killed and resume,
+and the files are identical, byte for byte. Each finished shard leaves a record in `parts/`. The
+process that finds all records complete adds them up and marks the store as complete.
 """
 
 import contextlib
+import fcntl
+import functools
 import io
 import itertools
 import json
@@ -22,47 +24,209 @@ import cv2
 import numpy as np
 import simplejpeg
 import tensorstore as ts
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float32, Float64, Int64, UInt8
 from tqdm import tqdm
 
 from alexnet_jax.data.decode import decode_square
-from alexnet_jax.data.pixel_statistics import outer_sum, statistics
 from alexnet_jax.data.shards import (
     Pieces,
-    pack_jpeg,
+    encode_jpeg,
     pack_shard,
-    rows_per_shard,
     shard_key,
+    slots_per_shard,
     write_local,
 )
-from alexnet_jax.data.sources import FOLDER_PREFIX, Example, Source, open_source
+from alexnet_jax.data.sources import Example, Source, check_folder_unchanged, open_source
 from alexnet_jax.data.store import (
     CORRUPT_LABEL,
+    FOLDER_PREFIX,
     FORMAT_VERSION,
-    RECORDS,
-    is_settled,
+    Store,
     is_url,
+    needs_preparation,
     open_kvstore,
+    open_store,
     read_attributes,
-    remove_records,
+    store_paths,
+    write_array,
+    write_attributes,
+    write_image_metadata,
 )
-from alexnet_jax.data.zarr_files import write_array, write_attributes, write_image_metadata
+from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError, one_line
 from alexnet_jax.utils.files import explain_write_errors
 
 CORRUPT_KEY = "corrupt.log"
-DECODES_AHEAD = 256  # goes on while a shard is written
-WHOLE = (1, 1)
+RECORDS = ts.KvStore.KeyRange("parts/", "parts0")  # keys that begin with parts/
+DECODES_AHEAD = 256  # images; keeps the decoders busy while a shard is written
+ALL = (1, 1)  # the only part of one
+
+
+def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
+    """Opens the stores of a config, {"train": …, "eval": …}; prepares those that are not complete.
+
+    Reads the fields dataset, data_dir, train_split, eval_split, image_size, storage, max_corrupt.
+    TensorFlow is imported only if a store has to be prepared from a tfds data set.
+
+    In a multi-host run, each host prepares its part of a store in a bucket. Local folders may be
+    shared by hosts or not, which no host can tell. Therefore the first host to arrive at a folder
+    prepares the whole store, and the others wait for it.
+
+    Raises UserError as `open_store` and `prepare_splits` do.
+    """
+    paths = store_paths(config)
+    if any(needs_preparation(path) for path in paths.values()):
+        prepare_splits(config, paths, distributed.part() if is_url(paths["train"]) else ALL)
+    distributed.wait_for_all("stores are prepared")
+    stores = {use: open_store(path) for use, path in paths.items()}
+    for path in paths.values():
+        # A process killed just after it completed a store leaves the records behind. Without
+        # write access they may stay.
+        with contextlib.suppress(ValueError):
+            _remove_records(open_kvstore(path))
+    if config["dataset"].startswith(FOLDER_PREFIX):
+        for use, store in stores.items():
+            check_folder_unchanged(
+                config["dataset"], config[f"{use}_split"], config["train_split"], store
+            )
+    return stores
+
+
+def prepare_splits(
+    config: Mapping[str, Any], paths: Mapping[str, str], part: tuple[int, int] = ALL
+) -> None:
+    """Prepares the train and eval stores of a config if they are not complete.
+
+    Args:
+      config: see `open_or_prepare`.
+      paths: of the stores, {"train": …, "eval": …}.
+      part: (i, n) writes only the i-th of n parts of the shards, counted from 1.
+
+    Raises:
+      UserError: the data set, a split or its files are missing or cannot be downloaded; more than
+        the fraction max_corrupt of the images is corrupt; a label is out of range; the store cannot
+        be written.
+    """
+    splits = {paths["train"]: config["train_split"], paths["eval"]: config["eval_split"]}
+    parent = os.path.dirname(paths["train"])
+
+    def lock(during_all_work: bool) -> contextlib.AbstractContextManager[None]:
+        """Processes that share the work lock only what each of them does: the start and the end.
+        A single process locks everything, so that a second one waits and finds complete stores.
+        """
+        return _lock(parent) if during_all_work == (part == ALL) else contextlib.nullcontext()
+
+    with explain_write_errors(parent, "another data_dir"), lock(during_all_work=True):
+        with lock(during_all_work=False):
+            # Both sources are opened before any work: a typo in eval_split must not cost hours.
+            jobs = [
+                _Job(
+                    open_source(
+                        config["dataset"], config["data_dir"], split, config["train_split"]
+                    ),
+                    path,
+                    config["image_size"],
+                    config["storage"],
+                    config["max_corrupt"],
+                    part,
+                )
+                for path, split in splits.items()
+                if needs_preparation(path)
+            ]
+            for job in jobs:
+                _begin(job)
+        for job in jobs:
+            with explain_write_errors(job.path, "another data_dir"):
+                _write_missing_shards(job)
+                with lock(during_all_work=False):
+                    _complete(job)
+
+
+@contextlib.contextmanager
+def _lock(folder: str) -> Iterator[None]:
+    """Lets one process at a time prepare below a local folder; the others wait."""
+    if is_url(folder):  # buckets have no locks; there, each host writes shards of its own
+        yield
+        return
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is preparing {folder}; waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# One store
+
+
+def prepare_store(
+    source: Source, path: str, image_size: int, storage: str = "raw", max_corrupt: float = 0.0
+) -> None:
+    """Prepares a single store, or resumes its preparation.
+
+    Args:
+      source: of the examples.
+      path: of the store.
+      image_size: pixels along a side of the stored images.
+      storage: "raw" or "jpeg".
+      max_corrupt: fraction of the source's images that may be corrupt.
+
+    Raises UserError as `prepare_splits` does.
+    """
+    job = _Job(source, path, image_size, storage, max_corrupt, ALL)
+    _begin(job)
+    _write_missing_shards(job)
+    _complete(job)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The preparation of one store, or of a part of it; see `prepare_store`, `prepare_splits`."""
+
+    source: Source
+    path: str
+    image_size: int
+    storage: str
+    max_corrupt: float
+    part: tuple[int, int]
+
+    @functools.cached_property
+    def root(self) -> ts.KvStore:
+        return open_kvstore(self.path)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole store."""
+        return -(-self.source.num_examples // slots_per_shard(self.image_size))
+
+    def rows(self, shard: int) -> range:
+        """Returns the rows of one shard; the last shard may have fewer than the others."""
+        num_slots = slots_per_shard(self.image_size)
+        return range(shard * num_slots, min((shard + 1) * num_slots, self.source.num_examples))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The attributes that tell what a store is made from, and in which format."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "source": self.source.name,
+            "num_rows": self.source.num_examples,
+            "image_size": self.image_size,
+            "storage": self.storage,
+            "class_names": list(self.source.class_names),
+        }
 
 
 @dataclass
-class Part:
-    """What is known of one finished shard.
+class _Record:
+    """What is known of a finished shard.
 
     Attributes:
-      labels: of its examples, CORRUPT_LABEL for those that could not be decoded.
-      corrupt: a line for each of those.
-      outer_sum: sum over its pixels of the outer product of RGB with itself; exact.
+      labels: of its rows; CORRUPT_LABEL for images that cannot be decoded.
+      corrupt: a line for each of these.
+      outer_sum: see `_outer_sum`, summed over its images.
       num_bytes: of its file.
     """
 
@@ -72,281 +236,229 @@ class Part:
     num_bytes: int
 
 
+def _begin(job: _Job) -> None:
+    """Keeps an incomplete store of the same source and settings; else starts an empty one."""
+    unfinished = job.identity | {"complete": False}
+    attributes = read_attributes(job.path)
+    if attributes == unfinished:
+        return
+    if attributes is not None and job.part != ALL:
+        # Another host may be writing this store right now.
+        raise UserError(
+            f"the store at {job.path} was started from other data or by another version; "
+            "delete it before several hosts prepare it"
+        )
+    job.root.delete_range(ts.KvStore.KeyRange()).result()
+    write_attributes(job.root, unfinished)
+
+
+def _write_missing_shards(job: _Job) -> None:
+    """Writes the shards of this job's part that have no record yet.
+
+    Threads decode the images, because the decoders release Python's lock. A shard is written while
+    the images of the next one are decoded.
+    """
+    records = _read_records(job)
+    number, count = job.part
+    share = range(job.num_shards * (number - 1) // count, job.num_shards * number // count)
+    missing = [
+        shard
+        for shard in share
+        if shard not in records or _was_repaired(job, shard, records[shard])
+    ]
+    progress = tqdm(
+        total=sum(len(job.rows(shard)) for shard in share),
+        initial=sum(len(job.rows(shard)) for shard in share if shard not in missing),
+        desc="/".join(job.path.split("/")[-2:]),
+        unit=" images",
+    )
+    with progress, ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+        writing: Future[None] | None = None
+        for run in _consecutive_runs(missing):  # a source is read from one row to another
+            examples = job.source.read(job.rows(run[0]).start, job.rows(run[-1]).stop)
+            decoded = _decode_in_order(job, examples, pool)
+            for shard in run:
+                image_sum, pieces = _assemble_shard(job, shard, decoded, records, progress)
+                if writing:
+                    writing.result()
+                writing = pool.submit(_write_shard, job, shard, records[shard], image_sum, pieces)
+        if writing:
+            writing.result()
+
+
+def _consecutive_runs(numbers: list[int]) -> Iterator[range]:
+    """Groups ascending numbers: [1, 2, 3, 7, 8] gives range(1, 4) and range(7, 9)."""
+    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        yield range(run[0], run[-1] + 1)
+
+
 @dataclass(frozen=True)
 class Decoded:
-    """An example's image and what a shard holds of it; or, of both, the error."""
+    """An image and its chunk in the shard, or None and None if it is corrupt, and the error."""
 
     image: UInt8[np.ndarray, "S S 3"] | None
     chunk: np.ndarray | bytes | None
     error: str = ""
 
 
-def prepare_splits(
-    config: Mapping[str, Any], paths: Mapping[str, str], part: tuple[int, int] = WHOLE
-) -> None:
-    """Prepares the train and eval stores of a config where they are not complete.
-
-    Args:
-      config: fields dataset, data_dir, train_split, eval_split, image_size, storage, max_corrupt.
-      paths: where the stores lie, {"train": …, "eval": …}.
-      part: (i, n): the i-th of n hosts, counted from 1, makes its part of the shards alone.
-
-    Raises:
-      UserError: the data set, a split or its files are missing or cannot be had; more than
-        max_corrupt of the images are corrupt; a label is none of the classes; the store cannot
-        be written.
-    """
-    splits = {paths["train"]: config["train_split"], paths["eval"]: config["eval_split"]}
-    folder = os.path.dirname(paths["train"])
-
-    def lock(whole: bool) -> contextlib.AbstractContextManager[None]:
-        """One host of several locks only what all of them do; one alone locks all the while."""
-        return _lock(folder) if whole == (part == WHOLE) else contextlib.nullcontext()
-
-    with explain_write_errors(folder, "another data_dir"), lock(whole=True):
-        with lock(whole=False):
-            sources = {
-                path: open_source(config, split)  # all of them, before hours go into the first
-                for path, split in splits.items()
-                if not is_settled(path)
-            }
-            works = [_Work(source, path, config, part) for path, source in sources.items()]
-        for work in works:
-            with explain_write_errors(work.path, "another data_dir"):
-                work.make_shards()
-                with lock(whole=False):
-                    work.finish_if_all_shards_are_made()
-
-
-def prepare_store(source: Source, path: str, config: Mapping[str, Any]) -> None:
-    """Writes, or goes on writing, the store of one source at `path`; see `prepare_splits`."""
-    work = _Work(source, path, config, WHOLE)
-    work.make_shards()
-    work.finish_if_all_shards_are_made()
-
-
-class _Work:
-    """One host's part of preparing one store."""
-
-    def __init__(self, source: Source, path: str, config: Mapping[str, Any], part: tuple[int, int]):
-        self.source, self.path, self.part = source, path, part
-        self.size, self.storage = config["image_size"], config["storage"]
-        self.root = open_kvstore(path)
-        self.rows = rows_per_shard(self.size)
-        self.num_shards = -(-source.num_examples // self.rows)
-        self.max_corrupt = config["max_corrupt"]
-        self.identity = {
-            "format_version": FORMAT_VERSION,
-            "source": source.name,
-            "num_rows": source.num_examples,
-            "image_size": self.size,
-            "storage": self.storage,
-            "class_names": list(source.class_names),
-        }
-        self._start()
-        self.parts = _read_parts(self.root, range(self.num_shards))
-
-    def make_shards(self) -> None:
-        """Makes those shards of this host's share that are not made yet."""
-        number, count = self.part
-        share = range(self.num_shards * (number - 1) // count, self.num_shards * number // count)
-        missing = [shard for shard in share if shard not in self.parts or self._was_mended(shard)]
-        bar = tqdm(
-            total=sum(len(self._examples(shard)) for shard in share),
-            initial=sum(len(self._examples(shard)) for shard in share if shard not in missing),
-            desc="/".join(self.path.split("/")[-2:]),
-            unit=" images",
-        )
-        with bar, ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
-            for run in _consecutive_runs(missing):
-                self._make_run(run, pool, bar)
-
-    def finish_if_all_shards_are_made(self) -> None:
-        """Writes labels and statistics and marks the store complete, unless shards are missing."""
-        if is_settled(self.path):
-            return
-        self.parts = _read_parts(self.root, range(self.num_shards))
-        if missing := self.num_shards - len(self.parts):
-            print(
-                f"part {self.part[0]} of {self.part[1]} of {self.path} is made; of all "
-                f"{self.num_shards} shards {missing} are still to be made"
-            )
-            return
-        parts = [self.parts[shard] for shard in range(self.num_shards)]
-        labels = np.array([label for part in parts for label in part.labels], np.int32)
-        num_examples = int((labels != CORRUPT_LABEL).sum())
-        self._check_corrupt(seen=labels.size)
-        self._write_corrupt_log(self._corrupt_lines())
-        if not num_examples:
-            raise UserError(
-                f"{self.source.name} has no image that can be decoded; see "
-                f"{self.path}/{CORRUPT_KEY}"
-            )
-        image_sum = np.zeros((self.size, self.size, 3), np.int64)
-        for shard in range(self.num_shards):
-            image_sum += np.load(io.BytesIO(self.root[_sum_key(shard)]))
-        outer_sums = np.sum([part.outer_sum for part in parts], axis=0)
-        found = statistics(num_examples, image_sum, outer_sums)
-        write_image_metadata(self.root, self.size, self.source.num_examples, self.storage)
-        write_array(self.root, "label", labels)
-        write_array(self.root, "mean_image", found.pop("mean_image").astype(np.float32))
-        write_attributes(
-            self.root,
-            self.identity
-            | {name: value.tolist() for name, value in found.items()}
-            | {
-                "num_examples": num_examples,
-                "shard_bytes": [part.num_bytes for part in parts],
-                "complete": True,
-            },
-        )
-        remove_records(self.root)
-
-    def _start(self) -> None:
-        """Goes on with a preparation of the same source, or clears the place for a new one."""
-        attributes = read_attributes(self.path)
-        if attributes == self.identity | {"complete": False}:
-            return
-        if attributes is not None and self.part != WHOLE:
-            raise UserError(
-                f"the store at {self.path} was begun from other data or by another version; "
-                "delete it before several hosts prepare it"
-            )
-        self.root.delete_range(ts.KvStore.KeyRange()).result()
-        write_attributes(self.root, self.identity | {"complete": False})
-
-    def _examples(self, shard: int) -> range:
-        first = shard * self.rows
-        return range(first, min(first + self.rows, self.source.num_examples))
-
-    def _was_mended(self, shard: int) -> bool:
-        """Returns whether a file of a folder that was corrupt can be decoded by now."""
-        labelled = zip(self._examples(shard), self.parts[shard].labels, strict=True)
-        corrupt = [row for row, label in labelled if label == CORRUPT_LABEL]
-        return self.source.name.startswith(FOLDER_PREFIX) and any(
-            self._decode(example).image is not None
-            for row in corrupt
-            for example in self.source.read(row, row + 1)
-        )
-
-    def _make_run(self, shards: range, pool: ThreadPoolExecutor, bar: tqdm) -> None:
-        """Makes consecutive shards; each is written while the next one's images are decoded."""
-        first, end = self._examples(shards[0])[0], self._examples(shards[-1])[-1] + 1
-        decoded = self._decode_in_order(self.source.read(first, end), pool)
-        writing = None
-        for shard in shards:
-            part, image_sum, content = self._assemble(shard, decoded, bar)
-            if writing:
-                writing.result()
-            writing = pool.submit(self._write_shard, shard, part, image_sum, content)
-        if writing:
-            writing.result()
-
-    def _assemble(
-        self, shard: int, decoded: Iterator[tuple[Example, Decoded]], bar: tqdm
-    ) -> tuple[Part, Float32[np.ndarray, "S S 3"], Pieces]:
-        """Takes a shard's examples; returns its part, its image sum and the file's content."""
-        part = Part([], [], np.zeros((3, 3)), 0)
-        # Exact: not more than MAX_ROWS sums of integers below 256, and float32 counts to 2**24.
-        image_sum = np.zeros((self.size, self.size, 3), np.float32)
-        chunks = []
-        self.parts[shard] = part
-        for example, found in itertools.islice(decoded, len(self._examples(shard))):
-            bar.update()
-            chunks.append(found.chunk)
-            if found.image is None:
-                part.labels.append(CORRUPT_LABEL)
-                part.corrupt.append(f"{example.name}: {found.error}")
-                self._check_corrupt(seen=bar.n)
-                continue
-            self._check_label(example)
-            part.labels.append(example.label)
-            cv2.accumulate(found.image, image_sum)
-            part.outer_sum += outer_sum(found.image)
-        if len(chunks) < len(self._examples(shard)):
-            raise UserError(
-                f"{self.source.name} ends after {bar.n} examples and should have "
-                f"{self.source.num_examples}; its files are damaged: build it anew"
-            )
-        chunks += [None] * (self.rows - len(chunks))
-        content = pack_shard(chunks)
-        part.num_bytes = sum(map(len, content))
-        return part, image_sum, content
-
-    def _write_shard(self, shard: int, part: Part, image_sum: np.ndarray, content: Pieces) -> None:
-        """Writes the file, then the sum, then the record that says that both are there."""
-        buffer = io.BytesIO()
-        np.save(buffer, image_sum.astype(np.uint32))
-        if is_url(self.path):
-            self.root.write(shard_key(shard), b"".join(content)).result()
-        else:
-            write_local(f"{self.path}/{shard_key(shard)}", content, scratch=f"{self.path}/parts")
-        self.root.write(_sum_key(shard), buffer.getvalue()).result()
-        record = vars(part) | {"outer_sum": part.outer_sum.tolist()}
-        self.root.write(_part_key(shard), json.dumps(record).encode()).result()
-
-    def _check_corrupt(self, seen: int) -> None:
-        """Raises UserError once more images are corrupt than may be."""
-        lines = self._corrupt_lines()
-        limit = int(self.max_corrupt * self.source.num_examples + 1e-9)  # 0.29 * 100 is 28.999…
-        if len(lines) > limit:
-            self._write_corrupt_log(lines)
-            raise UserError(
-                f"{len(lines)} of the first {seen} images of {self.source.name} cannot be "
-                f"decoded, more than max_corrupt allows ({limit} of {self.source.num_examples}); "
-                f"they are named in {self.path}/{CORRUPT_KEY}: mend them, or raise "
-                "--config.max_corrupt"
-            )
-
-    def _corrupt_lines(self) -> list[str]:
-        return [line for _, part in sorted(self.parts.items()) for line in part.corrupt]
-
-    def _write_corrupt_log(self, lines: list[str]) -> None:
-        log = "".join(f"{line}\n" for line in lines).encode()
-        self.root.write(CORRUPT_KEY, log or None).result()  # None removes an older one
-
-    def _check_label(self, example: Example) -> None:
-        classes = len(self.source.class_names)
-        if not 0 <= example.label < classes:
-            raise UserError(
-                f"{example.name} of {self.source.name} has the label {example.label}, which is "
-                f"none of its {classes} classes; choose a split with labels from 0 to {classes - 1}"
-            )
-
-    def _decode_in_order(
-        self, examples: Iterator[Example], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[Example, Decoded]]:
-        """Decodes in threads (the decoders let go of Python's lock), a bounded number ahead."""
-        pending: deque[tuple[Example, Future[Decoded]]] = deque()
-        try:
-            for example in examples:
-                pending.append((example, pool.submit(self._decode, example)))
-                if len(pending) > DECODES_AHEAD:
-                    yield pending[0][0], pending.popleft()[1].result()
-            while pending:
+def _decode_in_order(
+    job: _Job, examples: Iterator[Example], pool: ThreadPoolExecutor
+) -> Iterator[tuple[Example, Decoded]]:
+    """Decodes in the pool's threads, at most DECODES_AHEAD images ahead of the consumer."""
+    pending: deque[tuple[Example, Future[Decoded]]] = deque()
+    try:
+        for example in examples:
+            pending.append((example, pool.submit(_decode, job, example)))
+            if len(pending) > DECODES_AHEAD:
                 yield pending[0][0], pending.popleft()[1].result()
-        finally:
-            for _, future in pending:
-                future.cancel()
-
-    def _decode(self, example: Example) -> Decoded:
-        try:
-            image = decode_square(example.load(), self.size)
-        except Exception as error:  # damaged bytes make the decoders raise nearly anything
-            return Decoded(None, None, one_line(error))
-        if self.storage == "raw":
-            return Decoded(image, image)
-        jpeg = pack_jpeg(image)
-        return Decoded(simplejpeg.decode_jpeg(jpeg), jpeg)  # statistics are of what will be read
+        while pending:
+            yield pending[0][0], pending.popleft()[1].result()
+    finally:
+        for _, future in pending:
+            future.cancel()
 
 
-def _consecutive_runs(numbers: list[int]) -> Iterator[range]:
-    for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
-        yield range(run[0], run[-1] + 1)
+def _decode(job: _Job, example: Example) -> Decoded:
+    try:
+        image = decode_square(example.load(), job.image_size)
+    except Exception as error:  # damaged bytes make the decoders raise almost any exception
+        return Decoded(None, None, one_line(error))
+    if job.storage == "raw":
+        return Decoded(image, image)
+    jpeg = encode_jpeg(image)
+    # The statistics describe the images that training reads, so they include the JPEG's loss.
+    return Decoded(simplejpeg.decode_jpeg(jpeg), jpeg)
 
 
-def _part_key(shard: int) -> str:
+def _assemble_shard(
+    job: _Job,
+    shard: int,
+    decoded: Iterator[tuple[Example, Decoded]],
+    records: dict[int, _Record],
+    progress: tqdm,
+) -> tuple[Float32[np.ndarray, "S S 3"], Pieces]:
+    """Takes the examples of one shard. Returns the sum of its images and the file's content.
+
+    Adds the shard's record to `records` at once, so that its corrupt images count.
+    """
+    record = records[shard] = _Record([], [], np.zeros((3, 3)), 0)
+    # float32 is exact here: it represents all integers up to 2**24, and MAX_SLOTS * 255 is 2**18.
+    image_sum = np.zeros((job.image_size, job.image_size, 3), np.float32)
+    chunks: list[np.ndarray | bytes | None] = []
+    for example, found in itertools.islice(decoded, len(job.rows(shard))):
+        progress.update()
+        chunks.append(found.chunk)
+        if found.image is None:
+            record.labels.append(CORRUPT_LABEL)
+            record.corrupt.append(f"{example.name}: {found.error}")
+            _check_corrupt(job, records, seen=progress.n)
+            continue
+        _check_label(job.source, example)
+        record.labels.append(example.label)
+        cv2.accumulate(found.image, image_sum)
+        record.outer_sum += _outer_sum(found.image)
+    if len(chunks) < len(job.rows(shard)):
+        raise UserError(
+            f"{job.source.name} ends after {progress.n} examples instead of "
+            f"{job.source.num_examples}; its files are damaged: build it again"
+        )
+    chunks += [None] * (slots_per_shard(job.image_size) - len(chunks))
+    pieces = pack_shard(chunks)
+    record.num_bytes = sum(map(len, pieces))
+    return image_sum, pieces
+
+
+def _check_label(source: Source, example: Example) -> None:
+    """Raises UserError for labels such as the -1 of many test splits."""
+    classes = len(source.class_names)
+    if not 0 <= example.label < classes:
+        raise UserError(
+            f"{example.name} of {source.name} has the label {example.label}, but there are "
+            f"{classes} classes; choose a split with labels from 0 to {classes - 1}"
+        )
+
+
+def _check_corrupt(job: _Job, records: Mapping[int, _Record], seen: int) -> None:
+    """Writes the log of corrupt images and raises UserError if there are too many."""
+    lines = [line for _, record in sorted(records.items()) for line in record.corrupt]
+    limit = int(job.max_corrupt * job.source.num_examples + 1e-9)  # 0.29 * 100 is 28.999…
+    if len(lines) > limit:
+        _write_corrupt_log(job, lines)
+        raise UserError(
+            f"{len(lines)} of the first {seen} images of {job.source.name} cannot be "
+            f"decoded, more than max_corrupt allows ({limit} of {job.source.num_examples}); "
+            f"{job.path}/{CORRUPT_KEY} names them: repair them, or raise --config.max_corrupt"
+        )
+
+
+def _write_corrupt_log(job: _Job, lines: list[str]) -> None:
+    log = "".join(f"{line}\n" for line in lines).encode()
+    job.root.write(CORRUPT_KEY, log or None).result()  # None deletes an older log
+
+
+def _was_repaired(job: _Job, shard: int, record: _Record) -> bool:
+    """Returns whether an image of a folder that was corrupt can be decoded now."""
+    if not job.source.name.startswith(FOLDER_PREFIX):
+        return False  # tfds's copies do not change, and reading them is expensive
+    corrupt = [
+        row
+        for row, label in zip(job.rows(shard), record.labels, strict=True)
+        if label == CORRUPT_LABEL
+    ]
+    return any(
+        _decode(job, example).image is not None
+        for row in corrupt
+        for example in job.source.read(row, row + 1)
+    )
+
+
+def _complete(job: _Job) -> None:
+    """Writes labels and statistics and marks the store as complete, if no shard is missing."""
+    if not needs_preparation(job.path):
+        return  # another host was faster
+    records = _read_records(job)
+    if missing := job.num_shards - len(records):
+        print(
+            f"part {job.part[0]} of {job.part[1]} of {job.path} is written; {missing} of all "
+            f"{job.num_shards} shards are still missing"
+        )
+        return
+    ordered = [records[shard] for shard in range(job.num_shards)]
+    labels = np.array([label for record in ordered for label in record.labels], np.int32)
+    num_examples = int((labels != CORRUPT_LABEL).sum())
+    _check_corrupt(job, records, seen=labels.size)  # the other hosts' corrupt images count, too
+    _write_corrupt_log(job, [line for record in ordered for line in record.corrupt])
+    if not num_examples:
+        raise UserError(
+            f"no image of {job.source.name} can be decoded; see {job.path}/{CORRUPT_KEY}"
+        )
+    image_sum = np.zeros((job.image_size, job.image_size, 3), np.int64)
+    for shard in range(job.num_shards):
+        image_sum += np.load(io.BytesIO(job.root[_sum_key(shard)]))
+    outer_sum = np.sum([record.outer_sum for record in ordered], axis=0)
+    mean_image, statistics = _statistics(num_examples, image_sum, outer_sum)
+    write_image_metadata(job.root, job.image_size, job.source.num_examples, job.storage)
+    write_array(job.root, "label", labels)
+    write_array(job.root, "mean_image", mean_image.astype(np.float32))
+    # Last, since this makes the store usable.
+    write_attributes(
+        job.root,
+        job.identity
+        | statistics
+        | {
+            "num_examples": num_examples,
+            "shard_bytes": [record.num_bytes for record in ordered],
+            "complete": True,
+        },
+    )
+    _remove_records(job.root)
+
+
+# Records of finished shards
+
+
+def _record_key(shard: int) -> str:
     return f"parts/{shard}.json"
 
 
@@ -354,29 +466,74 @@ def _sum_key(shard: int) -> str:
     return f"parts/{shard}.npy"
 
 
-def _read_parts(root: ts.KvStore, shards: range) -> dict[int, Part]:
-    found = {key.decode() for key in root.list(RECORDS).result()}
-    asked = {n: root.read(_part_key(n)) for n in shards if _part_key(n) in found}
-    records = {n: json.loads(future.result().value) for n, future in asked.items()}
+def _write_shard(
+    job: _Job, shard: int, record: _Record, image_sum: np.ndarray, pieces: Pieces
+) -> None:
+    """Writes the file, then the sum of its images, then the record that says both exist."""
+    if is_url(job.path):
+        job.root.write(shard_key(shard), b"".join(pieces)).result()
+    else:
+        write_local(f"{job.path}/{shard_key(shard)}", pieces, scratch=f"{job.path}/parts")
+    buffer = io.BytesIO()
+    np.save(buffer, image_sum.astype(np.uint32))
+    job.root.write(_sum_key(shard), buffer.getvalue()).result()
+    content = vars(record) | {"outer_sum": record.outer_sum.tolist()}
+    job.root.write(_record_key(shard), json.dumps(content).encode()).result()
+
+
+def _read_records(job: _Job) -> dict[int, _Record]:
+    found = {key.decode() for key in job.root.list(RECORDS).result()}
+    requests = {
+        shard: job.root.read(_record_key(shard))
+        for shard in range(job.num_shards)
+        if _record_key(shard) in found
+    }
+    contents = {shard: json.loads(request.result().value) for shard, request in requests.items()}
     return {
-        n: Part(**record | {"outer_sum": np.array(record["outer_sum"])})
-        for n, record in records.items()
+        shard: _Record(**content | {"outer_sum": np.array(content["outer_sum"])})
+        for shard, content in contents.items()
     }
 
 
-@contextlib.contextmanager
-def _lock(folder: str) -> Iterator[None]:
-    """Lets one process at a time prepare below a folder; others wait. Local disks only."""
-    if is_url(folder):
-        yield
-        return
-    import fcntl
+def _remove_records(root: ts.KvStore) -> None:
+    if root.list(RECORDS).result():
+        root.delete_range(RECORDS).result()
 
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is preparing {folder}; waiting for it", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+
+# Statistics of the train split
+
+
+def _outer_sum(image: UInt8[np.ndarray, "S S 3"]) -> Float64[np.ndarray, "3 3"]:
+    """Returns the sum over the pixels of the outer product of RGB with itself.
+
+    It is exact, and ten times as fast as a matrix product: OpenCV sums squares of uint8 directly,
+    and 2ab = a² + b² - (a - b)².
+    """
+    channels = cv2.split(image)
+    squares = np.array([cv2.norm(channel, cv2.NORM_L2SQR) for channel in channels])
+    outer = np.diag(squares)
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        difference = cv2.norm(channels[a], channels[b], cv2.NORM_L2SQR)
+        outer[a, b] = outer[b, a] = (squares[a] + squares[b] - difference) / 2
+    return outer
+
+
+def _statistics(
+    count: int, image_sum: Int64[np.ndarray, "S S 3"], outer_sum: Float64[np.ndarray, "3 3"]
+) -> tuple[Float64[np.ndarray, "S S 3"], dict[str, list[Any]]]:
+    """Returns the mean image and the other statistics, as `store.Store` describes them.
+
+    The paper subtracts the mean image (section 2) and adds noise along the eigenvectors of the RGB
+    covariance of all pixels (section 4.1).
+    """
+    mean_image = image_sum / count
+    pixels = count * mean_image.shape[0] * mean_image.shape[1]
+    mean = image_sum.sum(axis=(0, 1)) / pixels
+    eigenvalues, eigenvectors = np.linalg.eigh(outer_sum / pixels - np.outer(mean, mean))
+    # Rounding may make the zeros of grey images negative, of which there is no square root.
+    eigenvalues, eigenvectors = np.maximum(eigenvalues[::-1], 0), eigenvectors[:, ::-1]
+    # An eigenvector's sign is arbitrary; fix it, so that every machine gets the same store.
+    largest = np.abs(eigenvectors).argmax(axis=0)
+    eigenvectors = eigenvectors * np.sign(eigenvectors[largest, range(3)])
+    statistics = {"mean_channel": mean, "eigenvalues": eigenvalues, "eigenvectors": eigenvectors}
+    return mean_image, {name: value.tolist() for name, value in statistics.items()}

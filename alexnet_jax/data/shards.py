@@ -1,12 +1,19 @@
-"""Shard files: many images in one file, each with a checksum, read straight into a batch.
+"""Shard files: many images per file, each with its own checksum, read straight into a batch.
 
-A shard is zarr's `sharding_indexed` layout (zarr v3): one chunk after another, then an index of
-uint64 offset and length for every place in the shard (both all ones where there is no image), then
-the index's CRC-32C. A chunk is an image's raw pixels, or its JPEG bytes, and their CRC-32C.
+A shard has the layout of zarr v3's `sharding_indexed` codec, so that zarr and TensorStore can read
+a raw store without this module. It consists of
 
-On local disks each image is one `preadv` into the batch that it belongs to. TensorStore, which
-reads the same files everywhere else, allocates and copies every image twice, and so is several
-times slower (docs/data.md).
+  - the chunks, one after another: an image's raw pixels or its JPEG, then the CRC-32C of these;
+  - the index: a uint64 offset and length for each slot, all ones for a slot without an image;
+  - the CRC-32C of the index.
+
+One file per image would make copying and listing a data set slow. One checksum per shard would
+have to be computed over 200 MB to verify one random image, hence one checksum per image: a
+flipped bit raises an error when the image is read, and is never trained on.
+
+On local disks each image is one `preadv` into its place in the batch, without an intermediate
+copy. TensorStore, which reads the same files from buckets, allocates and copies each image twice
+and reaches 40 % of that rate (docs/data.md).
 """
 
 import contextlib
@@ -14,6 +21,7 @@ import functools
 import os
 import resource
 import uuid
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,61 +33,65 @@ from jaxtyping import Int, UInt8
 
 from alexnet_jax.utils.errors import one_line
 
-MAX_ROWS = 1024
+MAX_SLOTS = 1024
 MAX_BYTES = 256 * 2**20
 CHECKSUM_BYTES = 4
-JPEG_QUALITY = 95  # ImageNet then takes about 40 GB
+JPEG_QUALITY = 95  # ImageNet then takes about 40 GB instead of 262 GB
 INDEX_ENTRY = np.dtype([("offset", "<u8"), ("length", "<u8")])
 ABSENT = 2**64 - 1
 INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-INDEX_CACHE_BYTES = 64 * 2**20  # of remote shards; ImageNet's indices take 20 MB
+INDEX_CACHE_BYTES = 64 * 2**20  # for remote shards; all indices of ImageNet take 20 MB
+ALIGNMENT = 64  # bytes; on CPU, JAX uses arrays with this alignment without copying them
 
-Unpack = Callable[[np.ndarray, np.ndarray], None]
-Pieces = Sequence[memoryview | bytes]  # of a file, one after the other
-
-
-class Damage(Exception):
-    """A shard or an image of it is missing or not what was written; the text tells which."""
+Pieces = Sequence[memoryview | bytes]  # the content of a file, in order
 
 
-def rows_per_shard(size: int) -> int:
-    """Returns how many images of `size` pixels a side one shard holds: a power of two."""
-    fitting = max(1, min(MAX_ROWS, MAX_BYTES // (size * size * 3)))
+class CorruptShardError(Exception):
+    """A shard, or an image in it, is missing or differs from what was written."""
+
+
+def slots_per_shard(image_size: int) -> int:
+    """Returns the number of images per shard: a power of two, at most 1,024 and 256 MiB."""
+    fitting = max(1, min(MAX_SLOTS, MAX_BYTES // (image_size * image_size * 3)))
     return 1 << (fitting.bit_length() - 1)
 
 
 def shard_key(shard: int) -> str:
-    """Returns the name of a shard below the store: that of a chunk of the zarr array `image`."""
+    """Returns a shard's path in its store: that of a chunk of the zarr array `image`."""
     return f"image/c/{shard}/0/0/0"
 
 
 def checksum(data: np.ndarray | memoryview | bytes) -> bytes:
-    """Returns the CRC-32C as it is stored."""
+    """Returns the CRC-32C as stored, in little-endian order."""
     return crc32c(data).to_bytes(CHECKSUM_BYTES, "little")
 
 
 def pack_shard(chunks: Sequence[np.ndarray | bytes | None]) -> Pieces:
-    """Returns the content of a shard of these chunks, in pieces, so that no image is copied.
+    """Returns the content of a shard as pieces, which avoids a copy of the images.
 
-    None leaves a place without an image.
+    Args:
+      chunks: one per slot; None leaves the slot without an image.
     """
     index = np.full(len(chunks), ABSENT, np.dtype("<u8")).repeat(2).view(INDEX_ENTRY)
     pieces: list[memoryview | bytes] = []
     end = 0
-    for place, chunk in enumerate(chunks):
+    for slot, chunk in enumerate(chunks):
         if chunk is not None:
             data = memoryview(chunk).cast("B")
-            index[place] = end, len(data) + CHECKSUM_BYTES
+            index[slot] = end, len(data) + CHECKSUM_BYTES
             pieces += data, checksum(data)
             end += len(data) + CHECKSUM_BYTES
     return [*pieces, index.tobytes(), checksum(index.tobytes())]
 
 
 def write_local(path: str, pieces: Pieces, scratch: str) -> None:
-    """Writes a file that is there whole or not at all.
+    """Writes a file so that it appears under its name only when it is complete and on disk.
 
     Args:
-      scratch: a folder on the same file system, for what a kill may leave behind.
+      path: of the file.
+      pieces: its content.
+      scratch: a folder on the same file system, which keeps what a killed process leaves behind
+        out of the zarr array.
     """
     for folder in (scratch, os.path.dirname(path)):
         os.makedirs(folder, exist_ok=True)
@@ -88,35 +100,39 @@ def write_local(path: str, pieces: Pieces, scratch: str) -> None:
         with open(unfinished, "wb") as file:
             file.writelines(pieces)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # the record that follows must not survive a crash alone
         os.replace(unfinished, path)
     except OSError:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(unfinished)  # a full disk needs the room
+            os.unlink(unfinished)  # a full disk needs the space
         raise
 
 
-def unpack_raw(data: UInt8[np.ndarray, " S*S*3"], image: UInt8[np.ndarray, "S S 3"]) -> None:
-    """Copies the pixels of a chunk into an image."""
-    image.reshape(-1)[:] = data
-
-
-def pack_jpeg(image: UInt8[np.ndarray, "S S 3"]) -> bytes:
-    """Returns the JPEG that a shard holds under storage=jpeg."""
+def encode_jpeg(image: UInt8[np.ndarray, "S S 3"]) -> bytes:
+    """Returns the JPEG that a shard of a store with storage="jpeg" contains."""
     jpeg: bytes = simplejpeg.encode_jpeg(image, JPEG_QUALITY, colorsubsampling="420")
     return jpeg
 
 
-def unpack_jpeg(data: UInt8[np.ndarray, " bytes"], image: UInt8[np.ndarray, "S S 3"]) -> None:
-    """Decodes the JPEG bytes of a chunk into an image."""
+def _decode_raw(data: UInt8[np.ndarray, " bytes"], image: UInt8[np.ndarray, "S S 3"]) -> None:
+    image.reshape(-1)[:] = data
+
+
+def _decode_jpeg(data: UInt8[np.ndarray, " bytes"], image: UInt8[np.ndarray, "S S 3"]) -> None:
     decoded = simplejpeg.decode_jpeg(data, buffer=image)
     if decoded.shape != image.shape:
-        raise ValueError(f"a JPEG of {decoded.shape} pixels and not of {image.shape}")
+        raise ValueError(f"the JPEG has the shape {decoded.shape} instead of {image.shape}")
+
+
+DECODERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
+    "raw": _decode_raw,
+    "jpeg": _decode_jpeg,
+}
 
 
 @dataclass
 class _OpenShard:
-    """A shard file's descriptor and index."""
+    """The file descriptor and the index of a shard."""
 
     file: int
     index: np.ndarray
@@ -126,86 +142,92 @@ class _OpenShard:
 
 
 class LocalShards:
-    """The shards of a store on a local disk.
+    """Reads the shards of a store on a local disk.
 
     Args:
       path: of the store.
-      rows: places in a shard.
+      storage: "raw" or "jpeg".
+      num_slots: images per shard.
     """
 
-    def __init__(self, path: str, rows: int):
-        self._path, self._rows = path, rows
+    def __init__(self, path: str, storage: str, num_slots: int):
+        self._path, self._storage, self._num_slots = path, storage, num_slots
+        # Shards stay open. Half of the permitted descriptors remain for the rest of the program.
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._open = functools.lru_cache(maxsize=max(16, descriptors // 2))(self._open_shard)
 
-    def read(
-        self, rows: Int[np.ndarray, " B"], images: UInt8[np.ndarray, "B S S 3"], unpack: Unpack
-    ) -> None:
-        """Reads the images at `rows` into `images`. Raises Damage."""
+    def read(self, rows: Int[np.ndarray, " B"], images: UInt8[np.ndarray, "B S S 3"]) -> None:
+        """Reads the images at `rows` into `images`. Raises CorruptShardError or OSError."""
         for row, image in zip(rows.tolist(), images, strict=True):
-            self._read_one(row, image, unpack)
+            self._read_one(row, image)
 
-    def _read_one(self, row: int, image: np.ndarray, unpack: Unpack) -> None:
-        shard, place = divmod(row, self._rows)
+    def _read_one(self, row: int, image: UInt8[np.ndarray, "S S 3"]) -> None:
+        shard, slot = divmod(row, self._num_slots)
         opened = self._open(shard)
-        offset, length = opened.index[place].item()
+        offset, length = opened.index[slot].item()
         if offset == ABSENT:
-            raise Damage(f"image {place} of shard {shard_key(shard)} is missing")
-        raw = unpack is unpack_raw and length == image.nbytes + CHECKSUM_BYTES
-        data = image.reshape(-1) if raw else np.empty(length - CHECKSUM_BYTES, np.uint8)
-        stored = bytearray(CHECKSUM_BYTES)
-        if os.preadv(opened.file, [data, stored], offset) != length:
-            raise Damage(f"shard {shard_key(shard)} ends before its image {place}")
-        _check(data, stored, shard, place)
-        if not raw:
-            _unpack(unpack, data, image, shard, place)
+            raise CorruptShardError(f"image {slot} of shard {shard_key(shard)} is missing")
+        in_place = self._storage == "raw" and length == image.nbytes + CHECKSUM_BYTES
+        data = image.reshape(-1) if in_place else np.empty(length - CHECKSUM_BYTES, np.uint8)
+        stored_checksum = bytearray(CHECKSUM_BYTES)
+        # One system call fills both. It releases Python's lock, so that threads read in parallel.
+        if os.preadv(opened.file, [data, stored_checksum], offset) != length:
+            raise CorruptShardError(f"shard {shard_key(shard)} ends before its image {slot}")
+        _verify(data, stored_checksum, shard, slot)
+        if not in_place:
+            _decode(self._storage, data, image, shard, slot)
 
     def _open_shard(self, shard: int) -> _OpenShard:
         try:
             file = os.open(f"{self._path}/{shard_key(shard)}", os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
-            raise Damage(f"shard {shard_key(shard)} is missing") from error
+            raise CorruptShardError(f"shard {shard_key(shard)} is missing") from error
         opened = _OpenShard(file, np.zeros(0, INDEX_ENTRY))
-        index_bytes = self._rows * INDEX_ENTRY.itemsize
+        index_bytes = self._num_slots * INDEX_ENTRY.itemsize
         start = os.fstat(file).st_size - index_bytes - CHECKSUM_BYTES
         tail = os.pread(file, index_bytes + CHECKSUM_BYTES, start) if start >= 0 else b""
         if len(tail) < index_bytes or checksum(tail[:index_bytes]) != tail[index_bytes:]:
-            raise Damage(f"the index of shard {shard_key(shard)} is damaged")
-        opened.index = np.frombuffer(tail, INDEX_ENTRY, self._rows)
+            raise CorruptShardError(f"the index of shard {shard_key(shard)} is damaged")
+        opened.index = np.frombuffer(tail, INDEX_ENTRY, self._num_slots)
         return opened
 
 
 class RemoteShards:
-    """The shards of a store below any TensorStore key-value store, such as a bucket."""
+    """Reads the shards of a store in any key-value store of TensorStore, such as a bucket.
 
-    def __init__(self, root: ts.KvStore, rows: int):
-        self._root, self._rows = root, rows
+    Args:
+      root: the key-value store, rooted at the store.
+      storage: "raw" or "jpeg".
+      num_slots: images per shard.
+    """
+
+    def __init__(self, root: ts.KvStore, storage: str, num_slots: int):
+        self._root, self._storage, self._num_slots = root, storage, num_slots
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES}})
         self._open = functools.cache(self._open_shard)
 
-    def read(
-        self, rows: Int[np.ndarray, " B"], images: UInt8[np.ndarray, "B S S 3"], unpack: Unpack
-    ) -> None:
-        """Reads the images at `rows` into `images`, all at once. Raises Damage."""
-        places = [divmod(row, self._rows) for row in rows.tolist()]
-        asked = [self._open(shard).read(_place_key(place)) for shard, place in places]
-        for (shard, place), future, image in zip(places, asked, images, strict=True):
+    def read(self, rows: Int[np.ndarray, " B"], images: UInt8[np.ndarray, "B S S 3"]) -> None:
+        """Reads the images at `rows` into `images`. Raises CorruptShardError."""
+        slots = [divmod(row, self._num_slots) for row in rows.tolist()]
+        # All requests are sent before the first answer is awaited: latency is paid once a batch.
+        requests = [self._open(shard).read(slot.to_bytes(4, "big")) for shard, slot in slots]
+        for (shard, slot), request, image in zip(slots, requests, images, strict=True):
             try:
-                found = future.result()
+                answer = request.result()
             except ValueError as error:
-                raise Damage(f"shard {shard_key(shard)}: {one_line(error)}") from error
-            if found.state != "value":
-                raise Damage(f"image {place} of shard {shard_key(shard)} is missing")
-            chunk = np.frombuffer(found.value, np.uint8)
-            data, stored = chunk[:-CHECKSUM_BYTES], chunk[-CHECKSUM_BYTES:].tobytes()
-            _check(data, stored, shard, place)
-            _unpack(unpack, data, image, shard, place)
+                raise CorruptShardError(f"shard {shard_key(shard)}: {one_line(error)}") from error
+            if answer.state != "value":
+                raise CorruptShardError(f"image {slot} of shard {shard_key(shard)} is missing")
+            chunk = np.frombuffer(answer.value, np.uint8)
+            data, stored_checksum = chunk[:-CHECKSUM_BYTES], chunk[-CHECKSUM_BYTES:].tobytes()
+            _verify(data, stored_checksum, shard, slot)
+            _decode(self._storage, data, image, shard, slot)
 
     def _open_shard(self, shard: int) -> ts.KvStore:
         spec = {
             "driver": "zarr3_sharding_indexed",
             "base": (self._root / shard_key(shard)).spec().to_json(),
-            "grid_shape": [self._rows],
+            "grid_shape": [self._num_slots],
             "index_codecs": INDEX_CODECS,
         }
         return ts.KvStore.open(spec, context=self._context).result()
@@ -214,17 +236,49 @@ class RemoteShards:
 Shards = LocalShards | RemoteShards
 
 
-def _place_key(place: int) -> bytes:
-    return place.to_bytes(4, "big")
+def _verify(data: np.ndarray, stored_checksum: bytes | bytearray, shard: int, slot: int) -> None:
+    if checksum(data) != stored_checksum:
+        name = f"image {slot} of shard {shard_key(shard)}"
+        raise CorruptShardError(f"{name} does not match its checksum")
 
 
-def _check(data: np.ndarray, stored: bytes | bytearray, shard: int, place: int) -> None:
-    if checksum(data) != stored:
-        raise Damage(f"image {place} of shard {shard_key(shard)} does not have its checksum")
-
-
-def _unpack(unpack: Unpack, data: np.ndarray, image: np.ndarray, shard: int, place: int) -> None:
+def _decode(storage: str, data: np.ndarray, image: np.ndarray, shard: int, slot: int) -> None:
     try:
-        unpack(data, image)
+        DECODERS[storage](data, image)
     except ValueError as error:
-        raise Damage(f"image {place} of shard {shard_key(shard)}: {one_line(error)}") from error
+        name = f"image {slot} of shard {shard_key(shard)}"
+        raise CorruptShardError(f"{name}: {one_line(error)}") from error
+
+
+class BufferPool:
+    """Memory for arrays that is reused once no view of the previous array is left.
+
+    The kernel clears fresh memory page by page on first use, which takes longer than reading a
+    batch into it.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns an aligned, uninitialized uint8 array of this shape."""
+        num_bytes = int(np.prod(shape))
+        free = self._free.setdefault(num_bytes, [])
+        try:
+            buffer = free.pop()  # atomic, unlike a check followed by a pop
+        except IndexError:
+            allocated = np.empty(num_bytes + ALIGNMENT, np.uint8)
+            buffer = allocated[-allocated.ctypes.data % ALIGNMENT :][:num_bytes]
+        owner = _Owner(buffer)
+        weakref.finalize(owner, free.append, buffer).atexit = False
+        return np.asarray(owner).reshape(shape)
+
+
+class _Owner:
+    """What NumPy considers the owner of an array's memory: it lives as long as any view of it.
+
+    JAX also keeps it alive while an array that shares its memory exists.
+    """
+
+    def __init__(self, buffer: np.ndarray):
+        self.__array_interface__ = buffer.__array_interface__

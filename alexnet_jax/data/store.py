@@ -1,21 +1,30 @@
-"""The prepared store: square uint8 images and labels, as zarr arrays.
+"""The prepared store: square uint8 RGB images and their labels, as zarr v3 arrays.
 
-A store is the folder (or gs:// prefix) `<data_dir>/<dataset>_<image_size>/<split>/`:
+JPEG decoding and resizing dominate the cost of an input pipeline, and AlexNet needs neither at
+training time: its augmentation crops from fixed 256x256 images (2012 paper, sections 2 and 4.1).
+So both happen once, when the store is prepared, and training only copies bytes.
 
-    zarr.json    group attributes: see `Store`; `complete` is set last
-    image/       uint8[R, S, S, 3], RGB: shard files of images with checksums (see `shards`)
-    label/       int32[R]; CORRUPT_LABEL where the source's image could not be decoded
+A store is a folder or a bucket prefix `<data_dir>/<dataset>_<image_size>/<split>/` with
+
+    zarr.json    attributes of the zarr group, see `Store`; `complete` is set last
+    image/       uint8[R, S, S, 3]: shard files of images with checksums, see `shards`
+    label/       int32[R]; CORRUPT_LABEL where the source's image cannot be decoded
     mean_image/  float32[S, S, 3]
-    corrupt.log  one line for each such image, where there were any
-    parts/       while it is prepared: what is known of the shards made so far (see `prepare`)
+    corrupt.log  one line for each such image, if there are any
+    parts/       only during preparation: records of the finished shards, see `prepare`
 
-Row r is the source's example r; a store's examples are its rows without the corrupt ones.
+Row r is example r of the source. The examples of a store are its rows except the corrupt ones.
+The format is zarr because TensorStore reads and writes it on disks and in buckets, and other
+programs can read it.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,46 +32,47 @@ import tensorstore as ts
 from jaxtyping import Float32, Int, Int32, Int64
 from tqdm import tqdm
 
-from alexnet_jax.data.buffers import Buffers
 from alexnet_jax.data.shards import (
-    Damage,
+    DECODERS,
+    INDEX_CODECS,
+    JPEG_QUALITY,
+    BufferPool,
+    CorruptShardError,
     LocalShards,
     RemoteShards,
     Shards,
-    rows_per_shard,
     shard_key,
-    unpack_jpeg,
-    unpack_raw,
+    slots_per_shard,
 )
-from alexnet_jax.data.zarr_files import read_array
 from alexnet_jax.utils.errors import UserError, one_line
 
 FORMAT_VERSION = 2
+FOLDER_PREFIX = "folder:"  # of a `dataset` that is a folder of images
 CORRUPT_LABEL = -1
-RECORDS = ts.KvStore.KeyRange("parts/", "parts0")  # keys that begin with parts/
 PREPARE_COMMAND = "python -m alexnet_jax.store prepare --config CONFIG"
-UNPACK = {"raw": unpack_raw, "jpeg": unpack_jpeg}
 
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """A complete store, open for reading. N examples, S pixels along a side.
+    """A complete store, open for reading. N examples of S by S pixels.
 
     Attributes:
-      path: where it lies.
+      path: a local path or a URL.
       source: what it was prepared from, e.g. "imagenet2012/5.1.0 train".
       storage: "raw" or "jpeg".
       num_examples: N.
-      num_corrupt: examples of the source that could not be decoded.
+      num_corrupt: number of the source's examples that cannot be decoded.
       image_size: S.
-      class_names: the name of each label.
-      mean_image: mean over the examples, in pixel units (0 to 255).
-      mean_channel: the mean image's mean over its pixels.
-      eigenvalues: of the covariance (0 to 255 squared units) of all pixels' RGB values, falling.
-      eigenvectors: their unit eigenvectors in its columns, each with its entry of largest
+      class_names: one per label.
+      mean_image: mean over the examples, in pixel values 0 to 255.
+      mean_channel: mean of the mean image over its pixels.
+      eigenvalues: of the covariance of RGB over all pixels of all images, in descending order, in
+        squared pixel values.
+      eigenvectors: the corresponding unit eigenvectors as columns, each with its entry of largest
         magnitude positive.
-      rows: where the examples lie.
-      shard_bytes: the length of each shard file.
+      labels: of the examples.
+      rows: of the examples in the array `image`.
+      shard_bytes: size of each shard file.
     """
 
     path: str
@@ -80,10 +90,10 @@ class Store:
     rows: Int64[np.ndarray, " N"] = field(repr=False)
     shard_bytes: tuple[int, ...] = field(repr=False)
     shards: Shards = field(repr=False)
-    buffers: Buffers = field(repr=False, default_factory=Buffers)
+    buffers: BufferPool = field(repr=False, default_factory=BufferPool)
 
     def read(self, indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
-        """Reads the examples at `indices`, in that order.
+        """Reads the examples at `indices`, in this order. May be called from several threads.
 
         Returns {"image": uint8[B, S, S, 3], "label": int32[B]}.
 
@@ -92,12 +102,13 @@ class Store:
           IndexError: an index is not in [0, N).
         """
         indices = np.asarray(indices)
+        # NumPy would accept a negative index and return another example.
         if indices.size and not 0 <= indices.min() <= indices.max() < self.num_examples:
             raise IndexError(f"indices must be in [0, {self.num_examples})")
         images = self.buffers.take((len(indices), self.image_size, self.image_size, 3))
         try:
-            self.shards.read(self.rows[indices], images, UNPACK[self.storage])
-        except Damage as error:
+            self.shards.read(self.rows[indices], images)
+        except CorruptShardError as error:
             raise damaged(self.path, str(error)) from error
         except OSError as error:
             raise _unreadable(self.path, error) from error
@@ -108,24 +119,26 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
     """Opens a complete store at a local path or a URL such as gs://bucket/folder.
 
     Args:
-      check_shards: whether to see that all shard files are there, in their length.
+      path: of the store.
+      check_shards: whether to check that all shard files exist and, on local disks, their sizes.
 
     Raises:
-      UserError: there is no store, it is not complete, another version of this program wrote it,
-        or a file of it is missing, shortened or unreadable.
+      UserError: there is no store, it is not complete or has another format version, or one of its
+        files is missing, truncated or unreadable.
     """
     path = expand_dir(str(path))
     attributes = read_attributes(path)
     if attributes is None:
-        raise UserError(f"no prepared store at {path}; prepare it: {PREPARE_COMMAND}")
+        raise UserError(f"no prepared store at {path}; prepare it with {PREPARE_COMMAND}")
     if attributes["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"the store at {path} has format version {attributes['format_version']} and this "
+            f"the store at {path} has format version {attributes['format_version']}, but this "
             f"program reads version {FORMAT_VERSION}; delete it and prepare it again"
         )
     if not attributes["complete"]:
-        raise UserError(f"the store at {path} is not complete; finish it: {PREPARE_COMMAND}")
+        raise UserError(f"the store at {path} is not complete; finish it with {PREPARE_COMMAND}")
     num_rows, size = attributes["num_rows"], attributes["image_size"]
+    storage, num_slots = attributes["storage"], slots_per_shard(size)
     shard_bytes = tuple(attributes["shard_bytes"])
     if check_shards:
         _check_shard_files(path, shard_bytes)
@@ -137,12 +150,11 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
         raise _unreadable(path, error) from error
     rows = np.flatnonzero(labels != CORRUPT_LABEL)
     if labels.shape != (num_rows,) or len(rows) != attributes["num_examples"]:
-        raise damaged(path, f"it does not have labels for its {num_rows} rows")
-    per_shard = rows_per_shard(size)
+        raise damaged(path, f"the labels do not match its {num_rows} rows")
     return Store(
         path=path,
         source=attributes["source"],
-        storage=attributes["storage"],
+        storage=storage,
         num_examples=len(rows),
         num_corrupt=num_rows - len(rows),
         image_size=size,
@@ -154,40 +166,124 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
         labels=labels[rows],
         rows=rows,
         shard_bytes=shard_bytes,
-        shards=RemoteShards(root, per_shard) if is_url(path) else LocalShards(path, per_shard),
+        shards=RemoteShards(root, storage, num_slots)
+        if is_url(path)
+        else LocalShards(path, storage, num_slots),
     )
 
 
-def is_settled(path: str) -> bool:
-    """Returns whether `open_store` alone decides about a store, and nothing is to be prepared."""
+def needs_preparation(path: str) -> bool:
+    """Returns whether there is no store at `path`, or an incomplete one of this format version.
+
+    A store of another version is not overwritten: `open_store` explains what to do about it.
+    """
     attributes = read_attributes(path)
     if attributes is None:
-        return False
-    return bool(attributes["complete"] or attributes["format_version"] != FORMAT_VERSION)
+        return True
+    return attributes["format_version"] == FORMAT_VERSION and not attributes["complete"]
+
+
+def find_damage(store: Store) -> Iterator[str]:
+    """Reads each image of a store and yields a description of each that is damaged or missing.
+
+    Displays a progress bar.
+    """
+    num_slots = slots_per_shard(store.image_size)
+    image = np.empty((1, store.image_size, store.image_size, 3), np.uint8)
+    for shard in tqdm(range(len(store.shard_bytes)), desc=store.path, unit=" shards"):
+        first, end = np.searchsorted(store.rows, (shard * num_slots, (shard + 1) * num_slots))
+        for row in store.rows[first:end]:
+            try:
+                store.shards.read(np.array([row]), image)
+            except (CorruptShardError, OSError) as error:
+                yield str(error)
+
+
+def _check_shard_files(path: str, shard_bytes: Sequence[int]) -> None:
+    keys = {f"image/{key.decode()}" for key in (open_kvstore(path) / "image/").list().result()}
+    for shard, expected in enumerate(shard_bytes):
+        key = shard_key(shard)
+        if key not in keys:
+            raise damaged(path, f"shard {key} is missing")
+        if not is_url(path) and (actual := os.path.getsize(f"{path}/{key}")) != expected:
+            raise damaged(path, f"shard {key} has {actual} bytes instead of {expected}")
+
+
+def damaged(path: str, what: str) -> UserError:
+    """Returns the error for a store that differs from what was prepared."""
+    return UserError(f"the store at {path} is damaged: {what}; delete it and prepare it again")
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    return UserError(
+        f"cannot read the store at {path} ({one_line(error)}); if it is damaged, delete it and "
+        "prepare it again"
+    )
+
+
+# Where stores are
+
+
+def store_paths(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the paths of a config's stores, {"train": …, "eval": …}.
+
+    Raises UserError if `config.storage` has an unknown value.
+    """
+    if config["storage"] not in DECODERS:
+        raise UserError(f"storage={config['storage']!r}; it can be {', '.join(DECODERS)}")
+    return {use: store_path(config, config[f"{use}_split"]) for use in ("train", "eval")}
+
+
+def store_path(config: Mapping[str, Any], split: str) -> str:
+    """Returns `<data_dir>/<dataset>_<image_size>/<split>`, or `…_<image_size>_jpeg/<split>`.
+
+    Characters that do not suit file names, such as those of `train[:90%]`, are replaced by "-".
+    Eight hex digits of a hash of the name follow, so that different names never share a store. A
+    folder is named by its last part and the hash of its absolute path.
+    """
+    dataset = config["dataset"]
+    if dataset.startswith(FOLDER_PREFIX):
+        folder = Path(dataset.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+        name = _file_name(f"folder-{folder.name}", unique=str(folder))
+    else:
+        name = _file_name(dataset)
+    suffix = "" if config["storage"] == "raw" else f"_{config['storage']}"
+    parent = f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}{suffix}"
+    return f"{parent}/{_file_name(split)}"
+
+
+def _file_name(text: str, unique: str = "") -> str:
+    safe = re.sub(r"[^\w.+-]+", "-", text).strip("-")
+    if safe == text and not unique:
+        return text
+    return f"{safe}-{hashlib.sha256((unique or text).encode()).hexdigest()[:8]}"
 
 
 def expand_dir(data_dir: str) -> str:
-    """Returns an absolute local path, `~` expanded, or a URL as it is, without a final slash."""
+    """Returns an absolute local path with `~` expanded, or a URL without its final slash."""
     if is_url(data_dir):
         return data_dir.rstrip("/")
     return os.path.abspath(os.path.expanduser(data_dir))
 
 
 def is_url(path: str) -> bool:
+    """Returns whether `path` is a URL such as gs://bucket/folder."""
     return "://" in path
 
 
+# The files of a store besides its shards
+
+
 def open_kvstore(path: str) -> ts.KvStore:
-    """Opens the key-value store below a local path or a URL."""
+    """Opens the key-value store rooted at a local path or a URL."""
     local = {"driver": "file", "path": f"{path.rstrip('/')}/"}
     return ts.KvStore.open(f"{path.rstrip('/')}/" if is_url(path) else local).result()
 
 
 def read_attributes(path: str) -> dict[str, Any] | None:
-    """Returns the group attributes of the store at `path`, None where there is no store.
+    """Returns the group attributes of the store at `path`, or None if there is no store.
 
-    Raises:
-      UserError: they are there but cannot be read.
+    Raises UserError if they cannot be read.
     """
     try:
         found = open_kvstore(path).read("zarr.json").result()
@@ -199,47 +295,59 @@ def read_attributes(path: str) -> dict[str, Any] | None:
         raise _unreadable(path, error) from error
 
 
-def remove_records(root: ts.KvStore) -> None:
-    """Removes what a preparation knew of its shards, if it is there."""
-    if root.list(RECORDS).result():
-        root.delete_range(RECORDS).result()
+def write_attributes(root: ts.KvStore, attributes: dict[str, Any]) -> None:
+    """Writes the attributes of the store's zarr group."""
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    root.write("zarr.json", json.dumps(group, indent=1).encode()).result()
 
 
-def _check_shard_files(path: str, shard_bytes: Sequence[int]) -> None:
-    """Finds missing shards and, on local disks, shortened ones."""
-    keys = {f"image/{key.decode()}" for key in (open_kvstore(path) / "image/").list().result()}
-    for shard, expected in enumerate(shard_bytes):
-        key = shard_key(shard)
-        if key not in keys:
-            raise damaged(path, f"shard {key} is missing")
-        if not is_url(path) and (actual := os.path.getsize(f"{path}/{key}")) != expected:
-            raise damaged(path, f"shard {key} is {actual} bytes and should be {expected}")
+def read_array(root: ts.KvStore, name: str) -> np.ndarray:
+    """Returns a whole array. Raises ValueError if it is missing or damaged."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": (root / f"{name}/").spec().to_json(),
+        "fill_missing_data_reads": False,  # by default a missing file reads as zeros
+    }
+    return ts.open(spec, open=True).result().read().result()
 
 
-def damaged(path: str, what: str) -> UserError:
-    """Returns what to raise where a store is not what was prepared."""
-    return UserError(f"the store at {path} is damaged: {what}; delete it and prepare it again")
+def write_array(root: ts.KvStore, name: str, values: np.ndarray) -> None:
+    """Writes an array as one chunk with a checksum. Overwrites an array of the same shape."""
+    spec = {
+        "driver": "zarr3",
+        "kvstore": (root / f"{name}/").spec().to_json(),
+        "store_data_equal_to_fill_value": True,  # by default an array of zeros gets no file
+        "metadata": {
+            "shape": values.shape,
+            "data_type": values.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": values.shape}},
+            "codecs": INDEX_CODECS,
+        },
+    }
+    ts.open(spec, create=True, open=True).result().write(values).result()
 
 
-def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(
-        f"cannot read the store at {path} ({one_line(error)}); if it is damaged, delete it and "
-        "prepare it again"
-    )
+def write_image_metadata(root: ts.KvStore, size: int, num_rows: int, storage: str) -> None:
+    """Describes the shards as a zarr array, which zarr and TensorStore can open if it is raw.
 
-
-def damages(store: Store) -> Iterator[str]:
-    """Reads every image of a store against its checksum; yields what is wrong with it.
-
-    Shows a progress bar meanwhile.
+    The codec "jpeg" is our own.
     """
-
-    per_shard = rows_per_shard(store.image_size)
-    image = np.empty((1, store.image_size, store.image_size, 3), np.uint8)
-    for shard in tqdm(range(len(store.shard_bytes)), desc=store.path, unit=" shards"):
-        first, end = np.searchsorted(store.rows, (shard * per_shard, (shard + 1) * per_shard))
-        for row in store.rows[first:end]:
-            try:
-                store.shards.read(np.array([row]), image, UNPACK[store.storage])
-            except (Damage, OSError) as error:
-                yield str(error)
+    jpeg = {"name": "jpeg", "configuration": {"quality": JPEG_QUALITY}}
+    sharding = {
+        "chunk_shape": [1, size, size, 3],
+        "codecs": INDEX_CODECS if storage == "raw" else [jpeg, INDEX_CODECS[1]],
+        "index_codecs": INDEX_CODECS,
+        "index_location": "end",
+    }
+    grid = {"chunk_shape": [slots_per_shard(size), size, size, 3]}
+    array = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [num_rows, size, size, 3],
+        "data_type": "uint8",
+        "fill_value": 0,
+        "chunk_grid": {"name": "regular", "configuration": grid},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+    }
+    root.write("image/zarr.json", json.dumps(array, indent=1).encode()).result()
