@@ -31,8 +31,8 @@ MAX_READS = max(2, min(8, os.cpu_count() or 1))
 # Batches on their way to the devices during a step. One is enough to overlap the transfer with the
 # step; a second one absorbs fluctuations of the reading time.
 MAX_PLACED = 2
-# Large batches have fewer of them in flight: a host that reads 32,768 images of 256x256 per step
-# needs 6.4 GB for each batch.
+# Fewer, if the batches are large, so that each of the two stages holds about this much: for a host
+# that trains on 32,768 images of 256x256 per step, one batch has 6.4 GB.
 READ_AHEAD_BYTES = 4 * 2**30
 
 
