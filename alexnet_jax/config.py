@@ -1,289 +1,234 @@
-"""Configs: the fields every run has, and how a command line names and changes them.
+"""Configs: every field with its meaning, and how a file and a command line change them.
 
 A config is a Python file with `get_config()`, which takes `default_config()` and changes what
-differs. Fork one freely; a field that does not exist is an error, never silently ignored.
+differs. Fork one freely. A field that does not exist is an error and never silently ignored.
 """
 
 import argparse
 import ast
 import difflib
 import json
+import math
 import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
 from alexnet_jax.utils.errors import UserError, one_line
 
-# A run may go on with other values of these, since they change no parameter of the network.
-FIELDS_FREE_TO_CHANGE = ("data_dir", "log_every_steps", "checkpoint.keep", "checkpoint.every_steps")
-
 _INSTALLED = Path(__file__).with_name("configs")
-OUR_CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+BUNDLED_CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
-OVERRIDES_HELP = "Any field of the config: --config.FIELD=VALUE, e.g. --config.batch_size=64"
-
-INFINITY = float("inf")
+INFINITY = math.inf
 TINY = 1e-6
-BOUNDS = {
-    "seed": (0, 2**32 - 1),
-    "batch_size": (1, INFINITY),
-    "num_epochs": (1, INFINITY),
-    "learning_rate": (0, INFINITY),
-    "log_every_steps": (1, INFINITY),
-    "max_corrupt": (0, 1),
-    "hybrid_group": (1, INFINITY),
-    "model.num_classes": (1, INFINITY),
-    "model.width": (TINY, INFINITY),
-    "model.dropout": (0, 1 - TINY),
-    "image_size": (1, INFINITY),
-    "augment.color_noise": (0, INFINITY),
-    "augment.pixel_scale": (TINY, INFINITY),
-    "optimizer.trust_coefficient": (TINY, INFINITY),
-    "optimizer.momentum": (0, 1),
-    "optimizer.clip_norm": (0, INFINITY),
-    "schedule.scaling_batch_size": (1, INFINITY),
-    "schedule.warmup_epochs": (0, INFINITY),
-    "schedule.factor": (TINY, 1 - TINY),
-    "schedule.patience": (1, INFINITY),
-    "schedule.max_drops": (0, INFINITY),
-    "eval.every_epochs": (TINY, INFINITY),
-    "checkpoint.every_steps": (1, INFINITY),
-    "checkpoint.keep": (2, INFINITY),  # one to fall back to
+
+
+class Field(NamedTuple):
+    """A field of every config.
+
+    Attributes:
+      default: the value of the 2012 paper where it gives one. Its type is the field's.
+      help: one line.
+      least, most: bounds of a number.
+      free: whether a run may resume with another value, because it changes no parameter.
+    """
+
+    default: Any
+    help: str
+    least: float = -INFINITY
+    most: float = INFINITY
+    free: bool = False
+
+
+FIELDS = {
+    "seed": Field(
+        0, "decides about initialization, order of the data, augmentation and dropout", 0, 2**32 - 1
+    ),
+    "parallel": Field(
+        "auto",
+        'jit, pmap, mesh.data, mesh.zero, mesh.hybrid (docs/pods.md), or "auto": mesh.data with '
+        "several devices, else jit",
+    ),
+    "hybrid_group": Field(8, "mesh.hybrid: devices that share the fc layers of one copy", 1),
+    "dataset": Field("imagenet2012", 'a tfds name, or "folder:PATH" of class folders'),
+    "data_dir": Field("~/tensorflow_datasets", "where tfds and the prepared stores are", free=True),
+    "train_split": Field("train", "a split in the notation of tfds"),
+    "eval_split": Field("validation", "a split in the notation of tfds"),
+    "image_size": Field(
+        256, "pixels of stored images: shorter side scaled to this, center square kept (§2)", 1
+    ),
+    "storage": Field(
+        "raw", 'stored as pixels, or as "jpeg": a seventh of the disk space, slower to read'
+    ),
+    "max_corrupt": Field(0.001, "share of unreadable images that preparation may skip", 0, 1),
+    "batch_size": Field(128, "global: over all devices and hosts (§5)", 1),
+    "num_epochs": Field(90, "the paper trained for about 90 (§5)", 1),
+    "learning_rate": Field(0.01, "at the start (§5)", 0),
+    "init_from": Field(
+        "", "workdir of a trained or converted network to start from (docs/finetune.md)"
+    ),
+    "freeze": Field(
+        (), 'layers that do not train, such as ("conv1", "conv2"); bn1 belongs to conv1'
+    ),
+    "model.variant": Field("paper", "a key of alexnet_jax.VARIANTS"),
+    "model.num_classes": Field(1000, "number of logits", 1),
+    "model.dtype": Field(
+        "float32", 'of the arithmetic; "bfloat16" on accelerators. Parameters are float32'
+    ),
+    "model.dropout": Field(0.5, "probability that a hidden unit is dropped (§4.2)", 0, 1 - TINY),
+    "model.init": Field("paper", '"paper": N(0, 0.01²) (§5); "he": scaled by fan-in'),
+    "model.hidden_bias": Field(1.0, "initial bias of conv2, conv4, conv5, fc6 and fc7 (§5)"),
+    "model.width": Field(1.0, "factor on the number of filters and hidden units", TINY),
+    "model.conv1_padding": Field(
+        -1, "zeros on each side of the image for conv1; -1: the variant's own, 2", -1
+    ),
+    "augment.crop": Field(
+        "random", '"random": a window (§4.1); "inception": a random part, resized'
+    ),
+    "augment.crop_size": Field(224, "pixels that the network sees"),
+    "augment.crop_area": Field((0.08, 1.0), "inception: share of the image's area (low, high)"),
+    "augment.crop_aspect": Field((3 / 4, 4 / 3), "inception: width over height (low, high)"),
+    "augment.flip": Field(True, "mirror half of the images (§4.1)"),
+    "augment.mean": Field(
+        "image", 'what is subtracted: "image" (§2), "image_center" (run #145) or "channel"'
+    ),
+    "augment.color_noise": Field(0.1, "standard deviation of the α of §4.1; 0: no noise", 0),
+    "augment.color_noise_scale": Field(
+        "eigenvalue", 'factor on the eigenvectors; or "std", its square root (run #145)'
+    ),
+    "augment.color_noise_shrink": Field(
+        False, "divide the image by 1 + color_noise, as run #145 does"
+    ),
+    "augment.pixel_scale": Field(
+        1.0, "factor on the mean-subtracted pixels, which run from 0 to 255 in the paper", TINY
+    ),
+    "augment.channel_scale": Field((1.0, 1.0, 1.0), "further factors on red, green and blue"),
+    "optimizer.kind": Field("sgd", 'or "lars": a rate for every kernel, for large batches'),
+    "optimizer.trust_coefficient": Field(0.001, "lars: factor on ‖w‖ / ‖update‖", TINY),
+    "optimizer.momentum": Field(0.9, "of the velocity (§5)", 0, 1),
+    "optimizer.weight_decay": Field(0.0005, "of the kernels (§5)"),
+    "optimizer.bias_weight_decay": Field(0.0, "of biases and batch norm"),
+    "optimizer.bias_learning_rate": Field(1.0, "of biases, as a multiple of learning_rate"),
+    "optimizer.layer_rates": Field((), 'factors on rates of layers, such as (("fc8", 10.0),)'),
+    "optimizer.clip_norm": Field(
+        0.0, "largest global norm of the gradients, logged as grad_norm; 0: no clipping", 0
+    ),
+    "optimizer.accumulate_steps": Field(
+        1, "parts in which a batch's gradients are computed, to save memory"
+    ),
+    "optimizer.gradient_dtype": Field(
+        "float32",
+        'in which devices compute and add up the kernels\' gradients; "bfloat16" halves what they '
+        "send. No effect on CPU",
+    ),
+    "schedule.kind": Field("constant", "constant, steps, plateau, cosine or polynomial"),
+    "schedule.scaling": Field(
+        "none", 'learning_rate grows with batch_size: "linear", or as its "sqrt"'
+    ),
+    "schedule.scaling_batch_size": Field(
+        256, "linear and sqrt: the batch size at which learning_rate holds", 1
+    ),
+    "schedule.warmup_epochs": Field(0.0, "linear from 0, for any kind", 0),
+    "schedule.step_epochs": Field((30.0, 60.0), "steps: epochs at which the rate drops"),
+    "schedule.factor": Field(
+        0.1, "steps and plateau: factor of a drop (§5: divided by 10)", TINY, 1 - TINY
+    ),
+    "schedule.patience": Field(5, "plateau: evaluations without a better top-1 before a drop", 1),
+    "schedule.max_drops": Field(3, "plateau: number of drops (§5: three)", 0),
+    "schedule.power": Field(2.0, "polynomial: the exponent"),
+    "schedule.changes": Field(
+        (), 'values from an epoch on: (epoch, layer or "all" or "data", field, value)'
+    ),
+    "eval.every_epochs": Field(1.0, "evaluate and save this often", TINY),
+    "eval.views": Field("center", 'or "ten": corners and center with their mirror images (§4.1)'),
+    "checkpoint.every_steps": Field(
+        1000, "save this often, besides after evaluations", 1, free=True
+    ),
+    "checkpoint.keep": Field(
+        3, "latest checkpoints to keep; the best by top-1 is kept too", 2, free=True
+    ),
+    "log_every_steps": Field(20, "steps averaged in a line of the log", 1, free=True),
 }
 
 
 def default_config() -> ConfigDict:
-    """Returns every field there is, with the values of the 2012 paper where it gives one."""
-    c = ConfigDict()
-    c.name = ""  # set by `load` to the config file's name
-    c.seed = 0
-    # "jit", "pmap", "mesh.data", "mesh.zero", "mesh.hybrid" (docs/pods.md), or "auto": mesh.data
-    # where there are several devices.
-    c.parallel = "auto"
-    c.hybrid_group = 8  # mesh.hybrid: devices that share the fc layers of one copy
-
-    c.dataset = "imagenet2012"  # a tfds name, or "folder:PATH" of class folders
-    c.data_dir = "~/tensorflow_datasets"  # where tfds and the prepared stores lie
-    c.train_split = "train"
-    c.eval_split = "validation"
-    c.image_size = 256  # stored images: shorter side scaled to this, centre square kept
-    c.storage = "raw"  # stored as pixels, or as "jpeg": a seventh of the disk, slower to read
-    c.max_corrupt = 0.001  # share of unreadable images that preparation may skip
-
-    c.batch_size = 128  # global: over all devices and hosts
-    c.num_epochs = 90
-    c.learning_rate = 0.01
-
-    # A workdir, of train.py or of a converted network, whose weights and mean a run starts from;
-    # fc8 is made anew where the classes are others (docs/finetune.md).
-    c.init_from = ""
-    c.freeze = ()  # layers that stay as they are, e.g. ("conv1", "conv2"); bn1 goes with conv1
-
-    c.model = _model()
-    c.augment = _augment()
-    c.optimizer = _optimizer()
-    c.schedule = _schedule()
-
-    c.eval = ConfigDict()
-    c.eval.every_epochs = 1.0
-    c.eval.views = "center"  # or "ten": corners and centre with their flips, averaged
-
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every_steps = 1000  # besides one after every evaluation
-    c.checkpoint.keep = 3  # latest ones; the best by top-1 is always kept too
-
-    c.log_every_steps = 20
-    return c.lock()
+    """Returns every field with its default."""
+    config = ConfigDict({"name": ""})  # `load` sets the name to the config file's
+    for name, field in FIELDS.items():
+        section, _, leaf = name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        (config[section] if section else config)[leaf] = field.default
+    return config.lock()
 
 
-def _model() -> ConfigDict:
-    c = ConfigDict()
-    c.variant = "paper"  # a key of model.VARIANTS
-    c.num_classes = 1000
-    c.dtype = "float32"  # of the arithmetic; "bfloat16" on accelerators. params: float32
-    c.dropout = 0.5
-    c.init = "paper"  # "paper": N(0, 0.01^2); "he": scaled to each layer's fan-in
-    c.hidden_bias = 1.0  # initial bias of conv2, conv4, conv5, fc6 and fc7
-    c.width = 1.0  # multiplies the number of filters and hidden units
-    return c
+def load_config(path: str, **overrides: Any) -> ConfigDict:
+    """Returns the config of a file with some values changed.
 
+    Example:
+      >>> load_config("quickstart", batch_size=32, **{"model.variant": "bn"})
 
-def _augment() -> ConfigDict:
-    c = ConfigDict()
-    c.crop = "random"  # the paper's window; "inception": a random part, resized
-    c.crop_size = 224
-    c.crop_area = (0.08, 1.0)  # inception: the part's share of the image's area ...
-    c.crop_aspect = (3 / 4, 4 / 3)  # inception: ... and its width over its height
-    c.flip = True
-    c.mean = "image"  # subtracted: "image", "image_center" (run #145) or "channel"
-    c.color_noise = 0.1  # standard deviation of the paper's alpha; 0: none
-    c.color_noise_scale = "eigenvalue"  # or "std": its square root (run #145)
-    c.color_noise_shrink = False  # divide the image by 1 + color_noise (run #145)
-    c.pixel_scale = 1.0  # multiplies the mean-subtracted pixels (0 to 255 in the paper)
-    c.channel_scale = (1.0, 1.0, 1.0)  # multiplies red, green and blue besides
-    return c
+    Args:
+      path: as for `load`.
+      overrides: values by the dotted names of fields.
 
-
-def _optimizer() -> ConfigDict:
-    c = ConfigDict()
-    c.kind = "sgd"  # or "lars": a rate for every weight array, for large batches
-    c.trust_coefficient = 0.001  # lars: multiplies the weights' norm over the step's
-    c.momentum = 0.9
-    c.weight_decay = 0.0005  # of the weights
-    c.bias_weight_decay = 0.0
-    c.bias_learning_rate = 1.0  # biases' rate as a multiple of learning_rate
-    c.layer_rates = ()  # multiples of a layer's rates, e.g. (("fc8", 10.0),)
-    # Largest global norm of the gradients, shown as grad_norm; 0: no clipping, nor grad_norm.
-    c.clip_norm = 0.0
-    c.accumulate_steps = 1  # a batch's gradients in so many parts, to save memory
-    c.gradient_dtype = "float32"  # of gradients on their way between devices; "bfloat16"
-    return c
-
-
-def _schedule() -> ConfigDict:
-    c = ConfigDict()
-    c.kind = "constant"  # "constant", "steps", "plateau", "cosine", "polynomial"
-    c.scaling = "none"  # learning_rate grows with batch_size: "linear", or as its "sqrt"
-    c.scaling_batch_size = 256  # linear and sqrt: where learning_rate is as it stands
-    c.warmup_epochs = 0.0  # linear from 0, under any kind
-    c.step_epochs = (30.0, 60.0)  # steps: epochs at which the rate is multiplied ...
-    c.factor = 0.1  # steps and plateau: ... by this
-    c.patience = 5  # plateau: evaluations without a better top-1 before a drop
-    c.max_drops = 3  # plateau
-    c.power = 2.0  # polynomial
-    # Absolute values from an epoch on, as a log: (epoch, layer or "all" or "data", field, value).
-    c.changes = ()
-    return c
+    Raises:
+      UserError: as `load`.
+    """
+    config = load(path)
+    for name, value in overrides.items():
+        _set(config, name, value, origin="load_config")
+    return config
 
 
 def load(path: str, overrides: Sequence[tuple[str, str]] = ()) -> ConfigDict:
     """Runs a config file's `get_config()` and applies overrides.
 
     Args:
-      path: a Python file that defines `get_config() -> ConfigDict`. Where there is no such
-        `configs/NAME.py` it is the one that came with the package.
+      path: a Python file that defines `get_config() -> ConfigDict`, or the name of a bundled
+        config. Where there is no file `configs/NAME.py`, the bundled one is used.
       overrides: pairs of a dotted field name and the text of its value.
 
     Raises:
-      UserError: the file is missing, fails, has no get_config, or names an unknown field; a
-        value is not of its field's kind.
+      UserError: the file is missing, fails, has no get_config, or names an unknown field, or a
+        value is not of its field's type.
     """
-    file = _found(Path(path))
+    file = _find(path)
     config = default_config()
     config.name = file.stem
     for name, value in flat(_get_config(file)).items():
         if name != "name":
             _set(config, name, value, origin=str(file))
     for name, text in overrides:
-        _set(config, name, text, origin="the command line", parse=True)
+        _set(config, name, _parse_value(text, name, config), origin="the command line")
     return config
 
 
-def _found(file: Path) -> Path:
-    ours = {f"configs/{path.name}": path for path in OUR_CONFIGS.glob("*.py")}
+def bundled_configs() -> dict[str, Path]:
+    """Returns the configs that come with the package, by name."""
+    return {file.stem: file for file in sorted(BUNDLED_CONFIGS.glob("*.py"))}
+
+
+def _find(path: str) -> Path:
+    bundled = bundled_configs()
+    file = Path(path)
     if file.is_file():
         return file
-    if str(file) in ours:
-        return ours[str(file)]
-    known = sorted({*map(str, file.parent.glob("*.py")), *ours})
-    near = difflib.get_close_matches(str(file), known, n=3, cutoff=0.4) or known
-    raise UserError(f"no config file {file}; there are: {', '.join(near)}")
-
-
-def from_saved(saved: Any, origin: str) -> ConfigDict:
-    """Returns the config that `to_json` wrote; fields that are newer than it have their defaults.
-
-    Args:
-      saved: the JSON's content.
-      origin: its file, for errors.
-
-    Raises UserError if it is no config, or names a field that does not exist.
-    """
-    if not isinstance(saved, dict):
-        raise UserError(f"{origin} is damaged: it holds no config; put back a copy of it")
-    config = default_config()
-    for name, value in flat(ConfigDict(saved)).items():
-        _set(config, name, _with_tuples(value), origin)
-    return config
-
-
-def _with_tuples(value: Any) -> Any:
-    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def check_bounds(config: ConfigDict) -> None:
-    """Raises UserError if a number lies outside of what makes sense for its field."""
-    fields = flat(config)
-    for name, (least, most) in BOUNDS.items():
-        if not least <= fields[name] <= most:
-            raise UserError(f"{name}={fields[name]} must lie between {least:g} and {most:g}")
-
-
-def parse(
-    argv: Sequence[str] | None, parser: argparse.ArgumentParser
-) -> tuple[ConfigDict, argparse.Namespace]:
-    """Parses `--config FILE`, `--config.FIELD=VALUE` and the parser's own arguments.
-
-    Returns the config and the other arguments. Raises as `load` does, and UserError for an
-    argument that is not known.
-    """
-    parser.add_argument("--config", required=True, metavar="FILE", help="e.g. configs/imagenet.py")
-    parser.epilog = OVERRIDES_HELP
-    others, overrides = split_overrides(argv)
-    args, unknown = parser.parse_known_args(others)
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]}; --help shows those there are")
-    config = load(args.config, overrides)
-    del args.config
-    return config, args
-
-
-def split_overrides(argv: Sequence[str] | None) -> tuple[list[str], list[tuple[str, str]]]:
-    """Returns the words of a command line that are no `--config.FIELD=VALUE`, and those that are.
-
-    The latter as `load` takes them. Not argparse does it, which takes a value with a space in it
-    for a positional argument.
-    """
-    words, overrides = list(sys.argv[1:] if argv is None else argv), []
-    others = []
-    while words:
-        word = words.pop(0)
-        flag, has_value, value = word.partition("=")
-        if not flag.startswith("--config."):
-            others.append(word)
-            continue
-        if not has_value:
-            if not words:
-                raise UserError(f"{flag} needs a value: {flag}=VALUE")
-            value = words.pop(0)
-        overrides.append((flag.removeprefix("--config."), value))
-    return others, overrides
-
-
-def to_json(config: ConfigDict) -> str:
-    """Returns the config as indented JSON; tuples become lists."""
-    return json.dumps(config.to_dict(), indent=2, default=str)
-
-
-def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
-    """Names the fields, with both values, in which a saved config and this one train otherwise.
-
-    Fields in FIELDS_FREE_TO_CHANGE, and the name, do not count. A field that came into the program
-    after the config was saved has its default there, by which nothing changes.
-    """
-    now = flat(ConfigDict(json.loads(to_json(config))))
-    defaults = json.loads(to_json(default_config()))
-    before = flat(ConfigDict(defaults)) | flat(ConfigDict(saved))
-    return [
-        f"{name} ({before.get(name, 'absent')} there, {now.get(name, 'absent')} here)"
-        for name in sorted(now.keys() | before.keys())
-        if before.get(name) != now.get(name) and name not in ("name", *FIELDS_FREE_TO_CHANGE)
-    ]
+    if str(file) == file.stem or file.parts == ("configs", f"{file.stem}.py"):
+        own = Path("configs") / f"{file.stem}.py"
+        if own.is_file():
+            return own
+        if file.stem in bundled:
+            return bundled[file.stem]
+    known = sorted({*map(str, file.parent.glob("*.py")), *bundled})
+    near = difflib.get_close_matches(str(file), known, n=3, cutoff=0.4)
+    near += difflib.get_close_matches(file.stem, bundled, n=3, cutoff=0.4)
+    choices = list(dict.fromkeys(near)) or known
+    raise UserError(f"no config file {file}; the nearest are: {', '.join(choices)}")
 
 
 def _get_config(file: Path) -> ConfigDict:
@@ -309,20 +254,179 @@ def _get_config(file: Path) -> ConfigDict:
     return config
 
 
+def check_bounds(config: ConfigDict) -> None:
+    """Raises UserError if a number is outside its field's bounds."""
+    for name, value in flat(config).items():
+        field = FIELDS.get(name)
+        bounded = field and (field.least, field.most) != (-INFINITY, INFINITY)
+        if field and bounded and not field.least <= value <= field.most:
+            raise UserError(f"{name}={value} must lie between {field.least:g} and {field.most:g}")
+
+
+# ------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------
+
+
+def parse(
+    argv: Sequence[str] | None, parser: argparse.ArgumentParser
+) -> tuple[ConfigDict, argparse.Namespace]:
+    """Parses `--config NAME`, `--config.FIELD=VALUE` and the parser's own arguments.
+
+    `--help` lists the bundled configs. With `--config NAME` it lists the config's fields too.
+
+    Returns:
+      The config and the other arguments.
+
+    Raises:
+      UserError: as `load`, or an argument is unknown.
+    """
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME",
+        help="a bundled config or a file; with --help: list its fields",
+    )
+    others, overrides = split_overrides(argv)
+    if {"-h", "--help"} & {*others}:
+        _print_help(parser, others, overrides)
+    args, unknown = parser.parse_known_args(others)
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]}; --help lists the arguments")
+    config = load(args.config, overrides)
+    del args.config
+    return config, args
+
+
+def _print_help(
+    parser: argparse.ArgumentParser, words: list[str], overrides: list[tuple[str, str]]
+) -> NoReturn:
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("--config")
+    path = named.parse_known_args(words)[0].config
+    if path:
+        config = load(path, overrides)
+        lines = [f"fields of {path}, each set by --config.FIELD=VALUE:"]
+        for name, value in flat(config).items():
+            if name in FIELDS:
+                lines += [f"  {name} = {value!r}", f"      {FIELDS[name].help}"]
+    else:
+        lines = ["bundled configs:"]
+        for name, file in bundled_configs().items():
+            summary = ast.get_docstring(ast.parse(file.read_text())) or ""
+            lines.append(f"  {name:14} {summary.partition(chr(10))[0]}")
+        lines += [
+            "",
+            "any field of a config: --config.FIELD=VALUE; --config NAME --help lists them",
+        ]
+    parser.epilog = "\n".join(lines)
+    parser.print_help()
+    sys.exit(0)
+
+
+def split_overrides(argv: Sequence[str] | None) -> tuple[list[str], list[tuple[str, str]]]:
+    """Returns the words of a command line without `--config.FIELD=VALUE`, and those, for `load`.
+
+    argparse is not used because it treats a value with spaces as positional.
+    """
+    words, overrides = list(sys.argv[1:] if argv is None else argv), []
+    others = []
+    while words:
+        word = words.pop(0)
+        flag, has_value, value = word.partition("=")
+        if not flag.startswith("--config."):
+            others.append(word)
+            continue
+        if not has_value:
+            if not words:
+                raise UserError(f"{flag} needs a value: {flag}=VALUE")
+            value = words.pop(0)
+        overrides.append((flag.removeprefix("--config."), value))
+    return others, overrides
+
+
+# ------------------------------------------------------------------------------------------
+# Saved configs
+# ------------------------------------------------------------------------------------------
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the config as indented JSON; tuples become lists."""
+    return json.dumps(config.to_dict(), indent=2, default=str)
+
+
+def from_saved(saved: Any, origin: str) -> ConfigDict:
+    """Returns the config that `to_json` wrote. Fields that are newer than it have their defaults.
+
+    Args:
+      saved: the content of the JSON file.
+      origin: its name, for errors.
+
+    Raises:
+      UserError: it is no config, or names a field that does not exist.
+    """
+    if not isinstance(saved, dict):
+        raise UserError(f"{origin} is damaged: it holds no config; put back a copy of it")
+    config = default_config()
+    for name, value in flat(ConfigDict(_as_in_0_2(saved))).items():
+        _set(config, name, _with_tuples(value), origin)
+    return config
+
+
+def _as_in_0_2(saved: dict[str, Any]) -> dict[str, Any]:
+    """Adds model.conv1_padding to a config of version 0.1, which had no such field.
+
+    conv1 had no padding then wherever its windows fit the input evenly, as at 227 pixels.
+    """
+    model = saved.get("model")
+    if not isinstance(model, dict) or "conv1_padding" in model:
+        return saved
+    size = saved.get("augment", {}).get("crop_size", FIELDS["augment.crop_size"].default)
+    fits = (size - 11) % 4 == 0 and model.get("variant") not in ("original", "owt")
+    return {**saved, "model": {**model, "conv1_padding": 0 if fits else -1}}
+
+
+def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
+    """Returns the fields, with both values, by which a saved config trains differently.
+
+    Fields that are free to change and the name do not count. A field that is newer than the saved
+    config has its default there.
+    """
+    now = flat(ConfigDict(json.loads(to_json(config))))
+    defaults = json.loads(to_json(default_config()))
+    before = flat(ConfigDict(defaults)) | flat(ConfigDict(_as_in_0_2(saved)))
+    free = {"name", *(name for name, field in FIELDS.items() if field.free)}
+    return [
+        f"{name} ({before.get(name, 'absent')} there, {now.get(name, 'absent')} here)"
+        for name in sorted(now.keys() | before.keys())
+        if before.get(name) != now.get(name) and name not in free
+    ]
+
+
+def _with_tuples(value: Any) -> Any:
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+# ------------------------------------------------------------------------------------------
+# Fields
+# ------------------------------------------------------------------------------------------
+
+
 def flat(config: ConfigDict) -> dict[str, Any]:
     """Returns every field's value by its dotted name."""
-    return dict(_fields(config))
+    return dict(_walk(config))
 
 
-def _fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _walk(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            yield from _fields(value, f"{prefix}{key}.")
+            yield from _walk(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def _set(config: ConfigDict, name: str, value: Any, origin: str, parse: bool = False) -> None:
+def _set(config: ConfigDict, name: str, value: Any, origin: str) -> None:
     known = flat(config)
     if name not in known:
         tails = {n.split(".")[-1]: n for n in known}
@@ -331,8 +435,6 @@ def _set(config: ConfigDict, name: str, value: Any, origin: str, parse: bool = F
         near = list(dict.fromkeys(near)) or list(known)
         raise UserError(f"{origin}: unknown field {name}; the nearest are {', '.join(near[:4])}")
     kind = type(known[name])
-    if parse:
-        value = _parse_value(value, kind)
     if kind is float and type(value) is int:
         value = float(value)
     if isinstance(value, list):
@@ -346,13 +448,14 @@ def _set(config: ConfigDict, name: str, value: Any, origin: str, parse: bool = F
     (config[parent] if parent else config)[leaf] = value
 
 
-def _parse_value(text: str, kind: type) -> Any:
-    if kind is str:
+def _parse_value(text: str, name: str, config: ConfigDict) -> Any:
+    kind: Any = type(flat(config).get(name))
+    if name not in flat(config) or kind is str:
         return text
     if kind is bool:
         return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        names = tuple(name.strip() for name in text.split(","))
+        names = tuple(part.strip() for part in text.split(","))
         return names if kind is tuple and all(map(str.isidentifier, names)) else text

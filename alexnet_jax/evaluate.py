@@ -11,7 +11,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import inference
 from alexnet_jax.analysis import evaluation, figures
 from alexnet_jax.analysis.evaluation import ClassificationMetrics, Ensemble
-from alexnet_jax.data import augment
+from alexnet_jax.data.augment import make_augment
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.utils import process
 from alexnet_jax.utils.errors import exits_cleanly
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.data_dir = args.data_dir
     config.batch_size = args.batch_size
     configs.check_bounds(config)
-    augment.check(config)
+    make_augment(config)  # checks its fields
     store = open_or_prepare(config)["eval"]
     evaluation.check_comparable(args.workdir, networks, store)
     ensembles = evaluation.all_ensembles(args.workdir, args.views or [config.eval.views])

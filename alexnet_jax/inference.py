@@ -1,4 +1,4 @@
-"""A trained network, in a workdir: what uses it needs neither its data nor its training."""
+"""A trained network loaded from its workdir. It needs neither the data nor the training code."""
 
 import contextlib
 import functools
@@ -16,12 +16,11 @@ from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
-from alexnet_jax.data import augment
-from alexnet_jax.data.augment import Statistics
-from alexnet_jax.models.alexnet import AlexNet
-from alexnet_jax.training import sharding as parallel
+from alexnet_jax.data.augment import Augment, Statistics, make_augment
+from alexnet_jax.models.alexnet import AlexNet, build_model
 from alexnet_jax.training.checkpoint import Checkpoints
-from alexnet_jax.training.train_step import init_state, log_probabilities, state_of
+from alexnet_jax.training.optimizer import make_optimizer
+from alexnet_jax.training.train_step import TrainState, init_state, log_probabilities
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import DISK_FULL, atomic_write, explain_write_errors
 
@@ -30,14 +29,19 @@ OfImages = Callable[[UInt8[np.ndarray, "B S S 3"]], Any]
 
 
 class Trained(NamedTuple):
-    """A trained network and what its inputs and outputs mean.
+    """A trained network and the meaning of its inputs and outputs.
+
+    Example:
+      >>> network = load("runs/quickstart")
+      >>> probabilities = network.predict(images)  # images: uint8[B, S, S, 3]
+      >>> fc7 = network.features(images, ["relu7"])["relu7"]
 
     Attributes:
-      config: that it was trained by, with parallel="jit".
+      config: of the training.
       variables: {"params": …, "batch_stats": …}, float32 arrays on the first device.
-      stats: of the pixels that it was trained with.
+      stats: pixel statistics of the training.
       class_names: one for each of the num_classes logits.
-      step: number of updates that made it.
+      step: number of updates made.
     """
 
     config: ConfigDict
@@ -47,33 +51,57 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...]
     step: int
 
+    @property
+    def augment(self) -> Augment:
+        """The augmentation, whose `center` and `ten` prepare images for the network."""
+        return make_augment(self.config, self.stats)
+
+    def predict(self, images: UInt8[np.ndarray, "B S S 3"]) -> Float32[np.ndarray, "B num_classes"]:
+        """Returns the class probabilities of stored images, with the views of `config.eval`.
+
+        S is `config.image_size`. Compiles at every call: for many batches use `classifier`.
+        """
+        probabilities: np.ndarray = np.exp(np.asarray(classifier(self)(images)))
+        return probabilities
+
+    def features(
+        self, images: UInt8[np.ndarray, "B S S 3"], names: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Returns the outputs of layers for the center crops of stored images, by name.
+
+        Compiles at every call: for many batches use `feature_extractor`.
+
+        Args:
+          names: of `named_layers(model.variant)`, for example "relu1" or "fc7".
+        """
+        return {k: np.asarray(x) for k, x in feature_extractor(self, names)(images).items()}
+
 
 def load(workdir: str | Path, step: int | None = None) -> Trained:
-    """Returns the network of a workdir; nothing there is changed, and it may be training still.
+    """Returns the network of a workdir, which may still be training. Writes nothing.
 
     Args:
       step: which checkpoint; by default the best by top-1, or the newest if none was evaluated.
 
-    Raises UserError if the workdir holds no run, or one that cannot be read.
+    Raises:
+      UserError: the workdir holds no run or one that cannot be read, or its network has other
+        shapes in this version of the program.
     """
     workdir = Path(workdir).expanduser()
     config = saved_config(workdir)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} has no checkpoint yet; train longer or name another workdir")
-    model = parallel.build_model(config)
+    model = build_model(config)
     here = SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(
-        lambda x: x.update(sharding=here),
-        jax.eval_shape(functools.partial(init_state, model, config)),
-    )
+    like = jax.tree.map(lambda x: x.update(sharding=here), state_shapes(config, model))
     with contextlib.closing(Checkpoints(workdir, config, read_only=True)) as checkpoints:
         step = _chosen_step(workdir, checkpoints, step)
         try:
             state = checkpoints.restore(step, like).state
         except ValueError as error:
             raise UserError(
-                f"the checkpoint of step {step} in {workdir} cannot be read ({str(error)[:200]}); "
-                "choose another step, or put back a copy of it"
+                f"the checkpoint of step {step} in {workdir} cannot be read "
+                f"({str(error)[:200]}); choose another step, or put back a copy of it"
             ) from error
     stats, class_names = load_statistics(workdir)
     others = map(unnamed, range(len(class_names), config.model.num_classes))
@@ -85,6 +113,14 @@ def load(workdir: str | Path, step: int | None = None) -> Trained:
         (*class_names, *others),
         step,
     )
+
+
+def state_shapes(config: ConfigDict, model: AlexNet) -> TrainState:
+    """Returns shapes and dtypes of the train state of a config."""
+    tx = make_optimizer(config, steps_per_epoch=1.0)
+    size = config.augment.crop_size
+    shapes: TrainState = jax.eval_shape(lambda: init_state(model, tx, config.seed, (size, size, 3)))
+    return shapes
 
 
 def create(
@@ -105,11 +141,13 @@ def create(
     Raises UserError if the workdir is not new or cannot be written, or the arrays are not those of
     the config's network.
     """
-    expected = jax.eval_shape(functools.partial(init_state, parallel.build_model(config), config))
-    unlike = mismatch(expected.params, variables["params"])
+    model = build_model(config)
+    unlike = mismatch(state_shapes(config, model).params, variables["params"])
     if unlike:
         raise UserError(f"the weights are not of variant {config.model.variant}: {unlike}")
-    state = state_of(jax.tree.map(jnp.asarray, variables), config)
+    size = config.augment.crop_size
+    state = init_state(model, make_optimizer(config, 1.0), config.seed, (size, size, 3))
+    state = state.replace(**jax.tree.map(jnp.asarray, variables))
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty; choose another workdir")
     place = workdir.absolute()
@@ -181,7 +219,9 @@ def log_probs(
       views: "center" or "ten".
       variables: the network's; apart, so that they are no constants of what is compiled.
     """
-    return log_probabilities(trained.model, variables, images, trained.stats, trained.config, views)
+    views_of = trained.augment.ten if views == "ten" else trained.augment.center
+    found = views_of(images)
+    return log_probabilities(trained.model, variables, found if views == "ten" else found[None])
 
 
 def classifier(trained: Trained, views: str | None = None) -> OfImages:
@@ -204,7 +244,7 @@ def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
     """
 
     def features(variables: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
-        view = augment.center_crop(images, trained.stats, trained.config)
+        view = trained.augment.center(images)
         found = trained.model.apply(variables, view, train=False, features=names)[1]
         return {name: x.astype(jnp.float32) for name, x in found.items()}
 

@@ -16,7 +16,7 @@ from alexnet_jax import inference
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import Store
 from alexnet_jax.inference import Trained
-from alexnet_jax.training.train_step import first_five, mean_softmax
+from alexnet_jax.training.train_step import mean_softmax, top_five
 from alexnet_jax.utils.errors import UserError
 
 # Batches whose results are not fetched yet: the devices compute while the host counts.
@@ -104,7 +104,9 @@ class Ensemble(NamedTuple):
 
 def all_ensembles(workdirs: Sequence[Path], views: Sequence[str]) -> list[Ensemble]:
     """Returns each network and, if there are several, their average, for each kind of views."""
-    rows = [(str(workdir), (index,)) for index, workdir in enumerate(workdirs)]
+    rows: list[tuple[str, tuple[int, ...]]] = [
+        (str(workdir), (index,)) for index, workdir in enumerate(workdirs)
+    ]
     if len(workdirs) > 1:
         rows.append((f"average of {len(workdirs)}", tuple(range(len(workdirs)))))
     return [Ensemble(name, view, members) for view in views for name, members in rows]
@@ -164,9 +166,9 @@ def _predict(
     predictions = []
     for _, views, members in ensembles:
         mean = mean_softmax(jnp.stack([log_probs[index, views] for index in members]))
-        _, top5 = first_five(mean)
+        _, top5 = top_five(mean)
         own = jnp.take_along_axis(mean, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
-        predictions.append((top5, own))
+        predictions.append((classes, own))
     return predictions
 
 

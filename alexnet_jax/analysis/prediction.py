@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int32, UInt8
 from alexnet_jax import inference
 from alexnet_jax.data.decode import read_upright
 from alexnet_jax.inference import Trained
-from alexnet_jax.training.train_step import first_five
+from alexnet_jax.training.train_step import top_five
 from alexnet_jax.utils.errors import UserError
 
 DECODING_THREADS = max(2, os.cpu_count() or 1)
@@ -93,9 +93,7 @@ def predict_files(
       views: "center", or "ten" for the average over the paper's ten views.
     """
     classify = inference.on_all_devices(
-        lambda variables, images: first_five(
-            inference.log_probs(network, views, variables, images)
-        ),
+        lambda variables, images: top_five(inference.log_probs(network, views, variables, images)),
         network.variables,
     )
     pending: collections.deque[tuple[list[DecodedFile], np.ndarray, Any]] = collections.deque()

@@ -1,34 +1,33 @@
 """A picture of a training batch as the network sees it, with labels."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from alexnet_jax.analysis import figures as plots
-from alexnet_jax.data import augment, pipeline
+from alexnet_jax.analysis import figures
+from alexnet_jax.data.augment import Augment
+from alexnet_jax.data.pipeline import shuffled
 from alexnet_jax.data.store import Store
-from alexnet_jax.training import optimizer as optim
-from alexnet_jax.training import train_step as step
+from alexnet_jax.training.train_step import augment_batch, train_key
 
-SAMPLES = 36
+MAX_SAMPLES = 36
 
 
-def save_samples(config: ConfigDict, store: Store, number: int, path: Path) -> None:
-    """Writes the first images of training batch `number`, as its step augments them, with labels.
+def save_samples(
+    store: Store, augment: Augment, seed: int, batch_size: int, step: int, path: Path
+) -> None:
+    """Writes the first images of the batch of a training step, augmented as in that step.
 
-    The mean is left in, so that the picture can be looked at; all else is what the step does.
+    Only the mean is not subtracted, so that the picture shows natural colors.
     """
-    positions = number * config.batch_size + np.arange(min(SAMPLES, config.batch_size))
-    batch = store.read(pipeline.shuffled(positions, store.num_examples, config.seed))
-    schedule = optim.make_schedule(config, store.num_examples / config.batch_size)
-    stats = augment.statistics(store, config)
-    stats = stats._replace(mean=np.zeros_like(stats.mean))
-    noise = schedule(jnp.int32(number), jnp.float32(1.0)).color_noise
-    key = step.train_key(config.seed)
-    images = jax.jit(lambda x: step.augmented(key, number, x, noise, stats, config))(batch["image"])
-    pixels = np.asarray(images) / augment.scale(config)
+    positions = step * batch_size + np.arange(min(MAX_SAMPLES, batch_size))
+    batch = store.read(shuffled(positions, store.num_examples, seed))
+    with_mean = augment.stats._replace(mean=np.zeros_like(augment.stats.mean))
+    augment = dataclasses.replace(augment, stats=with_mean)
+    key = jax.random.fold_in(train_key(seed), step)
+    images = jax.jit(lambda x: augment_batch(augment, key, x, step))(batch["image"])
+    pixels = np.clip(np.rint(np.asarray(images) / augment.scale), 0, 255).astype(np.uint8)
     names = [store.class_names[label] for label in batch["label"]]
-    plots.save_sample_grid(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), names, path)
+    figures.save_sample_grid(pixels, names, path)

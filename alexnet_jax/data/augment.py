@@ -1,12 +1,14 @@
-"""What happens to the pixels inside the jitted step: crop, flip, colour noise, mean, ten views.
+"""What happens to the pixels inside the jitted step: crop, flip, color noise, mean, views.
 
-Sources: the 2012 paper, section 4.1, and run #145 of its authors' released program, which did
-some things otherwise (`configs/imagenet_2012.py` lists them). The inception crop is that of Szegedy
-et al. 2014 (arXiv 1409.4842, section 6), resized as Pillow resizes.
+The sources are the 2012 paper, §4.1, and run #145 of its authors' released program, which differs
+in places (`configs/imagenet_2012.py` lists them). The inception crop is that of Szegedy et al. 2014
+(arXiv 1409.4842, §6), resized as Pillow resizes.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,48 +18,187 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from alexnet_jax.data.store import Store
-
-TEN_VIEWS = 10
-BOX_DRAWS = 10
+BOX_DRAWS = 10  # attempts to draw an inception box, as in torchvision
 
 
 class Statistics(NamedTuple):
-    """What the augmentation knows of the train split.
+    """What augmentation uses of the training images.
 
     Attributes:
-      mean: in pixel values 0 to 255.
-      noise_basis: its columns are the RGB eigenvectors, scaled.
+      mean: mean image or mean RGB, in pixel values 0 to 255.
+      noise_basis: RGB eigenvectors in the columns, scaled (see `statistics`).
     """
 
     mean: Float32[np.ndarray, "S S 3"] | Float32[np.ndarray, " 3"]
     noise_basis: Float32[np.ndarray, "3 3"]
 
 
-def statistics(store: "Store", config: ConfigDict) -> Statistics:
-    """Returns the train store's mean and scaled colour eigenvectors, as `config.augment` asks.
+def statistics(store: Any, config: ConfigDict) -> Statistics:
+    """Returns the mean and the scaled color eigenvectors of a store, as `config.augment` asks.
 
-    The paper scales the eigenvectors by the eigenvalues. That is a usable amount of noise only
-    where pixels run from 0 to 1, so the eigenvalues are taken of such pixels and the noise is
-    scaled back to 0 to 255. Run #145 scaled by the standard deviations, the eigenvalues' roots.
+    The paper scales the eigenvectors by the eigenvalues. That is a usable amount of noise only if
+    pixels run from 0 to 1, so the eigenvalues of such pixels are used, and the noise is scaled
+    back to 0 to 255. Run #145 scaled by the standard deviations, the eigenvalues' square roots.
 
-    Raises UserError if a field of `config.augment` has a value that does not exist.
+    Args:
+      store: a `data.store.Store` of the training split.
     """
-    check(config)
     mean = store.mean_channel if config.augment.mean == "channel" else store.mean_image
-    scales = {
-        "eigenvalue": np.asarray(store.eigenvalues) / 255.0,
-        "std": np.sqrt(np.maximum(store.eigenvalues, 0.0)),
-    }[config.augment.color_noise_scale]
+    if config.augment.color_noise_scale == "eigenvalue":
+        scales = np.asarray(store.eigenvalues) / 255.0
+    else:
+        scales = np.sqrt(np.maximum(store.eigenvalues, 0.0))
     return Statistics(
         mean=np.asarray(mean, np.float32),
         noise_basis=np.asarray(store.eigenvectors * scales, np.float32),
     )
 
 
-def check(config: ConfigDict) -> None:
-    """Raises UserError if a field of `config.augment` has a value that does not exist."""
+@dataclass(frozen=True, eq=False)
+class Augment:
+    """The augmentation of a run: call it on a training batch; `views` is for evaluation.
+
+    Attributes:
+      fields: `config.augment`.
+      image_size: S, of stored images, in pixels.
+      eval_views: "center" or "ten", what `views` returns.
+      stats: of the training images.
+      noise_changes: (step, standard deviation) pairs, rising; each holds from its step on.
+    """
+
+    fields: ConfigDict
+    image_size: int
+    eval_views: str
+    stats: Statistics
+    noise_changes: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def crop_size(self) -> int:
+        """Size of the network's input in pixels."""
+        size: int = self.fields.crop_size
+        return size
+
+    @property
+    def scale(self) -> Float32[np.ndarray, " 3"]:
+        """Factor on the mean-subtracted pixels of each channel."""
+        channels = np.asarray(self.fields.channel_scale, np.float32)
+        return np.float32(self.fields.pixel_scale) * channels
+
+    def color_noise(self, step: jax.Array | int) -> Float32[jax.Array, ""]:
+        """Returns the standard deviation of the paper's α at a step."""
+        value: Any = self.fields.color_noise
+        for start, changed in self.noise_changes:
+            value = jnp.where(step >= start, changed, value)
+        return jnp.asarray(value, jnp.float32)
+
+    def __call__(
+        self, images: UInt8[jax.Array, "B S S 3"], keys: jax.Array, step: jax.Array | int = 0
+    ) -> Float32[jax.Array, "B crop_size crop_size 3"]:
+        """Crops, flips and recolors a training batch at random and subtracts the mean.
+
+        Args:
+          keys: a random key for each image. What happens to an image thus does not depend on the
+            device or the place in the batch that it is given.
+          step: decides about `color_noise`.
+        """
+        noise = self.color_noise(step)
+        return jax.vmap(lambda image, key: self._augment_one(image, key, noise))(images, keys)
+
+    def _augment_one(self, image: jax.Array, key: jax.Array, noise: jax.Array) -> jax.Array:
+        crop_key, flip_key, noise_key = jax.random.split(key, 3)
+        image = image.astype(jnp.float32)
+
+        # The paper subtracts the mean image before it crops, so that each pixel loses the mean of
+        # its own place. Run #145 subtracts the center of the mean image from every crop instead,
+        # after it may have flipped it.
+        if self.fields.mean == "image":
+            image = image - self.stats.mean
+        image = self._random_crop(crop_key, image)
+        flip = self.fields.flip & jax.random.bernoulli(flip_key)
+        image = jnp.where(flip, image[:, ::-1], image)
+        if self.fields.mean != "image":
+            image = image - self._center_mean()
+
+        # §4.1: add Σ_i α_i λ_i p_i to every pixel, one draw of α ~ N(0, noise²) for each image.
+        image = image + self.stats.noise_basis @ (noise * jax.random.normal(noise_key, (3,)))
+        if self.fields.color_noise_shrink:
+            image = image / (1.0 + noise)
+        return image * self.scale
+
+    def _random_crop(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        fields, size = self.fields, self.fields.crop_size
+        if fields.crop == "inception":
+            box = inception_box(key, self.image_size, fields.crop_area, fields.crop_aspect)
+            return _resize(image, box, size)
+        y, x = jax.random.randint(key, (2,), 0, self.image_size - size + 1)
+        return jax.lax.dynamic_slice(image, (y, x, 0), (size, size, 3))
+
+    def views(
+        self, images: UInt8[jax.Array, "B S S 3"]
+    ) -> Float32[jax.Array, "V B crop_size crop_size 3"]:
+        """Returns the views of each image whose softmaxes are averaged: V is 1 or 10."""
+        return self.ten(images) if self.eval_views == "ten" else self.center(images)[None]
+
+    def center(
+        self, images: UInt8[jax.Array, "B S S 3"]
+    ) -> Float32[jax.Array, "B crop_size crop_size 3"]:
+        """Returns the mean-subtracted center crops."""
+        border = self.image_size - self.crop_size
+        return self._window(images, border // 2, border // 2)
+
+    def ten(
+        self, images: UInt8[jax.Array, "B S S 3"]
+    ) -> Float32[jax.Array, "10 B crop_size crop_size 3"]:
+        """Returns the paper's test views (§4.1).
+
+        Top left, top right, center, bottom left, bottom right, then the same five mirrored; the
+        order is that of the released program.
+        """
+        end = self.image_size - self.crop_size
+        corners = [(0, 0), (0, end), (end // 2, end // 2), (end, 0), (end, end)]
+        views = jnp.stack([self._window(images, y, x) for y, x in corners])
+        return jnp.concatenate([views, views[..., ::-1, :]])
+
+    def _window(self, images: jax.Array, y: int, x: int) -> jax.Array:
+        size = self.crop_size
+        window = images[:, y : y + size, x : x + size].astype(jnp.float32)
+        if self.fields.mean == "image":
+            mean: Any = self.stats.mean[y : y + size, x : x + size]
+        else:
+            mean = self._center_mean()
+        view: jax.Array = (window - mean) * self.scale
+        return view
+
+    def _center_mean(self) -> np.ndarray:
+        mean = self.stats.mean
+        return mean if mean.ndim == 1 else center_window(mean, self.crop_size)
+
+
+def make_augment(
+    config: ConfigDict, statistics: Statistics | None = None, steps_per_epoch: float = math.inf
+) -> Augment:
+    """Returns the augmentation of a config.
+
+    Args:
+      statistics: of the training images; None for a mean of 0 and no color noise.
+      steps_per_epoch: needed in training if `config.schedule.changes` changes the color noise.
+
+    Raises:
+      UserError: a field has a value that does not exist.
+    """
+    _check(config)
+    if statistics is None:
+        like_mean = (config.image_size,) * 2 + (3,) if config.augment.mean != "channel" else (3,)
+        statistics = Statistics(np.zeros(like_mean, np.float32), np.zeros((3, 3), np.float32))
+    changes = [
+        (math.ceil(epoch * steps_per_epoch), value)
+        for epoch, _, field, value in config.schedule.changes
+        if field == "color_noise" and math.isfinite(steps_per_epoch)
+    ]
+    return Augment(config.augment, config.image_size, config.eval.views, statistics, tuple(changes))
+
+
+def _check(config: ConfigDict) -> None:
     for field, values in {
         "crop": ("random", "inception"),
         "mean": ("image", "image_center", "channel"),
@@ -65,10 +206,11 @@ def check(config: ConfigDict) -> None:
     }.items():
         if config.augment[field] not in values:
             raise UserError(
-                f"augment.{field}={config.augment[field]!r}; it can be {', '.join(values)}"
+                f"augment.{field}={config.augment[field]!r} does not exist; choose one of "
+                f"{', '.join(values)}"
             )
     if config.eval.views not in ("center", "ten"):
-        raise UserError(f"eval.views={config.eval.views!r}; it can be center or ten")
+        raise UserError(f"eval.views={config.eval.views!r} does not exist; choose center or ten")
     if not 0 < config.augment.crop_size <= config.image_size:
         raise UserError(
             f"augment.crop_size={config.augment.crop_size} must lie between 1 and "
@@ -81,50 +223,23 @@ def check(config: ConfigDict) -> None:
     _check_range("crop_aspect", config.augment.crop_aspect, np.inf, "0 < low <= high")
 
 
-def scale(config: ConfigDict) -> Float32[np.ndarray, " 3"]:
-    """Returns what multiplies the mean-subtracted pixels, for each channel."""
-    fields = config.augment
-    return np.float32(fields.pixel_scale) * np.asarray(fields.channel_scale, np.float32)
-
-
-def _check_range(field: str, values: Sequence[Any], most: float, told: str) -> None:
+def _check_range(field: str, values: Sequence[Any], most: float, rule: str) -> None:
     numbers = len(values) == 2 and all(isinstance(value, int | float) for value in values)
     if not (numbers and 0 < values[0] <= values[1] <= most):
-        raise UserError(f"augment.{field}={values} must be two numbers (low, high), {told}")
+        raise UserError(f"augment.{field}={values} must be two numbers (low, high), {rule}")
 
 
-def augment(
-    images: UInt8[jax.Array, "B S S 3"],
-    keys: jax.Array,
-    color_noise: Float32[jax.Array, ""],
-    stats: Statistics,
-    config: ConfigDict,
-) -> Float32[jax.Array, "B crop_size crop_size 3"]:
-    """Crops, flips and colours a training batch at random and subtracts the mean.
+def center_window(
+    image: Shaped[np.ndarray, "S S ..."], size: int
+) -> Shaped[np.ndarray, "{size} {size} ..."]:
+    """Returns the part of a stored image that `Augment.center` keeps."""
+    start = (len(image) - size) // 2
+    return image[start : start + size, start : start + size]
 
-    Args:
-      keys: one random key for each image, so that an image's fate does not depend on which
-        device or which place of the batch it comes to.
-      color_noise: the standard deviation of the paper's alpha.
-    """
-    fields = config.augment
 
-    def augment_one(image: jax.Array, key: jax.Array) -> jax.Array:
-        crop_key, flip_key, noise_key = jax.random.split(key, 3)
-        crop = _drawn_crop(crop_key, config)
-        flip = fields.flip & jax.random.bernoulli(flip_key)
-        image = image.astype(jnp.float32)
-        image = crop(image - stats.mean if fields.mean == "image" else image)
-        image = jnp.where(flip, image[:, ::-1], image)
-        if fields.mean != "image":
-            image = image - _central_mean(stats, fields.crop_size)
-        alpha = color_noise * jax.random.normal(noise_key, (3,))
-        image = image + stats.noise_basis @ alpha
-        if fields.color_noise_shrink:
-            image = image / (1.0 + color_noise)
-        return image * scale(config)
-
-    return jax.vmap(augment_one)(images, keys)
+# ------------------------------------------------------------------------------------------
+# The inception crop
+# ------------------------------------------------------------------------------------------
 
 
 def inception_box(
@@ -132,15 +247,15 @@ def inception_box(
 ) -> Int32[jax.Array, " 4"]:
     """Draws the part of a size×size image that an inception crop shows.
 
-    As torchvision's RandomResizedCrop does: the first of ten draws that fits into the image, else
-    the largest box of the aspect nearest to the image's own, which is the whole image wherever
-    `aspect` includes 1.
+    As in torchvision's RandomResizedCrop, this is the first of ten draws that fits into the image.
+    If none fits it is the largest box of the allowed aspect nearest to 1.
 
     Args:
       area: least and largest share of the image's area; uniform between them.
-      aspect: least and largest width over height; its logarithm is uniform between theirs.
+      aspect: least and largest width / height; log-uniform between them.
 
-    Returns top, left, height and width in pixels.
+    Returns:
+      Top, left, height and width in pixels.
     """
     area_key, aspect_key, offset_key = jax.random.split(key, 3)
     low, high = np.log(aspect)
@@ -155,60 +270,10 @@ def inception_box(
     return jnp.concatenate([offset, sides])
 
 
-def center_crop(
-    images: UInt8[jax.Array, "B S S 3"], stats: Statistics, config: ConfigDict
-) -> Float32[jax.Array, "B crop_size crop_size 3"]:
-    """Returns the images' mean-subtracted centres."""
-    border = config.image_size - config.augment.crop_size
-    return _view(images, border // 2, border // 2, stats, config)
-
-
-def center_window(
-    image: Shaped[np.ndarray, "S S ..."], size: int
-) -> Shaped[np.ndarray, "{size} {size} ..."]:
-    """Returns the part of an image that `center_crop` keeps."""
-    start = (len(image) - size) // 2
-    return image[start : start + size, start : start + size]
-
-
-def ten_views(
-    images: UInt8[jax.Array, "B S S 3"], stats: Statistics, config: ConfigDict
-) -> Float32[jax.Array, "10 B crop_size crop_size 3"]:
-    """Returns the paper's test views.
-
-    Top left, top right, centre, bottom left, bottom right, then the same five mirrored
-    (section 4.1; the order is the released program's).
-    """
-    end = config.image_size - config.augment.crop_size
-    corners = [(0, 0), (0, end), (end // 2, end // 2), (end, 0), (end, end)]
-    views = jnp.stack([_view(images, y, x, stats, config) for y, x in corners])
-    return jnp.concatenate([views, views[..., ::-1, :]])
-
-
-def _view(images: jax.Array, y: int, x: int, stats: Statistics, config: ConfigDict) -> jax.Array:
-    size = config.augment.crop_size
-    view = images[:, y : y + size, x : x + size].astype(jnp.float32)
-    if config.augment.mean == "image":
-        view = view - stats.mean[y : y + size, x : x + size]
-    else:
-        view = view - _central_mean(stats, size)
-    return view * scale(config)
-
-
-def _drawn_crop(key: jax.Array, config: ConfigDict) -> Callable[[jax.Array], jax.Array]:
-    """Draws a crop as `config.augment` asks and returns what takes it out of float32[S, S, 3]."""
-    fields = config.augment
-    if fields.crop == "inception":
-        box = inception_box(key, config.image_size, fields.crop_area, fields.crop_aspect)
-        return lambda image: _resized(image, box, fields.crop_size)
-    offset = jax.random.randint(key, (2,), 0, config.image_size - fields.crop_size + 1)
-    return lambda image: _crop(image, offset, fields.crop_size)
-
-
-def _resized(
+def _resize(
     image: Float32[jax.Array, "S S 3"], box: Int32[jax.Array, " 4"], size: int
 ) -> Float32[jax.Array, "{size} {size} 3"]:
-    """Resizes the box of an image by Pillow's BILINEAR."""
+    """Resizes a box of an image as Pillow's BILINEAR does, as two matrix products."""
     top, left, height, width = box
     rows = _resize_weights(top, height, image.shape[0], size)
     columns = _resize_weights(left, width, image.shape[1], size)
@@ -220,11 +285,11 @@ def _resized(
 def _resize_weights(
     start: jax.Array, length: jax.Array, stored: int, size: int
 ) -> Float32[jax.Array, "{size} {stored}"]:
-    """Returns the matrix that resizes an axis's pixels [start, start + length).
+    """Returns the matrix that resizes the pixels [start, start + length) of an axis.
 
-    A pixel's weight falls linearly with its distance from the new pixel's centre, to zero at one
-    pixel, old or new, whichever is larger; each row sums to 1. Distances are in whole units of
-    1 / (2 size) old pixels, so that none is rounded.
+    A pixel's weight falls linearly with its distance from the center of the new pixel, to 0 at one
+    pixel, old or new, whichever is larger. Each row sums to 1. Distances are in whole units of
+    1 / (2 size) old pixels, so none is rounded.
     """
     pixels = 2 * (jnp.arange(stored) - start) + 1
     centers = (2 * jnp.arange(size) + 1) * length
@@ -232,12 +297,3 @@ def _resize_weights(
     in_box = (pixels > 0) & (pixels < 2 * length)
     weights = jnp.where(in_box, jnp.maximum(2 * jnp.maximum(length, size) - distances, 0), 0)
     return weights / weights.sum(axis=1, keepdims=True)
-
-
-def _crop(image: jax.Array, offset: jax.Array, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), (size, size, image.shape[-1]))
-
-
-def _central_mean(stats: Statistics, size: int) -> np.ndarray:
-    """Run #145 took the mean image's central window whatever the crop's offset."""
-    return stats.mean if stats.mean.ndim == 1 else center_window(stats.mean, size)

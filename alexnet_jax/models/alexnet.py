@@ -1,339 +1,482 @@
-"""AlexNet and its variants, as one Flax module driven by a table."""
+"""AlexNet and its variants: each is a list of layers, in the order in which an image meets them."""
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float, Float32
+from ml_collections import ConfigDict
 
-from alexnet_jax.models.layers import (
-    ceil_padding,
-    conv,
-    dot_general,
-    dropout_mask,
-    inverted_dropout,
-    local_response_norm,
-    max_pool,
-    paper_dropout,
-    promote_all_but_kernel,
-    split_dot_general,
-    to_rows_of_group,
-    within_map_norm,
-)
+from alexnet_jax.models import layers as ops
 from alexnet_jax.utils.errors import UserError
 
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
-FEATURES = (
-    *("conv1", "pool1", "conv2", "pool2", "conv3", "conv4", "conv5", "pool5"),
-    *("fc6", "fc7", "fc8"),
-)
-INITIALIZERS = ("paper", "he")
-DTYPES = ("float32", "bfloat16")
-LEAST_SIZE = 63  # from here on pool5 has a whole window under either rounding (as torchvision)
-
-KERNEL_SIZES = (11, 5, 3, 3, 3)
-STRIDES = (4, 1, 1, 1, 1)
-HIDDEN_UNITS = 4096
-# Paper §5: "the second, fourth, and fifth convolutional layers, as well as [...] the
-# fully-connected hidden layers" start with a bias of 1, the others with 0.
-HIDDEN_BIAS_LAYERS = ("conv2", "conv4", "conv5", "fc6", "fc7")
-
-Ops = tuple[str, ...]
-PLAIN: Ops = ("conv", "relu")
-POOLED: Ops = ("conv", "relu", "pool")
-# The same values, since bias and ReLU are monotone, of a quarter as many elements.
-POOLED_EARLY: Ops = ("conv_and_pool", "relu")
-NORMED: Ops = ("conv", "relu", "lrn", "pool")
-BN_PLAIN: Ops = ("conv", "bn", "relu")
-BN_POOLED: Ops = ("conv", "bn", "relu", "pool")
-FEATURE_OF = {"conv": "conv", "pool": "pool", "conv_and_pool": "pool", "fc": "fc"}
+# ------------------------------------------------------------------------------------------
+# What a list can contain
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Lrn:
-    """Local response norm: `alpha` per squared term, `groups` towers that no window crosses."""
+class Conv:
+    """Convolution with `features` filters of size×size pixels.
+
+    Attributes:
+      features: number of filters; `AlexNet.width` scales it.
+      padding: zeros on each side. None: size // 2, which keeps the resolution at stride 1.
+        "ceil": none at the top and left, and at the other edges as many as the last window needs,
+        so that the number of windows rounds up.
+      groups: parts into which input and output channels are split. The paper's two GPUs are two
+        groups (§3.5, Figure 2).
+      bias: initial bias; None for no bias.
+      std: standard deviation of the initial kernel (paper §5: 0.01).
+    """
+
+    features: int
+    size: int
+    stride: int = 1
+    padding: int | Literal["ceil"] | None = None
+    groups: int = 1
+    bias: float | None = 0.0
+    std: float = 0.01
+    kind: ClassVar[str] = "conv"
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Fully connected layer; the first one flattens its input in the order (row, column, channel).
+
+    Attributes:
+      features: number of units, scaled by `AlexNet.width`; "classes" is `AlexNet.num_classes`.
+      bias: initial bias.
+      std: standard deviation of the initial kernel.
+    """
+
+    features: int | Literal["classes"]
+    bias: float = 0.0
+    std: float = 0.01
+    kind: ClassVar[str] = "fc"
+
+
+@dataclass(frozen=True)
+class ReLU:
+    """max(0, x), paper §3.1."""
+
+    kind: ClassVar[str] = "relu"
+
+
+@dataclass(frozen=True)
+class Tanh:
+    """The saturating nonlinearity to which the paper compares ReLU (§3.1, Figure 1)."""
+
+    kind: ClassVar[str] = "tanh"
+
+
+@dataclass(frozen=True)
+class LRN:
+    """Local response normalization across channels, paper §3.3.
+
+    `alpha` multiplies each squared term. Caffe, PyTorch and the 2012 program divide their alpha
+    by the window of 5 first, so their 1e-4 is 1e-4 / 5 here.
+    """
 
     k: float = 2.0
     alpha: float = 1e-4
     groups: int = 1
+    kind: ClassVar[str] = "lrn"
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What one published AlexNet does in each of its layers.
+class MapNorm:
+    """Response normalization within each map, over 5×5 pixels; run #145 only."""
 
-    `blocks` lists the operations of conv1 to conv5 in order, `hidden` those of fc6 and fc7.
+    kind: ClassVar[str] = "mapnorm"
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """Batch normalization over batch, rows and columns. Replaces the convolution's bias."""
+
+    kind: ClassVar[str] = "bn"
+
+
+@dataclass(frozen=True)
+class MaxPool:
+    """Max pooling, overlapping by default (paper §3.4).
+
+    Attributes:
+      ceil: whether the number of windows rounds up, as in cuda-convnet and Caffe. Windows are
+        then clipped at the bottom and right edges.
     """
 
-    blocks: tuple[Ops, ...]
-    filters: tuple[int, ...] = (96, 256, 384, 384, 256)
-    groups: tuple[int, ...] = (1, 2, 1, 2, 2)
-    lrn: Lrn = Lrn()
-    hidden: Ops = ("fc", "relu", "dropout")
-    paper_dropout: bool = False
-    conv1_rounds_up: bool = False
-    conv_stds: tuple[float, ...] = (0.01, 0.01, 0.01, 0.01, 0.01)
+    size: int = 3
+    stride: int = 2
+    ceil: bool = True
+    kind: ClassVar[str] = "pool"
 
 
-ONE_TOWER = (1, 1, 1, 1, 1)
+@dataclass(frozen=True)
+class AdaptiveAvgPool:
+    """Averages size×size cells of any input, as torch.nn.AdaptiveAvgPool2d does."""
+
+    size: int = 6
+    kind: ClassVar[str] = "avgpool"
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout at the rate `AlexNet.dropout`, paper §4.2.
+
+    Attributes:
+      inverted: False: zeros units in training and scales all of them at test time, as the paper
+        does. True: scales the kept units in training, as PyTorch does. Expected values agree, but
+        with False the next layer's inputs, and so its gradients, are smaller in training.
+    """
+
+    inverted: bool = False
+    kind: ClassVar[str] = "dropout"
+
+
+Layer = Conv | Dense | ReLU | Tanh | LRN | MapNorm | BatchNorm | MaxPool | AdaptiveAvgPool | Dropout
+Variant = tuple[Layer, ...]
+
+# ------------------------------------------------------------------------------------------
+# The variants
+# ------------------------------------------------------------------------------------------
+
+# Initial biases of 1: paper §5, "the second, fourth, and fifth convolutional layers, as well as
+# [...] the fully-connected hidden layers". They give ReLUs positive inputs early in training.
 VARIANTS: dict[str, Variant] = {
-    # Krizhevsky, Sutskever, Hinton 2012, as the paper's §3 to §5 state it.
-    "paper": Variant(blocks=(NORMED, NORMED, PLAIN, PLAIN, POOLED), paper_dropout=True),
+    # Krizhevsky, Sutskever and Hinton 2012, as §3 to §5 describe it. At 224 pixels padding 2 gives
+    # the 55×55 maps of Figure 2; so does padding 0 at 227 pixels.
+    "paper": (
+        *(Conv(96, 11, stride=4, padding=2), ReLU(), LRN(), MaxPool()),
+        *(Conv(256, 5, groups=2, bias=1.0), ReLU(), LRN(), MaxPool()),
+        *(Conv(384, 3), ReLU()),
+        *(Conv(384, 3, groups=2, bias=1.0), ReLU()),
+        *(Conv(256, 3, groups=2, bias=1.0), ReLU(), MaxPool()),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout()),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout()),
+        Dense("classes"),
+    ),
     # One tower and no LRN.
-    "single": Variant(blocks=(POOLED, POOLED, PLAIN, PLAIN, POOLED), groups=ONE_TOWER),
-    # The authors' run #145 as its released code computed it (layers-145.cfg, layer.py): LRN
-    # divides its scale of 1e-4 by the window of 5 and sees one tower at a time.
-    "original": Variant(
-        blocks=(
-            ("conv", "lrn", "pool", "relu"),
-            ("conv", "relu", "lrn", "within_map_norm", "pool"),
-            PLAIN,
-            PLAIN,
-            ("conv", "pool", "relu"),
-        ),
-        lrn=Lrn(alpha=1e-4 / 5, groups=2),
-        paper_dropout=True,
-        conv1_rounds_up=True,
-        conv_stds=(0.01, 0.01, 0.03, 0.03, 0.03),
+    "single": (
+        *(Conv(96, 11, stride=4, padding=2), ReLU(), MaxPool()),
+        *(Conv(256, 5, bias=1.0), ReLU(), MaxPool()),
+        *(Conv(384, 3), ReLU()),
+        *(Conv(384, 3, bias=1.0), ReLU()),
+        *(Conv(256, 3, bias=1.0), ReLU(), MaxPool()),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout(inverted=True)),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout(inverted=True)),
+        Dense("classes"),
     ),
-    # Caffe's bvlc_reference_caffenet: pool before LRN; Caffe's LRN layer has k = 1 by default
-    # and divides alpha by the window of 5.
-    "caffenet": Variant(
-        blocks=(
-            ("conv", "relu", "pool", "lrn"),
-            ("conv", "relu", "pool", "lrn"),
-            PLAIN,
-            PLAIN,
-            POOLED,
-        ),
-        lrn=Lrn(k=1.0, alpha=1e-4 / 5),
+    # The authors' run #145 as its released code computed it (layers-145.cfg, layer.py): conv1
+    # rounds its output size up, LRN sees one tower at a time and follows conv1 directly, and
+    # pooling comes before ReLU in blocks 1 and 5.
+    "original": (
+        *(Conv(96, 11, stride=4, padding="ceil"), LRN(alpha=1e-4 / 5, groups=2), MaxPool(), ReLU()),
+        *(Conv(256, 5, groups=2, bias=1.0), ReLU()),
+        *(LRN(alpha=1e-4 / 5, groups=2), MapNorm(), MaxPool()),
+        *(Conv(384, 3, std=0.03), ReLU()),
+        *(Conv(384, 3, groups=2, bias=1.0, std=0.03), ReLU()),
+        *(Conv(256, 3, groups=2, bias=1.0, std=0.03), MaxPool(), ReLU()),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout()),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout()),
+        Dense("classes"),
     ),
-    # "One weird trick" (arXiv 1404.5997) as torchvision has it.
-    "owt": Variant(
-        blocks=(POOLED, POOLED, PLAIN, PLAIN, POOLED),
-        filters=(64, 192, 384, 256, 256),
-        groups=ONE_TOWER,
-        hidden=("dropout", "fc", "relu"),
+    # Caffe's bvlc_reference_caffenet: pooling before LRN, whose k is 1 by default in Caffe.
+    "caffenet": (
+        *(Conv(96, 11, stride=4, padding=2), ReLU(), MaxPool(), LRN(k=1.0, alpha=1e-4 / 5)),
+        *(Conv(256, 5, groups=2, bias=1.0), ReLU(), MaxPool(), LRN(k=1.0, alpha=1e-4 / 5)),
+        *(Conv(384, 3), ReLU()),
+        *(Conv(384, 3, groups=2, bias=1.0), ReLU()),
+        *(Conv(256, 3, groups=2, bias=1.0), ReLU(), MaxPool()),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout(inverted=True)),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout(inverted=True)),
+        Dense("classes"),
     ),
-    # AlexNet-BN, as in the LARS paper (arXiv 1708.03888), on one tower.
-    "bn": Variant(blocks=(BN_POOLED, BN_POOLED, BN_PLAIN, BN_PLAIN, BN_POOLED), groups=ONE_TOWER),
+    # "One weird trick" (arXiv 1404.5997) as torchvision implements it: pooling rounds down, and
+    # adaptive pooling lets the network accept any input size from 63 pixels.
+    "owt": (
+        *(Conv(64, 11, stride=4, padding=2), ReLU(), MaxPool(ceil=False)),
+        *(Conv(192, 5, bias=1.0), ReLU(), MaxPool(ceil=False)),
+        *(Conv(384, 3), ReLU()),
+        *(Conv(256, 3, bias=1.0), ReLU()),
+        *(Conv(256, 3, bias=1.0), ReLU(), MaxPool(ceil=False), AdaptiveAvgPool(6)),
+        *(Dropout(inverted=True), Dense(4096, bias=1.0), ReLU()),
+        *(Dropout(inverted=True), Dense(4096, bias=1.0), ReLU()),
+        Dense("classes"),
+    ),
+    # AlexNet-BN of the LARS paper (arXiv 1708.03888), on one tower.
+    "bn": (
+        *(Conv(96, 11, stride=4, padding=2, bias=None), BatchNorm(), ReLU(), MaxPool()),
+        *(Conv(256, 5, bias=None), BatchNorm(), ReLU(), MaxPool()),
+        *(Conv(384, 3, bias=None), BatchNorm(), ReLU()),
+        *(Conv(384, 3, bias=None), BatchNorm(), ReLU()),
+        *(Conv(256, 3, bias=None), BatchNorm(), ReLU(), MaxPool()),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout(inverted=True)),
+        *(Dense(4096, bias=1.0), ReLU(), Dropout(inverted=True)),
+        Dense("classes"),
+    ),
 }
 
+INITIALIZERS = ("paper", "he")
+DTYPES = ("float32", "bfloat16")
+MIN_SIZE = 63  # pixels: the smallest input for which torchvision's alexnet has a whole pool5 window
 
-def _check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+
+def layers_of(variant: str | Variant) -> Variant:
+    """Returns the list of a variant given by name; a list is returned as it is.
+
+    Raises:
+      UserError: no variant has this name.
+    """
+    if isinstance(variant, str):
+        check_choice("model variant", variant, VARIANTS)
+        return VARIANTS[variant]
+    return tuple(variant)
+
+
+def named_layers(variant: str | Variant) -> dict[str, Layer]:
+    """Returns the layers of a variant by name, in order: conv1, relu1, lrn1, pool1, conv2, …, fc8.
+
+    Convolutions and fully connected layers are numbered together from 1. Every other layer carries
+    the number of the last of these before it.
+
+    Raises:
+      UserError: the list starts with another layer, or two layers get the same name.
+    """
+    named: dict[str, Layer] = {}
+    number = 0
+    for layer in layers_of(variant):
+        number += has_kernel(layer)
+        name = f"{layer.kind}{number}"
+        if number == 0 or name in named:
+            raise UserError(
+                f"a variant starts with Conv or Dense and has at most one {layer.kind} before the "
+                f"next one; {layer} does not fit"
+            )
+        named[name] = layer
+    return named
+
+
+def kernel_layers(variant: str | Variant) -> tuple[str, ...]:
+    """Returns the names of the layers that have a kernel: conv1 … conv5, fc6 … fc8."""
+    return tuple(name for name, layer in named_layers(variant).items() if has_kernel(layer))
+
+
+def towers(variant: str | Variant) -> int:
+    """Returns into how many towers, the paper's GPUs, the filters of a variant are split."""
+    return max(getattr(layer, "groups", 1) for layer in layers_of(variant))
+
+
+def has_kernel(layer: Layer) -> bool:
+    """Returns whether a layer is a convolution or fully connected."""
+    return isinstance(layer, Conv | Dense)
+
+
+def rectified(variant: str | Variant, name: str) -> str:
+    """Returns the name of the output to display for a layer: the one after its nonlinearity.
+
+    This is `relu1` for `conv1` in most variants. Where no nonlinearity follows before the next
+    layer with a kernel, it is `name` itself.
+    """
+    names = list(named_layers(variant))
+    number = name.removeprefix("conv").removeprefix("fc")
+    found = [other for other in names if other in (f"relu{number}", f"tanh{number}")]
+    return found[0] if found else name
+
+
+def check_choice(what: str, value: str, choices: Sequence[str] | dict[str, Any]) -> None:
+    """Raises UserError, which lists the choices, if `value` is not one of them."""
     if value not in choices:
         raise UserError(f"unknown {what} {value!r}: choose one of {', '.join(choices)}")
 
 
-def _check_input(shape: tuple[int, ...]) -> None:
-    if len(shape) != 4:
-        raise UserError(f"the model takes images of shape [B, S, S, C], not {list(shape)}")
-    height, width = shape[1:3]
-    if min(height, width) < LEAST_SIZE:
-        raise UserError(
-            f"images of {height}x{width} pixels are too small for AlexNet: "
-            f"resize them to at least {LEAST_SIZE}x{LEAST_SIZE}"
-        )
+# ------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------
+
+
+def _unconstrained(name: str, x: Array) -> Array:
+    return x
 
 
 class AlexNet(nn.Module):
-    """AlexNet in one of the six forms of `VARIANTS`.
+    """AlexNet: applies the layers of a variant one after the other.
 
-    Parameters are float32[...] under conv1..conv5, fc6..fc8, each with `kernel` (HWIO, with
-    I = inputs / groups; [inputs, outputs] for fc) and `bias`. Variant `bn` has `bn1`..`bn5`
-    (`scale`, `bias`, and the collection `batch_stats`) in place of the biases of conv1..conv5,
-    which its mean subtraction would cancel.
+    Parameters are float32 under conv1 … conv5 and fc6 … fc8, each with `kernel` (HWIO with
+    I = input channels / groups; [inputs, outputs] for fc) and `bias`. The variant `bn` has
+    bn1 … bn5 (`scale`, `bias`, and the collection `batch_stats`) instead of the convolutions'
+    biases, which subtracting the batch mean would cancel.
+
+    Input size: the numbers of the paper hold at 224 pixels with conv1 padding 2 and at 227 with
+    `conv1_padding=0`. At any other size from 63 the same rule applies: convolutions round the
+    number of windows down (conv1 of `original` rounds up), max pooling rounds it up (`owt` rounds
+    down). fc6 then has as many inputs as pool5 has values, so a network is tied to the size at
+    which it was initialized; only `owt`, which averages pool5 to 6×6, accepts every size.
+
+    Example:
+      >>> model = AlexNet("owt", num_classes=10)
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+      >>> logits = model.apply(variables, jnp.zeros((8, 224, 224, 3)))  # float32[8, 10]
 
     Attributes:
-      variant: a key of `VARIANTS`.
+      variant: a key of `VARIANTS`, or a list of layers.
       num_classes: length of the logits.
-      dtype: what layers compute in, "float32" or "bfloat16".
-      dropout: probability that a hidden unit of fc6, fc7 is zeroed; 0 needs no rng.
-      initializer: "paper", N(0, 0.01²) but for `original`, or "he", He normal by fan-in.
-      hidden_bias: initial bias in conv2, conv4, conv5, fc6, fc7 (0 elsewhere).
-      width: factor on all filter counts and on the 4096s, rounded to multiples of 8.
-      batch_axes: mapped axes over which the batch is split: `bn` averages its statistics over them.
-      fc_axis: the one of them along which the fc layers are split too, as in "One weird trick"
-        (arXiv 1404.5997): their kernels are a device's share of the inputs, [D / m, E], and
-        their features a share of the units for the images of all m devices, [m B, E / m].
-      frozen: of LAYERS; their batch norms use and keep their running statistics in training too.
+      dtype: of the arithmetic, "float32" or "bfloat16". Parameters and logits are float32.
+      gradient_dtype: of the kernels' gradients. Devices add up gradients in this dtype, so
+        "bfloat16" halves what they send (docs/pods.md). Without effect on CPU.
+      dropout: probability that a unit is dropped. At 0, training needs no "dropout" rng.
+      initializer: "paper", N(0, std²) with each layer's own std, or "he", He normal by fan-in.
+      hidden_bias: replaces every initial bias in the list that is not 0.
+      width: factor on all numbers of filters and hidden units, rounded to multiples of 8.
+      conv1_padding: replaces conv1's padding; -1 keeps the variant's.
+      frozen: names of layers whose batch norm uses its running statistics in training too.
+      axis_name: mapped axis over which the batch is split, under pmap only. Under jit the
+        compiler sees the global batch, whatever its sharding.
+      constrain: called as `constrain(name, x)` on the flattened input of fc6 ("flatten") and on
+        the products of the fully connected layers (their names) before the bias is added. The
+        hybrid parallel kind adds sharding constraints there (`training.sharding`).
 
     Raises:
-      UserError: an attribute, a feature name or an image size that does not exist here.
+      UserError: an attribute, a feature name or an image size does not exist here.
     """
 
-    variant: str = "paper"
+    variant: str | Variant = "paper"
     num_classes: int = 1000
     dtype: str = "float32"
+    gradient_dtype: str = "float32"
     dropout: float = 0.5
     initializer: str = "paper"
     hidden_bias: float = 1.0
     width: float = 1.0
-    batch_axes: tuple[str, ...] = ()
-    fc_axis: str | None = None
+    conv1_padding: int = -1
     frozen: tuple[str, ...] = ()
+    axis_name: str | None = None
+    constrain: Callable[[str, Array], Array] = _unconstrained
 
     def __post_init__(self) -> None:
-        _check_choice("model variant", self.variant, tuple(VARIANTS))
-        _check_choice("model initializer", self.initializer, INITIALIZERS)
-        _check_choice("model dtype", self.dtype, DTYPES)
+        named_layers(self.variant)
+        check_choice("model initializer", self.initializer, INITIALIZERS)
+        check_choice("model dtype", self.dtype, DTYPES)
+        check_choice("optimizer.gradient_dtype", self.gradient_dtype, DTYPES)
         super().__post_init__()
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B S S C"], train: bool = False, features: Sequence[str] = ()
     ) -> Float32[Array, "B classes"] | tuple[Float32[Array, "B classes"], dict[str, Array]]:
-        """Logits of a batch, and on request what the layers inside made of it.
-
-        A feature is the output of the convolution, pooling or fc layer of that name, with the
-        batch norm and ReLU that directly follow it. So `conv1` comes after ReLU and before LRN
-        and pooling, `fc6` after ReLU and before dropout; but in `original`, whose blocks 1 and
-        5 have their ReLU behind the pooling, conv1 and conv5 are signed and pool1 and pool5
-        rectified. `fc8` is the logits.
+        """Returns the logits and, on request, the outputs of layers by name.
 
         Args:
-          x: mean subtracted; S is at least 63. Convolutions round down, pooling rounds up.
-          train: whether dropout drops (rng stream "dropout") and batch norm uses the batch.
-          features: names out of `FEATURES`, returned in a dict beside the logits, in the model's
-            dtype: [B, H, W, C] for convN and poolN, [B, D] for fcN.
+          x: images, mean subtracted, S ≥ 63.
+          train: whether dropout drops units (rng stream "dropout") and batch norm uses the
+            statistics of the batch.
+          features: names of layers (`named_layers`) whose outputs are returned too, in a dict:
+            [B, H, W, C] before the first fully connected layer and [B, D] from it on, in `dtype`.
+            `conv1` is the convolution's own output with its bias, `relu1` follows ReLU.
         """
         _check_input(x.shape)
         for name in features:
-            _check_choice("feature", name, FEATURES)
-        variant = VARIANTS[self.variant]
-        found: dict[str, Array] = {}
+            check_choice("feature", name, named_layers(self.variant))
+        outputs: dict[str, Array] = {}
         x = x.astype(self.dtype)
-        for number, ops in enumerate(variant.blocks, start=1):
-            if ops == POOLED and f"conv{number}" not in features:
-                ops = POOLED_EARLY
-            x = self._block(ops, number, x, train, found)
-        x = x.reshape(x.shape[0], -1)
-        if axis := self._split_axis():
-            x = to_rows_of_group(x, axis)
-        for number, ops in ((6, variant.hidden), (7, variant.hidden), (8, ("fc",))):
-            x = self._block(ops, number, x, train, found)
-        logits = found["fc8"] = x.astype(jnp.float32)
-        if not features:
-            return logits
-        return logits, {name: found[name] for name in features}
+        for name, layer in _pool_early(named_layers(self.variant), features).items():
+            x = self._apply(name, layer, x, train)
+            if name in features:
+                outputs[name] = x
+        logits = x.astype(jnp.float32)
+        return (logits, outputs) if features else logits
 
-    def _block(
-        self, ops: Ops, number: int, x: Array, train: bool, found: dict[str, Array]
-    ) -> Array:
-        feature = None
-        for op in ops:
-            x = self._apply_op(op, number, x, train)
-            if op in FEATURE_OF:
-                feature = f"{FEATURE_OF[op]}{number}"
-            elif op not in ("bn", "relu"):
-                feature = None
-            if feature:
-                found[feature] = x
-        return x
-
-    def _apply_op(self, op: str, number: int, x: Array, train: bool) -> Array:
-        variant = VARIANTS[self.variant]
-        match op:
-            case "conv":
-                return self._conv(number, x)
-            case "conv_and_pool":
-                return self._conv(number, x, pool=True)
-            case "fc":
-                return self._dense(number, x)
-            case "relu":
+    def _apply(self, name: str, layer: "Layer | _PooledConv", x: Array, train: bool) -> Array:
+        match layer:
+            case _PooledConv():
+                return self._conv(name, layer.conv, x, layer.pool)
+            case Conv():
+                return self._conv(name, layer, x)
+            case Dense():
+                return self._dense(name, layer, x)
+            case ReLU():
                 return nn.relu(x)
-            case "pool":
-                return max_pool(x)
-            case "lrn":
-                lrn = variant.lrn
-                return local_response_norm(x, k=lrn.k, alpha=lrn.alpha, groups=lrn.groups)
-            case "within_map_norm":
-                return within_map_norm(x)
-            case "bn":
-                normed: Array = nn.BatchNorm(
-                    use_running_average=not train or f"conv{number}" in self.frozen,
-                    momentum=0.9,
-                    dtype=self.dtype,
-                    axis_name=self.batch_axes or None,  # type: ignore[arg-type]  # several may be
-                    name=f"bn{number}",
-                )(x)
-                return normed
-            case "dropout":
-                return self._dropout(x, train)
-        raise ValueError(f"no operation {op!r}")
+            case Tanh():
+                return jnp.tanh(x)
+            case LRN(k, alpha, groups):
+                return ops.local_response_norm(x, k=k, alpha=alpha, groups=groups)
+            case MapNorm():
+                return ops.within_map_norm(x)
+            case BatchNorm():
+                return self._batch_norm(name, x, train)
+            case MaxPool(size, stride, ceil):
+                return ops.max_pool(x, size, stride, ceil)
+            case AdaptiveAvgPool(size):
+                return ops.adaptive_avg_pool(x, size)
+            case Dropout(inverted):
+                kept = self._kept_units(x.shape) if train and self.dropout else None
+                return ops.dropout(x, self.dropout, kept, inverted)
 
-    def _conv(self, number: int, x: Array, pool: bool = False) -> Array:
-        variant = VARIANTS[self.variant]
-        size = KERNEL_SIZES[number - 1]
+    def _conv(self, name: str, layer: Conv, x: Array, pool: MaxPool | None = None) -> Array:
+        padding = layer.padding
+        if name == "conv1" and self.conv1_padding >= 0:
+            padding = self.conv1_padding
+        if padding == "ceil":
+            pads = [ops.ceil_padding(length, layer.size, layer.stride) for length in x.shape[1:3]]
+        else:
+            pads = [(layer.size // 2,) * 2 if padding is None else (padding,) * 2] * 2
+
+        def convolve(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+            y = ops.conv(x, kernel, *args, gradient_dtype=self.gradient_dtype, **kwargs)
+            return ops.max_pool(y, pool.size, pool.stride, pool.ceil) if pool else y
+
         return nn.Conv(
-            self._scaled(variant.filters[number - 1]),
-            (size, size),
-            strides=STRIDES[number - 1],
-            padding=self._conv1_padding(x) if number == 1 else size // 2,
-            feature_group_count=variant.groups[number - 1],
-            use_bias="bn" not in variant.blocks[number - 1],
+            self._scaled(layer.features),
+            (layer.size, layer.size),
+            strides=layer.stride,
+            padding=pads,
+            feature_group_count=layer.groups,
+            use_bias=layer.bias is not None,
             dtype=self.dtype,
-            kernel_init=self._kernel_init(variant.conv_stds[number - 1]),
-            bias_init=self._bias_init(f"conv{number}"),
-            promote_dtype=promote_all_but_kernel,  # type: ignore[arg-type]  # not of *args
-            conv_general_dilated=functools.partial(conv, pool=pool),
-            name=f"conv{number}",
+            kernel_init=self._kernel_init(layer.std),
+            bias_init=self._bias_init(layer.bias),
+            promote_dtype=ops.promote_all_but_kernel,  # type: ignore[arg-type]  # not of *args
+            conv_general_dilated=convolve,
+            name=name,
         )(x)
 
-    def _conv1_padding(self, x: Array) -> list[tuple[int, int]]:
-        # 224 needs padding to give 55 rows, 227 must have none. Run #145 let the last windows
-        # of a 224 crop reach 3 pixels past the bottom and right edges (layer.py: 1 + ceil).
-        if VARIANTS[self.variant].conv1_rounds_up:
-            return [ceil_padding(length, 11, 4) for length in x.shape[1:3]]
-        return [(0, 0) if (length - 11) % 4 == 0 else (2, 2) for length in x.shape[1:3]]
+    def _dense(self, name: str, layer: Dense, x: Array) -> Array:
+        if x.ndim > 2:
+            x = self.constrain("flatten", x.reshape(x.shape[0], -1))
 
-    def _dense(self, number: int, x: Array) -> Array:
-        product: Callable[..., Array] = dot_general
-        promote: Callable[..., Any] = promote_all_but_kernel
-        if axis := self._split_axis():
-            last = number == 8
-            product = functools.partial(split_dot_general, axis=axis, scatter=0 if last else 1)
-            promote = promote_all_but_kernel if last else self._promote_share_of_bias
+        def product(x: Array, kernel: Array, dimensions: Any, **kwargs: Any) -> Array:
+            return self.constrain(name, ops.dense(x, kernel, gradient_dtype=self.gradient_dtype))
+
         return nn.Dense(
-            self.num_classes if number == 8 else self._scaled(HIDDEN_UNITS),
+            self.num_classes if layer.features == "classes" else self._scaled(layer.features),
             dtype=self.dtype,
-            kernel_init=self._kernel_init(0.01),
-            bias_init=self._bias_init(f"fc{number}"),
-            promote_dtype=promote,
+            kernel_init=self._kernel_init(layer.std),
+            bias_init=self._bias_init(layer.bias),
+            promote_dtype=ops.promote_all_but_kernel,  # type: ignore[arg-type]  # not of *args
             dot_general=product,
-            name=f"fc{number}",
+            name=name,
         )(x)
 
-    def _promote_share_of_bias(
-        self, x: Array, kernel: Array, bias: Array, *, dtype: str
-    ) -> tuple[Array, Array, Array | None]:
-        share = len(bias) // jax.lax.axis_size(self.fc_axis)
-        start = jax.lax.axis_index(self.fc_axis) * share
-        bias = jax.lax.dynamic_slice_in_dim(bias, start, share)
-        return promote_all_but_kernel(x, kernel, bias, dtype=dtype)
+    def _batch_norm(self, name: str, x: Array, train: bool) -> Array:
+        normed: Array = nn.BatchNorm(
+            use_running_average=not train or name.replace("bn", "conv") in self.frozen,
+            momentum=0.9,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+            name=name,
+        )(x)
+        return normed
 
-    def _dropout(self, x: Array, train: bool) -> Array:
-        dropout = paper_dropout if VARIANTS[self.variant].paper_dropout else inverted_dropout
-        return dropout(x, self.dropout, self._kept(x.shape) if train and self.dropout else None)
-
-    def _kept(self, shape: tuple[int, ...]) -> Bool[Array, "B D"]:
-        key = self.make_rng("dropout")
-        axis = self._split_axis()
-        parts = jax.lax.axis_size(axis) if axis else 1
-        own = shape[0] // parts, shape[1] * parts
-        first = jax.lax.axis_index(self.batch_axes) * own[0] if self.batch_axes else 0
-        kept = dropout_mask(key, self.dropout, first, own)
-        return to_rows_of_group(kept, axis) if axis else kept
-
-    def _split_axis(self) -> str | None:
-        """Parameters are made whole, where no axis is mapped."""
-        return None if self.is_initializing() else self.fc_axis
+    def _kept_units(self, shape: tuple[int, ...]) -> Bool[Array, "B D"]:
+        # Each image draws from a key of its own, so that masks do not depend on how many devices
+        # share the batch. Under pmap `shape` is one device's part of it.
+        first = jax.lax.axis_index(self.axis_name) * shape[0] if self.axis_name else 0
+        return ops.dropout_mask(self.make_rng("dropout"), self.dropout, first, shape)
 
     def _scaled(self, units: int) -> int:
         return max(8, 8 * round(units * self.width / 8))
@@ -343,56 +486,68 @@ class AlexNet(nn.Module):
             return nn.initializers.he_normal()
         return nn.initializers.normal(std)
 
-    def _bias_init(self, layer: str) -> nn.initializers.Initializer:
-        bias = self.hidden_bias if layer in HIDDEN_BIAS_LAYERS else 0.0
-        return nn.initializers.constant(bias)
+    def _bias_init(self, bias: float | None) -> nn.initializers.Initializer:
+        return nn.initializers.constant(self.hidden_bias if bias else 0.0)
 
 
 @dataclass(frozen=True)
-class LayerRow:
-    """One line of the layer table; the shape is one image's, without the batch."""
+class _PooledConv:
+    """A convolution whose output is pooled before the bias is added."""
 
-    name: str
-    output_shape: tuple[int, ...]
-    params: int
-    flops: int
+    conv: Conv
+    pool: MaxPool
 
 
-def layer_table(model: AlexNet, input_shape: tuple[int, int, int]) -> list[LayerRow]:
-    """Output shape, parameters and FLOPs of each layer, found without making any weights.
+def _pool_early(
+    named: dict[str, Layer], features: Sequence[str]
+) -> "dict[str, Layer | _PooledConv]":
+    """Moves max pooling in front of bias and ReLU where neither output is asked for.
 
-    FLOPs are 2 x multiply-accumulates of one image's forward pass in convolutions and fc
-    layers; pooling, norms, biases and ReLU count as 0. The parameters of a batch norm are
-    counted with its convolution.
+    Both are monotone, so max(relu(x + b)) = relu(max(x) + b): the values are the same, and bias,
+    ReLU and their gradients process a quarter of the elements.
+    """
+    moved: dict[str, Layer | _PooledConv] = dict(named)
+    names = list(named)
+    for conv, relu, pool in zip(names, names[1:], names[2:], strict=False):
+        match named[conv], named[relu], named[pool]:
+            case Conv() as c, ReLU(), MaxPool() as p if not {conv, relu} & {*features}:
+                moved[conv] = _PooledConv(c, p)
+                del moved[relu]
+                moved[pool] = ReLU()  # what it returns is still the output of the pooling layer
+    return moved
+
+
+def _check_input(shape: tuple[int, ...]) -> None:
+    if len(shape) != 4:
+        raise UserError(f"the model takes images of shape [B, S, S, C], not {list(shape)}")
+    height, width = shape[1:3]
+    if min(height, width) < MIN_SIZE:
+        raise UserError(
+            f"images of {height}x{width} pixels are too small for AlexNet: "
+            f"resize them to at least {MIN_SIZE}x{MIN_SIZE}"
+        )
+
+
+def build_model(config: ConfigDict, **devices: Any) -> AlexNet:
+    """Returns the network of `config.model`.
 
     Args:
-      input_shape: (S, S, C).
+      devices: `axis_name` and `constrain` of `AlexNet`; by default one device is assumed, or jit.
+
+    Raises:
+      UserError: a value of `config.model` does not exist.
     """
-    image = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    (_, outputs), variables = jax.eval_shape(
-        lambda x: model.init_with_output(jax.random.key(0), x, features=FEATURES), image
-    )
-    return [_layer_row(name, outputs[name].shape[1:], variables["params"]) for name in FEATURES]
-
-
-def _layer_row(name: str, output_shape: tuple[int, ...], params: dict[str, Any]) -> LayerRow:
-    own = params.get(name, {})
-    norm = params.get(name.replace("conv", "bn"), {}) if name.startswith("conv") else {}
-    count = sum(math.prod(leaf.shape) for leaf in (*own.values(), *norm.values()))
-    macs = math.prod(output_shape[:-1]) * math.prod(own["kernel"].shape) if own else 0
-    return LayerRow(name, output_shape, count, 2 * macs)
-
-
-def format_layer_table(rows: Sequence[LayerRow]) -> str:
-    """The rows as aligned text, with a heading and a line of totals."""
-    cells = [("layer", "output", "parameters", "FLOPs")]
-    for row in rows:
-        shape = "x".join(map(str, row.output_shape))
-        cells.append((row.name, shape, f"{row.params:,}", f"{row.flops:,}"))
-    params, flops = sum(row.params for row in rows), sum(row.flops for row in rows)
-    cells.append(("total", "", f"{params:,}", f"{flops:,}"))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}  {ops:>{widths[3]}}"
-        for name, shape, count, ops in cells
+    fields = config.model
+    return AlexNet(
+        variant=fields.variant,
+        num_classes=fields.num_classes,
+        dtype=fields.dtype,
+        gradient_dtype=config.optimizer.gradient_dtype,
+        dropout=fields.dropout,
+        initializer=fields.init,
+        hidden_bias=fields.hidden_bias,
+        width=fields.width,
+        conv1_padding=fields.conv1_padding,
+        frozen=tuple(config.freeze),
+        **devices,
     )

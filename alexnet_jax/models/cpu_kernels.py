@@ -1,13 +1,18 @@
-"""Convolution by Winograd's minimal filtering: the same sums with a third of the products.
+"""Faster forms of convolution, matrix product and max pooling for XLA's CPU backend.
 
-A tile of m outputs of an r-tap filter takes m + r - 1 products instead of m·r, along each of the
-two axes (Lavin and Gray 2015, arXiv 1509.09308). The rest is additions, and the products are
-matrix products over the channels, which XLA's CPU backend does well and convolutions it does not.
+XLA's CPU backend multiplies matrices well but convolves slowly, and turns the gradient of max
+pooling into a slow scatter. Nothing here changes what a layer computes beyond rounding; `layers`
+chooses these forms when a program is lowered for CPU.
+
+- Convolution by Winograd's minimal filtering (Lavin and Gray 2015, arXiv 1509.09308): a tile of m
+  outputs of an r-tap filter takes m + r - 1 products instead of m·r along each axis, about a third
+  in two dimensions. The rest is additions, and the products are matrix products over channels.
+- bfloat16 arrays are computed in float32, since x86 CPUs convert bfloat16 for every operation.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +20,80 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Float32, Float64
 
-# Where polynomials are evaluated. More points would save more products and lose more digits.
+# ------------------------------------------------------------------------------------------
+# Convolution
+# ------------------------------------------------------------------------------------------
+
+# Winograd's additions cost more than the products that they save where a group has few channels.
+# This is the least value of inputs · outputs / (inputs + outputs) for which it was faster.
+MIN_CHANNELS = 20
+
+
+def conv(
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "R R C//{groups} D"],
+    stride: int,
+    padding: Sequence[tuple[int, int]],
+    groups: int,
+    convolve: Callable[[Array, Array], Array],
+) -> Float[Array, "B height width D"]:
+    """Convolution in float32, returned in x's dtype.
+
+    Args:
+      convolve: the ordinary convolution, for kernels with few channels.
+    """
+    inputs = stride**2 * kernel.shape[2]
+    outputs = kernel.shape[3] // groups
+    if inputs * outputs / (inputs + outputs) < MIN_CHANNELS:
+        return convolve(x.astype(wide(x)), kernel).astype(x.dtype)
+    y = x
+    if stride > 1:
+        y, kernel = _space_to_depth(y, kernel, stride, padding)
+        padding = [(0, 0)]
+    ys, kernels = jnp.split(y, groups, axis=3), jnp.split(kernel, groups, axis=3)
+    found = [winograd_conv(y, k, padding[0][0]) for y, k in zip(ys, kernels, strict=True)]
+    return jnp.concatenate(found, axis=3).astype(x.dtype)
+
+
+def _space_to_depth(
+    x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, int]]
+) -> tuple[Array, Array]:
+    """Returns images and a kernel whose convolution with stride 1 equals the given one.
+
+    Each stride×stride square of pixels becomes one pixel with stride² times the channels.
+    """
+    size = kernel.shape[0]
+    taps = -(-size // stride)
+    pads = []
+    for length, (before, after) in zip(x.shape[1:3], padding, strict=True):
+        outputs = (before + length + after - size) // stride + 1
+        pads.append((before, (outputs - 1 + taps) * stride - length - before, 0))
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
+    end = (0, taps * stride - size)
+    kernel = jnp.pad(kernel, (end, end, (0, 0), (0, 0)))
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // stride, stride, width // stride, stride, channels)
+    kernel = kernel.reshape(taps, stride, taps, stride, *kernel.shape[2:])
+    return (
+        x.swapaxes(2, 3).reshape(batch, height // stride, width // stride, -1),
+        kernel.swapaxes(1, 2).reshape(taps, taps, stride**2 * channels, -1),
+    )
+
+
+# Winograd's transforms evaluate polynomials at these points. More points would save more products
+# and lose more digits.
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 MAX_TAPS = len(POINTS) - 1
 PART = 32  # images whose products are in memory at once
 
 
 class Tiling(NamedTuple):
-    """How one axis is cut into tiles: y = output @ ((kernel @ filter) * (input @ x)) in each.
+    """How one axis is cut into tiles; in each, y = output @ ((kernel @ filter) * (input @ x)).
 
     Attributes:
-      length: outputs along the axis.
-      tiles: that cover it; the last may reach beyond.
-      outputs: of each tile.
+      length: number of outputs along the axis.
+      tiles: number of tiles; the last one may reach past the end.
+      outputs: outputs per tile.
     """
 
     length: int
@@ -40,16 +106,16 @@ class Tiling(NamedTuple):
 
 @functools.cache
 def tiling(length: int, taps: int) -> Tiling:
-    """Returns the tiling of an axis that takes the fewest products, of F(m, taps) for some m."""
+    """Returns the tiling F(m, taps) of an axis with the m that needs the fewest products."""
     tiles = {m: -(-length // m) for m in range(1, len(POINTS) + 2 - taps)}
     outputs = min(tiles, key=lambda m: tiles[m] * (m + taps - 1))
     products = outputs + taps - 1
     points = np.array(POINTS[: products - 1])
 
-    def values(degree: int) -> np.ndarray:  # of monomials at the points, and at infinity
+    def values(degree: int) -> np.ndarray:  # monomials at the points and at infinity
         return np.vstack([np.vander(points, degree, increasing=True), np.eye(degree)[-1]])
 
-    def with_roots(roots: np.ndarray) -> np.ndarray:  # coefficients, the constant first
+    def with_roots(roots: np.ndarray) -> np.ndarray:  # coefficients, constant term first
         return np.atleast_1d(np.poly(roots))[::-1]
 
     others = [np.delete(points, i) for i in range(len(points))]
@@ -69,23 +135,23 @@ def tiling(length: int, taps: int) -> Tiling:
 def winograd_conv(
     x: Float[Array, "B H W C"], kernel: Float[Array, "R R C D"], padding: int
 ) -> Float32[Array, "B H+2*{padding}-R+1 W+2*{padding}-R+1 D"]:
-    """Convolution of stride 1, with zeros around x.
+    """Convolution with stride 1, computed in float32 for any dtypes of x and kernel.
 
-    Everything is in float32 whatever the dtypes of x and kernel. Against float64 the outputs' root
-    mean square error is about 4e-6 of theirs, where that of the plain sum is 4e-7.
+    The relative root mean square error of the outputs is about 4e-6, against 4e-7 for the direct
+    sum.
 
     Args:
       kernel: R is at most MAX_TAPS.
-      padding: rows and columns of zeros on each side.
+      padding: zeros on each side.
     """
     tilings = _tilings(x, kernel, padding)
     kernels = _of_kernel(kernel, tilings)
 
-    def of_part(x: Array) -> Array:
+    def convolve_part(x: Array) -> Array:
         products = jnp.einsum("jibtuc,jicd->jibtud", _of_inputs(x, tilings, padding), kernels)
         return _outputs(products, tilings)
 
-    return jnp.concatenate([of_part(part) for part in _in_parts(x)])
+    return _map_parts(convolve_part, x)
 
 
 def _forward(x: Array, kernel: Array, padding: int) -> tuple[Array, tuple[Array, Array]]:
@@ -96,14 +162,14 @@ def _backward(padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Arra
     x, kernel = saved
     tilings = _tilings(x, kernel, padding)
 
-    def of_part(x: Array, dy: Array) -> Array:
+    def products_of_part(x: Array, dy: Array) -> Array:
         return jnp.einsum(
             "jibtuc,jibtud->jicd",
             _of_inputs(x, tilings, padding),
             _of_output_gradients(dy, tilings),
         )
 
-    products = functools.reduce(jnp.add, map(of_part, _in_parts(x), _in_parts(dy)))
+    products = _sum_parts(products_of_part, x, dy)
     d_kernel = _kernel_gradient(products, tilings).astype(kernel.dtype)
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
     dx = winograd_conv(dy, turned, kernel.shape[0] - 1 - padding).astype(x.dtype)
@@ -112,7 +178,7 @@ def _backward(padding: int, saved: tuple[Array, Array], dy: Array) -> tuple[Arra
 
 winograd_conv.defvjp(_forward, _backward)
 
-# Of the rows, whose products are numbered by i and tiles by t, and of the columns, by j and u.
+# For rows, with products i and tiles t, and for columns, with products j and tiles u.
 Tilings = tuple[Tiling, Tiling]
 
 
@@ -122,14 +188,65 @@ def _tilings(x: Array, kernel: Array, padding: int) -> Tilings:
     return rows, columns
 
 
-def _in_parts(x: Array) -> list[Array]:
-    """Parts of the batch, since all of its products at once would take much memory.
+def _map_parts(function: Callable[[Array], Array], x: Array) -> Array:
+    """Returns function(x), computed for PART images at a time to bound its memory."""
+    parts, rest = _parts(x.shape[0])
+    if parts == 0:
+        return function(x)
+    split = _split(x, parts)
 
-    A program that is exported for every batch size takes it whole.
+    def compute_part(part: Array, y: Array) -> Array:
+        updated: Array = jax.lax.dynamic_update_index_in_dim(
+            y, function(_part(split, part)), part, 1
+        )
+        return updated
+
+    of_part = jax.eval_shape(lambda: function(_part(split, 0)))
+    empty = jnp.zeros((PART, parts, *of_part.shape[1:]), of_part.dtype)
+    y: Array = jax.lax.fori_loop(0, parts, compute_part, empty)
+    y = y.reshape(-1, *y.shape[2:])
+    return jnp.concatenate([y, function(x[-rest:])]) if rest else y
+
+
+def _sum_parts(function: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
+    """Returns function(x, y), a sum over images, computed for PART images at a time."""
+    parts, rest = _parts(x.shape[0])
+    if parts == 0:
+        return function(x, y)
+    xs, ys = _split(x, parts), _split(y, parts)
+
+    def add_part(part: Array, total: Array) -> Array:
+        return total + function(_part(xs, part), _part(ys, part))
+
+    total: Array = jax.lax.fori_loop(1, parts, add_part, function(_part(xs, 0), _part(ys, 0)))
+    return total + function(x[-rest:], y[-rest:]) if rest else total
+
+
+def _parts(batch: int) -> tuple[int, int]:
+    """Returns the number of whole parts and of images left over.
+
+    There are none in a program that is exported for every batch size, which processes the batch
+    at once.
     """
-    if jax.export.is_symbolic_dim(x.shape[0]):
-        return [x]
-    return [x[first : first + PART] for first in range(0, len(x), PART)]
+    if jax.export.is_symbolic_dim(batch) or batch <= PART:
+        return 0, 0
+    return divmod(batch, PART)
+
+
+def _split(x: Array, parts: int) -> Array:
+    """Reshapes [B, …] to [PART, parts, …]. Part i is x[:, i], every parts-th image.
+
+    Consecutive images as parts would be on one device each where the batch is sharded, so that the
+    devices would take turns. This way each part is sharded as the batch is. It is a loop of the
+    compiled program rather than of Python because every backend traces this code, also with a
+    pod's 32,768 images.
+    """
+    return x[: PART * parts].reshape(PART, parts, *x.shape[1:])
+
+
+def _part(split: Array, part: Array | int) -> Array:
+    taken: Array = jax.lax.dynamic_index_in_dim(split, part, 1, keepdims=False)
+    return taken
 
 
 def _of_inputs(
@@ -168,7 +285,7 @@ def _outputs(
 
 
 def _cut(x: Array, tiling: Tiling, matrix: np.ndarray, axis: int, before: int = 0) -> Array:
-    """Combines the elements of each tile of an axis; which combination becomes the first axis."""
+    """Multiplies each tile along an axis by `matrix`, whose rows become a new first axis."""
     stride, length = tiling.outputs, matrix.shape[1]
     first_of_last = stride * (tiling.tiles - 1)
     pad = [(0, 0)] * x.ndim
@@ -181,10 +298,112 @@ def _cut(x: Array, tiling: Tiling, matrix: np.ndarray, axis: int, before: int = 
 
 
 def _combine(matrix: np.ndarray, parts: Sequence[Array] | Array, axis: int = 0) -> Array:
-    """Returns matrix @ parts as sums that skip the zeros, in float32, stacked along a new axis."""
+    """Returns matrix @ parts in float32, as sums without the zero terms, on a new axis."""
     parts = [part.astype(jnp.promote_types(part.dtype, jnp.float32)) for part in parts]
     sums = [
         sum(float(factor) * part for factor, part in zip(row, parts, strict=True) if factor)
         for row in matrix
     ]
     return jnp.stack(sums, axis)
+
+
+# ------------------------------------------------------------------------------------------
+# Matrix product
+# ------------------------------------------------------------------------------------------
+
+
+def dense(x: Float[Array, "B D"], kernel: Float[Array, "D E"]) -> Float[Array, "B E"]:
+    """Matrix product in the kernel's dtype, returned in x's dtype."""
+    y = jnp.matmul(*_gradients_in_turn(x.astype(kernel.dtype), kernel))
+    return y.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _gradients_in_turn(x: Array, kernel: Array) -> tuple[Array, Array]:
+    """Returns its arguments, and orders their gradients: the kernel's waits for x's.
+
+    x's gradient is the last reader of the kernel, so the optimizer can then update the kernel in
+    place. Otherwise XLA's CPU backend copies it first. `optimization_barrier` does not help: XLA
+    removes it before it decides. Only a data dependency makes the update wait.
+    """
+    return x, kernel
+
+
+def _in_turn_backward(_: None, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+    dx, d_kernel = gradients
+    return dx, d_kernel + 0.0 * dx[(0,) * dx.ndim]
+
+
+_gradients_in_turn.defvjp(lambda x, kernel: ((x, kernel), None), _in_turn_backward)
+
+
+# ------------------------------------------------------------------------------------------
+# Max pooling, 3×3 with stride 2
+# ------------------------------------------------------------------------------------------
+
+
+def max_pool(
+    x: Float[Array, "B H W C"], pads: Sequence[tuple[int, int]]
+) -> Float[Array, "B height width C"]:
+    """Max pooling of 3×3 windows with stride 2, first along rows and then along columns.
+
+    Args:
+      pads: padding of rows and columns, at the end only.
+    """
+    filled = jnp.pad(x.astype(wide(x)), [(0, 0), *pads, (0, 0)], constant_values=-jnp.inf)
+    # Rows and columns that no window reaches, where the number of windows rounds down.
+    height, width = (length - (length - 3) % 2 for length in filled.shape[1:3])
+    return _pool_whole_windows(filled[:, :height, :width]).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _pool_whole_windows(x: Array) -> Array:
+    return _pool_axis(_pool_axis(x, 2), 1)
+
+
+def _pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    y = _pool_whole_windows(x)
+    return y, (x, y)
+
+
+def _pool_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array]:
+    x, y = saved
+    rows = _pool_axis(x, 2)
+    return (_unpool_axis(x, rows, _unpool_axis(rows, y, dy, 1), 2),)
+
+
+_pool_whole_windows.defvjp(_pool_forward, _pool_backward)
+
+
+def _of_windows(x: Array, axis: int) -> list[Array]:
+    """Returns the first, second and third elements of all windows along an axis."""
+    end = x.shape[axis] - 2
+    return [jax.lax.slice_in_dim(x, i, end + i, 2, axis) for i in range(3)]
+
+
+def _pool_axis(x: Array, axis: int) -> Array:
+    return functools.reduce(jnp.maximum, _of_windows(x, axis))
+
+
+def _unpool_axis(x: Array, y: Array, dy: Array, axis: int) -> Array:
+    """Sends each window's gradient to the first of its elements that equals the maximum.
+
+    An even element is the first of one window and the third of the window before it.
+    """
+    first, second, _ = (part == y for part in _of_windows(x, axis))
+    to_first, to_second, to_third = first, ~first & second, ~(first | second)
+
+    def sent(chosen: Array, before: int, after: int) -> Array:
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = before, after
+        return jnp.pad(jnp.where(chosen, dy, 0), pads)
+
+    even, odd = sent(to_first, 0, 1) + sent(to_third, 1, 0), sent(to_second, 0, 1)
+    both = jnp.stack([even, odd], axis + 1)
+    both = both.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    return jax.lax.slice_in_dim(both, 0, x.shape[axis], axis=axis)
+
+
+def wide(x: Array) -> Any:
+    """Returns the dtype to compute in: float32, or x's if that is wider."""
+    return jnp.promote_types(x.dtype, jnp.float32)

@@ -1,6 +1,5 @@
-"""Training that starts from a trained network: `init_from`, a workdir of train.py or convert."""
+"""Training that starts from a trained network: `init_from`, a workdir of train or convert."""
 
-import functools
 import shlex
 from collections.abc import Sequence
 from contextlib import closing
@@ -12,27 +11,27 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
-from alexnet_jax import inference as trained
-from alexnet_jax.data import augment
+from alexnet_jax import inference
+from alexnet_jax.data.augment import Statistics, make_augment
 from alexnet_jax.inference import Trained
-from alexnet_jax.models.alexnet import AlexNet, LayerRow
-from alexnet_jax.training import placement
+from alexnet_jax.models.alexnet import AlexNet, kernel_layers
+from alexnet_jax.models.summary import LayerRow
 from alexnet_jax.training.checkpoint import Checkpoints
-from alexnet_jax.training.train_step import TrainState, init_state
-from alexnet_jax.utils import distributed as hosts
+from alexnet_jax.training.sharding import from_host
+from alexnet_jax.training.train_step import TrainState
+from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError
 
-NEW_WITH_CLASSES = "fc8"
 SCALES = ("augment.pixel_scale", "augment.channel_scale")
 
 
 def load_source(config: ConfigDict, model: AlexNet, workdir: Path) -> Trained | None:
-    """Returns the network that a run starts from; None for one that starts by chance, or goes on.
+    """Returns the network from which a run starts; None if it initializes or resumes.
 
-    A run that has a checkpoint goes on from that, and needs its source no longer.
+    A run that has a checkpoint resumes from it and does not need its source any more.
 
-    Raises UserError if there is no such network, or its layers or pixels are others than the
-    config's.
+    Raises:
+      UserError: there is no such network, or its layers or pixels differ from the config's.
     """
     if not config.init_from:
         return None
@@ -40,10 +39,10 @@ def load_source(config: ConfigDict, model: AlexNet, workdir: Path) -> Trained | 
     if origin.resolve() == workdir.resolve():
         raise UserError(
             f"init_from={config.init_from} is the workdir of this very run; choose another "
-            "--workdir, or leave init_from out to go on with the run that is there"
+            "--workdir, or leave init_from out to resume the run that is there"
         )
-    source = None if _has_checkpoint(config, workdir) else trained.load(origin)
-    hosts.check_same("init_from", {"step": source and source.step})
+    source = None if _has_checkpoint(config, workdir) else inference.load(origin)
+    distributed.check_same("init_from", {"step": source and source.step})
     if source:
         _check_fits(config, model, source)
         source = source._replace(variables=jax.device_get(source.variables))
@@ -51,66 +50,69 @@ def load_source(config: ConfigDict, model: AlexNet, workdir: Path) -> Trained | 
 
 
 def with_classes(source: Trained, config: ConfigDict, class_names: Sequence[str]) -> Trained:
-    """Returns the source; without fc8, if its classes are not those of the run, in their order.
+    """Returns the source, without its last layer if its classes differ from the run's.
 
-    Raises UserError if fc8 would be both new and frozen.
+    Raises:
+      UserError: the last layer would be both new and frozen.
     """
-    unnamed = map(trained.unnamed, range(len(class_names), config.model.num_classes))
+    unnamed = map(inference.unnamed, range(len(class_names), config.model.num_classes))
     if source.class_names == (*class_names, *unnamed):
         return source
-    if NEW_WITH_CLASSES in config.freeze:
+    last = _last_layer(config)
+    if last in config.freeze:
         raise UserError(
-            f"freeze names {NEW_WITH_CLASSES}, which is new here, since the classes of "
-            f"{config.dataset} are not those of init_from={config.init_from}; leave it out"
+            f"freeze names {last}, which is new in this run because the classes of "
+            f"{config.dataset} differ from those of init_from={config.init_from}; leave it out"
         )
-    params = _without_new(source.variables["params"])
+    params = _without(last, source.variables["params"])
     return source._replace(variables={**source.variables, "params": params})
 
 
 def with_weights(state: TrainState, source: Trained) -> TrainState:
-    """Returns a state at rest with all the layers that the source has, after `with_classes`."""
-    given, batch_stats = source.variables["params"], source.variables["batch_stats"]
-    like = {name: state.params[name] for name in given}
+    """Returns a state with the weights of all layers that the source has, after `with_classes`."""
+    params, batch_stats = source.variables["params"], source.variables["batch_stats"]
+    like = {name: state.params[name] for name in params}
     return state.replace(
-        params={**state.params, **placement.replicated(given, like)},
-        batch_stats=placement.replicated(batch_stats, state.batch_stats),
+        params={**state.params, **from_host(params, like)},
+        batch_stats=from_host(batch_stats, state.batch_stats),
     )
 
 
 def statistics(
-    config: ConfigDict, source: Trained | None, workdir: Path, of_data: augment.Statistics
-) -> augment.Statistics:
-    """Returns the run's pixel statistics: the source's mean, by which its features were learned.
+    config: ConfigDict, source: Trained | None, workdir: Path, of_data: Statistics
+) -> Statistics:
+    """Returns the pixel statistics of a run: the mean with which its source was trained.
 
-    The colour noise is that of the new images, as it tells how these may vary. A run that goes on
-    has the mean in its own workdir.
+    The color noise is that of the new images, since it describes how they may vary. A run that
+    resumes has the mean in its own workdir.
     """
     if not config.init_from:
         return of_data
     if source:
         return of_data._replace(mean=source.stats.mean)
     try:
-        return of_data._replace(mean=trained.load_statistics(workdir)[0].mean)
+        return of_data._replace(mean=inference.load_statistics(workdir)[0].mean)
     except UserError:
         origin = Path(config.init_from).expanduser()
-        return of_data._replace(mean=trained.load_statistics(origin)[0].mean)
+        return of_data._replace(mean=inference.load_statistics(origin)[0].mean)
 
 
 def describe_frozen(config: ConfigDict, layers: Sequence[LayerRow]) -> str:
-    """Tells which layers do not train, and how many parameters do; nothing if all train."""
+    """Returns which layers are frozen and how many parameters train; "" if all do."""
     if not config.freeze:
         return ""
     total = sum(row.params for row in layers)
-    train = sum(row.params for row in layers if row.name not in config.freeze)
+    trained = sum(row.params for row in layers if row.name not in config.freeze)
     names = ", ".join(row.name for row in layers if row.name in config.freeze)
-    return f"\nfrozen: {names}; {train:,} of {total:,} parameters train"
+    return f"\nfrozen: {names}; {trained:,} of {total:,} parameters train"
 
 
 def describe_source(config: ConfigDict, source: Trained) -> str:
-    """Tells where a run's first weights are from, after `with_classes`."""
-    kept = NEW_WITH_CLASSES in source.variables["params"]
-    told = "the classes are the same" if kept else "fc8 is new, since the classes are others"
-    return f"starting from {config.init_from}, step {source.step}; {told}"
+    """Returns where a run's first weights come from, after `with_classes`."""
+    last = _last_layer(config)
+    kept = last in source.variables["params"]
+    classes = "same classes" if kept else f"{last} is new because the classes differ"
+    return f"starting from {config.init_from}, step {source.step}; {classes}"
 
 
 def _has_checkpoint(config: ConfigDict, workdir: Path) -> bool:
@@ -121,23 +123,26 @@ def _has_checkpoint(config: ConfigDict, workdir: Path) -> bool:
 
 
 def _check_fits(config: ConfigDict, model: AlexNet, source: Trained) -> None:
-    """Raises UserError, which tells what to set, if features would not be what they were."""
+    """Raises UserError, which names the fields to set, if features would change their meaning."""
     here, there = configs.flat(config), configs.flat(source.config)
-    fields = ["model.variant", "model.width", "augment.mean"]
-    if source.stats.mean.ndim > 1:  # an image, of the stored images' size
+    fields = ["model.variant", "model.width", "model.conv1_padding", "augment.mean"]
+    if source.stats.mean.ndim > 1:  # a mean image has the size of the stored images
         fields.append("image_size")
-    if not np.allclose(augment.scale(config), augment.scale(source.config), rtol=1e-5):
+    if not np.allclose(make_augment(config).scale, source.augment.scale, rtol=1e-5):
         fields += SCALES
     differing = [name for name in fields if here[name] != there[name]]
     if differing:
         wanted = [shlex.quote(f"--config.{name}={there[name]}") for name in differing]
         given = ", ".join(f"{name} {here[name]}" for name in differing)
         raise UserError(
-            f"the network in init_from={config.init_from} was trained otherwise than this run "
-            f"would use it ({given}); set {' '.join(wanted)}"
+            f"the network in init_from={config.init_from} was trained with other values than this "
+            f"run's {given}; set {' '.join(wanted)}"
         )
-    expected = jax.eval_shape(functools.partial(init_state, model, config)).params
-    mismatch = trained.mismatch(_without_new(expected), _without_new(source.variables["params"]))
+    last = _last_layer(config)
+    expected = inference.state_shapes(config, model).params
+    mismatch = inference.mismatch(
+        _without(last, expected), _without(last, source.variables["params"])
+    )
     if mismatch:
         raise UserError(
             f"in init_from={config.init_from} {mismatch}; set --config.augment.crop_size="
@@ -145,5 +150,9 @@ def _check_fits(config: ConfigDict, model: AlexNet, source: Trained) -> None:
         )
 
 
-def _without_new(params: dict[str, Any]) -> dict[str, Any]:
-    return {name: arrays for name, arrays in params.items() if name != NEW_WITH_CLASSES}
+def _last_layer(config: ConfigDict) -> str:
+    return kernel_layers(config.model.variant)[-1]
+
+
+def _without(layer: str, params: dict[str, Any]) -> dict[str, Any]:
+    return {name: arrays for name, arrays in params.items() if name != layer}

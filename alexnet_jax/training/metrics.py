@@ -125,7 +125,7 @@ class Meter:
         self.clock, self.timed, self.waited = time.perf_counter(), 0, 0.0
 
     def drain(
-        self, fetch: Callable[[Metrics], Metrics]
+        self, fetch: Callable[[Metrics], Metrics] = jax.device_get
     ) -> tuple[list[tuple[int, dict[str, float]]], dict[str, float]]:
         """Returns (step, metrics) of the noted steps, and their images_per_s and data_wait."""
         steps = [(n, {k: float(v) for k, v in fetch(m).items()}) for n, m in self.steps]

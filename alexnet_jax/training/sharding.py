@@ -1,323 +1,298 @@
-"""How the pure steps are compiled and where their arrays lie: one device, several, or a pod.
+"""Where arrays are placed: one device, several, or a pod.
 
-What a device has besides its share of the batch:
+Every parallel kind runs the same step. What a device holds besides its part of the batch:
 
-    jit          everything: there is but one device
-    pmap         all parameters
+    jit          everything; there is one device
     mesh.data    all parameters
-    mesh.zero    a share of each large parameter and of its velocity; parameters are gathered for
-                 each step (ZeRO, arXiv 1910.02054)
-    mesh.hybrid  conv1 to conv5, and a share of fc6 to fc8 ("One weird trick", arXiv 1404.5997)
+    mesh.zero    a part of each large parameter and its velocity (ZeRO, arXiv 1910.02054)
+    mesh.hybrid  conv1 to conv5 and a part of fc6 to fc8 ("One weird trick", arXiv 1404.5997)
+    pmap         all parameters
 
-Each kind is a function that returns the same `Compiled`, so that the training loop does not know
-which one drives it.
+jit and mesh kinds are shardings of the state and the batch, from which the compiler derives all
+communication. Only pmap runs the step once per device, over the mapped axis AXIS.
 """
 
-import functools
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from jax.stages import Wrapped
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int64
-from ml_collections import ConfigDict
 
-from alexnet_jax.data.augment import Statistics
-from alexnet_jax.models.alexnet import AlexNet, LayerRow
-from alexnet_jax.training import placement
-from alexnet_jax.training.optimizer import Schedule, trainable
-from alexnet_jax.training.placement import DATA_AXIS, PMAP_AXIS, WHOLE, Devices, Tree, kind
-from alexnet_jax.training.train_step import (
-    UNSPREAD,
-    EvalStep,
-    Spread,
-    TrainState,
-    TrainStep,
-    init_state,
-    make_eval_step,
-    make_train_step,
-)
+from alexnet_jax.models.summary import LayerRow
+from alexnet_jax.training.train_step import EvalStep, TrainStep
 from alexnet_jax.utils.errors import UserError
 
+KINDS = ("jit", "pmap", "mesh.data", "mesh.zero", "mesh.hybrid")
+DATA = "data"  # mesh axis: groups of devices, each with a whole copy of the network
+GROUP = "group"  # mesh axis: the devices of a group; hybrid splits fc6 to fc8 over them
+AXIS = "batch"  # the axis that pmap maps
+MIN_SHARDED = 2**14  # values; smaller arrays are not worth a message of their own
+REPLICATED = PartitionSpec()
+
+Tree = Any
 HostBatch = dict[str, np.ndarray]
-PlacedBatch = dict[str, jax.Array]
-MakeTrainStep = Callable[[Spread], TrainStep]
-MakeEvalStep = Callable[[Spread], EvalStep]
-
-GRADIENT_DTYPES = ("float32", "bfloat16")
 
 
-class Compiled(NamedTuple):
-    """Compiled steps and how to bring arrays to and from them.
-
-    At rest, which is outside of the steps and in checkpoints, the state is one copy, of global
-    arrays: whole on every device, or sharded.
+@dataclass(frozen=True)
+class Parallel:
+    """How a run is spread over devices.
 
     Attributes:
-      train_step: (placed state, placed batch) -> (placed state, placed metrics); the state
-        passed in is donated.
-      eval_step: (placed state, placed batch) -> placed sums.
-      shardings: of the state at rest, a tree like it.
-      place: a state at rest, or a part of one -> the same as the steps take it.
-      unplace: the way back.
-      batch_sharding: of a batch.
-      place_batch: this host's part of a batch -> the same on its devices; returns while the
-        transfer goes on.
-      own_places: which places of every global batch are this host's, rising.
+      kind: one of KINDS.
+      mesh: the devices by DATA and GROUP. GROUP has length 1 except for mesh.hybrid.
     """
 
-    train_step: Wrapped
-    eval_step: Wrapped
-    shardings: Tree
-    place: Callable[[Tree], Tree]
-    unplace: Callable[[Tree], Tree]
-    batch_sharding: Sharding
-    place_batch: Callable[[HostBatch], PlacedBatch]
-    own_places: Int64[np.ndarray, " share"]
+    kind: str
+    mesh: Mesh
+
+    # -- What the model needs ----------------------------------------------------------------
+
+    @property
+    def axis_name(self) -> str | None:
+        """The mapped axis over which the batch is split, under pmap."""
+        return AXIS if self.kind == "pmap" else None
+
+    def model_options(self) -> dict[str, Any]:
+        """Returns the attributes of `AlexNet` that depend on devices."""
+        options: dict[str, Any] = {"axis_name": self.axis_name}
+        if self.kind == "mesh.hybrid":
+            options["constrain"] = self._constrain_hybrid
+        return options
+
+    def _constrain_hybrid(self, name: str, x: jax.Array) -> jax.Array:
+        """Pins activations around the fully connected layers to "One weird trick".
+
+        Convolutions run on each device's images. From fc6 on, the images of a whole group are on
+        each of its devices, with a part of the features. Krizhevsky's scheme exchanges activations
+        within groups, and only the gradients of the parts between groups.
+
+        Each sharding needs two constraints. The first one is between the layer and the exchange,
+        and its transpose is a single all-gather of the gradient that serves both the kernel's and
+        the input's gradient. Without it XLA moves up to 40 times as many bytes, for example by
+        splitting pooling over rows.
+        """
+        all_devices = PartitionSpec((DATA, GROUP))
+        split_features = PartitionSpec(DATA, GROUP)
+        if name == "flatten":
+            return self._pin(x, all_devices, split_features)
+        # The loss needs all classes of an image on one device.
+        last = name == "fc8"
+        return self._pin(x, PartitionSpec(DATA), all_devices if last else split_features)
+
+    def _pin(self, x: jax.Array, *specs: PartitionSpec) -> jax.Array:
+        for spec in specs:
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+        return x
+
+    # -- Shardings -----------------------------------------------------------------------------
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of an array of which every device holds a copy."""
+        return NamedSharding(self.mesh, REPLICATED)
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """The sharding of a global batch: every device has its part of the images."""
+        return NamedSharding(self.mesh, PartitionSpec((DATA, GROUP)))
+
+    def state_shardings(self, state: Tree) -> Tree:
+        """Returns the shardings of a train state, or of any tree that contains params by name.
+
+        An array of the optimizer is sharded as the parameter is whose name it carries.
+        """
+
+        def sharding(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> NamedSharding:
+            return NamedSharding(self.mesh, self._spec(jax.tree_util.keystr(path), x.shape))
+
+        return jax.tree_util.tree_map_with_path(sharding, state)
+
+    def _spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        match self.kind:
+            case "mesh.hybrid" if "fc" in path and "kernel" in path:
+                return PartitionSpec(GROUP, None)
+            case "mesh.zero" if np.prod(shape) >= MIN_SHARDED:
+                divisible = [length % self.mesh.size == 0 for length in shape]
+                if any(divisible):
+                    # The longest axis that divides evenly.
+                    axis = int(np.where(divisible, shape, 0).argmax())
+                    return PartitionSpec(*(DATA if i == axis else None for i in range(len(shape))))
+        return REPLICATED
+
+    # -- Batches ---------------------------------------------------------------------------------
+
+    def local_rows(self, batch_size: int) -> Int64[np.ndarray, " local_batch_size"]:
+        """Returns the rows of every global batch that this process feeds, in rising order."""
+        index = self.batch_sharding.addressable_devices_indices_map((batch_size,))
+        rows = [np.arange(batch_size)[rows] for rows in index.values()]
+        return np.unique(np.concatenate(rows))
+
+    def put_batch(self, batch: HostBatch, batch_size: int) -> dict[str, jax.Array]:
+        """Starts the transfer of this process's rows of a batch to its devices.
+
+        Returns global arrays; for pmap, arrays [local devices, B, …].
+        """
+        if self.kind == "pmap":
+            local = NamedSharding(self.mesh.local_mesh, PartitionSpec((DATA, GROUP)))
+            count = len(self.mesh.local_devices)
+            parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+            placed: dict[str, jax.Array] = jax.device_put(parts, local)
+            return placed
+        own = self.local_rows(batch_size)
+
+        def put(x: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                rows = range(batch_size)[index[0] if index else slice(None)]
+                # A process's devices need not be neighbors in the mesh, so neither are its rows.
+                start = int(np.searchsorted(own, rows.start))
+                return x[start : start + len(rows)]
+
+            shape = (batch_size, *x.shape[1:])
+            return jax.make_array_from_callback(shape, self.batch_sharding, part)
+
+        return {name: put(x) for name, x in batch.items()}
+
+    # -- Compilation -------------------------------------------------------------------------------
+
+    def compile_train_step(self, train_step: TrainStep, state: Tree) -> Callable[..., Any]:
+        """Compiles a train step. It takes and returns global arrays, and donates the state.
+
+        Args:
+          state: shapes of the train state.
+        """
+        if self.kind == "pmap":
+            return self._pmap(train_step, out_axes=(None, None), donate_argnums=0)
+        shardings = self.state_shardings(state)
+        return jax.jit(
+            train_step,
+            in_shardings=(shardings, self.batch_sharding),
+            out_shardings=(shardings, self.replicated),
+            donate_argnums=0,  # the new parameters take the place of the old ones
+        )
+
+    def compile_eval_step(self, eval_step: EvalStep, state: Tree) -> Callable[..., Any]:
+        """Compiles an evaluation step. Arguments are as for `compile_train_step`."""
+        if self.kind == "pmap":
+            return self._pmap(eval_step, out_axes=None)
+        return jax.jit(
+            eval_step,
+            in_shardings=(self.state_shardings(state), self.batch_sharding),
+            out_shardings=self.replicated,
+        )
+
+    def _pmap(self, step: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        # The state is not mapped (None): it goes in and comes out as one replicated array.
+        mapped: Callable[..., Any] = jax.pmap(
+            step, AXIS, in_axes=(None, 0), devices=list(self.mesh.devices.flat), **options
+        )
+        if jax.process_count() == 1:
+            return mapped
+
+        # With several processes pmap returns arrays of the local devices. All else in this program
+        # takes global arrays; the conversion copies nothing.
+        def step_on_global_arrays(state: Tree, batch: Tree) -> Tree:
+            return multihost_utils.host_local_array_to_global_array(
+                mapped(state, batch), self.mesh, REPLICATED
+            )
+
+        return step_on_global_arrays
 
 
-def build_model(config: ConfigDict) -> AlexNet:
-    """Returns the network of `config.model`. Raises UserError for a variant that does not exist."""
-    fields = config.model
-    return AlexNet(
-        variant=fields.variant,
-        num_classes=fields.num_classes,
-        dtype=fields.dtype,
-        dropout=fields.dropout,
-        initializer=fields.init,
-        hidden_bias=fields.hidden_bias,
-        width=fields.width,
-        batch_axes=placement.batch_axes(config),
-        fc_axis=placement.fc_axis(config),
-        frozen=tuple(config.freeze),
-    )
-
-
-def compile_steps(
-    config: ConfigDict,
-    model: AlexNet,
-    stats: Statistics,
-    schedule: Schedule,
-    devices: Devices | None = None,
-) -> Compiled:
-    """Compiles both steps of a model as config.parallel asks.
+def make_parallel(
+    kind: str = "auto", hybrid_group: int = 8, devices: Sequence[jax.Device] | None = None
+) -> Parallel:
+    """Returns how to spread a run over devices, by default over all devices of all processes.
 
     Args:
-      devices: all of them, over all hosts, by default those that there are.
+      kind: one of KINDS, or "auto": mesh.data if there are several devices, else jit.
+      hybrid_group: number of devices that share the fully connected layers in mesh.hybrid.
 
-    Raises UserError as `check` does.
+    Raises:
+      UserError: the kind does not exist or does not fit the devices.
     """
-    devices = devices or jax.devices()
-    check(config, len(devices))
-    compiled = KINDS[kind(config)](
-        config,
-        functools.partial(make_train_step, model, config, stats, schedule),
-        functools.partial(make_eval_step, model, config, stats),
-        jax.eval_shape(functools.partial(init_state, model, config)),
-        devices,
-    )
-    seen_in_traces = jax.profiler.annotate_function(compiled.place_batch, name="place batch")
-    return compiled._replace(place_batch=seen_in_traces)
-
-
-def check(config: ConfigDict, devices: int | None = None) -> None:
-    """Raises UserError if the kind does not exist, or the batch or the devices do not divide."""
-    chosen = kind(config)
-    devices = devices or jax.device_count()
-    if chosen == "jit":
+    devices = list(devices or jax.devices())
+    if kind == "auto":
+        kind = "mesh.data" if len(devices) > 1 else "jit"
+    if kind not in KINDS:
+        raise UserError(f"parallel={kind!r} does not exist; choose auto, {', '.join(KINDS)}")
+    group = 1
+    if kind == "jit":
         if jax.process_count() > 1:
-            raise UserError("parallel=jit runs on one process alone; take --config.parallel=auto")
-        devices = 1
-    if config.optimizer.gradient_dtype not in GRADIENT_DTYPES:
-        raise UserError(
-            f"optimizer.gradient_dtype={config.optimizer.gradient_dtype!r}; it can be "
-            f"{', '.join(GRADIENT_DTYPES)}"
-        )
-    parts = devices * config.optimizer.accumulate_steps
-    if config.batch_size <= 0 or config.optimizer.accumulate_steps <= 0:
-        raise UserError("batch_size and optimizer.accumulate_steps must be at least 1")
-    if config.batch_size % parts:
-        below = config.batch_size // parts * parts
-        raise UserError(
-            f"batch_size={config.batch_size} is not divisible by {devices} device(s) × "
-            f"{config.optimizer.accumulate_steps} accumulation step(s); try "
-            f"--config.batch_size={below + parts}"
-        )
-    if chosen == "mesh.hybrid" and devices % placement.group_size(config, devices):
-        raise UserError(
-            f"{devices} devices do not divide into groups of hybrid_group={config.hybrid_group}"
-        )
-
-
-def check_layers(config: ConfigDict, layers: list[LayerRow], devices: int | None = None) -> None:
-    """Raises UserError if a group of devices cannot share the fc layers evenly."""
-    parts = placement.fc_parts(config, devices)
-    for row in layers:
-        units = math.prod(row.output_shape)
-        if row.name in ("pool5", "fc6", "fc7") and units % parts:
+            raise UserError("parallel=jit runs on one process only; use --config.parallel=auto")
+        devices = devices[:1]
+    if kind == "mesh.hybrid":
+        group = min(hybrid_group, len(devices))
+        if len(devices) % group:
             raise UserError(
-                f"the {units} values of {row.name} cannot be split over groups of {parts} "
+                f"{len(devices)} devices do not divide into groups of hybrid_group={hybrid_group}"
+            )
+    shape = (len(devices) // group, group)
+    if kind == "pmap":
+        # pmap wants the devices of a process next to each other.
+        by_process = sorted(devices, key=lambda device: (device.process_index, device.id))
+        grid = np.array(by_process).reshape(shape)
+    else:
+        # Neighbors on the machine's network share a group.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Parallel(kind, Mesh(grid, (DATA, GROUP)))
+
+
+def check_batch_size(batch_size: int, accumulate_steps: int, parallel: Parallel) -> None:
+    """Raises UserError if the devices and accumulation steps do not divide a batch evenly."""
+    if batch_size <= 0 or accumulate_steps <= 0:
+        raise UserError("batch_size and optimizer.accumulate_steps must be at least 1")
+    parts = parallel.mesh.size * accumulate_steps
+    if batch_size % parts:
+        raise UserError(
+            f"batch_size={batch_size} is not divisible by {parallel.mesh.size} device(s) × "
+            f"{accumulate_steps} accumulation step(s); try "
+            f"--config.batch_size={batch_size // parts * parts + parts}"
+        )
+
+
+def check_layers(layers: Sequence[LayerRow], parallel: Parallel) -> None:
+    """Raises UserError if a group of devices cannot split the fully connected layers evenly."""
+    group = parallel.mesh.shape[GROUP]
+    for row in layers:
+        inputs = int(np.prod(row.output_shape))
+        if row.name.startswith(("pool5", "avgpool5", "fc6", "fc7")) and inputs % group:
+            raise UserError(
+                f"the {inputs} values of {row.name} cannot be split over groups of {group} "
                 "devices; set another --config.hybrid_group"
             )
 
 
-def _jit(
-    config: ConfigDict,
-    train_step_of: MakeTrainStep,
-    eval_step_of: MakeEvalStep,
-    state: TrainState,
-    devices: Devices,
-) -> Compiled:
-    sharding = SingleDeviceSharding(devices[0])
-    return Compiled(
-        train_step=jax.jit(train_step_of(UNSPREAD), donate_argnums=0),
-        eval_step=jax.jit(eval_step_of(UNSPREAD)),
-        shardings=jax.tree.map(lambda _: sharding, state),
-        place=lambda tree: tree,
-        unplace=lambda tree: tree,
-        batch_sharding=sharding,
-        place_batch=lambda batch: jax.device_put(batch, sharding),
-        own_places=np.arange(config.batch_size),
-    )
+# ------------------------------------------------------------------------------------------
+# Arrays of several processes
+# ------------------------------------------------------------------------------------------
 
 
-def _pmap(
-    config: ConfigDict,
-    train_step_of: MakeTrainStep,
-    eval_step_of: MakeEvalStep,
-    state: TrainState,
-    devices: Devices,
-) -> Compiled:
-    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-    local = [device for device in devices if device.process_index == jax.process_index()]
-    mesh = Mesh(np.array(devices), (PMAP_AXIS,))
-    at_rest = NamedSharding(mesh, WHOLE)
-    on_local = NamedSharding(Mesh(np.array(local), (PMAP_AXIS,)), PartitionSpec(PMAP_AXIS))
-    mean = functools.partial(
-        _mean, axes=(PMAP_AXIS,), dtype=config.optimizer.gradient_dtype, devices=len(devices)
-    )
-    spread = Spread(mean=lambda gradients: jax.tree.map(mean, gradients))
+def to_host(tree: Tree) -> Tree:
+    """Returns global arrays as numpy arrays, whole and the same on every process.
 
-    def place_batch(batch: HostBatch) -> PlacedBatch:
-        shares = jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), batch)
-        placed: PlacedBatch = jax.device_put(shares, on_local)
-        return placed
-
-    def place(x: jax.Array) -> jax.Array:
-        copies = {shard.device: shard.data[None] for shard in x.addressable_shards}
-        return jax.make_array_from_single_device_arrays(
-            (len(local), *x.shape), on_local, [copies[device] for device in local]
-        )
-
-    def unplace(x: jax.Array) -> jax.Array:
-        copies = [shard.data[0] for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape[1:], at_rest, copies)
-
-    return Compiled(
-        train_step=jax.pmap(train_step_of(spread), PMAP_AXIS, devices=devices, donate_argnums=0),
-        eval_step=jax.pmap(eval_step_of(spread), PMAP_AXIS, devices=devices),
-        shardings=jax.tree.map(lambda _: at_rest, state),
-        place=functools.partial(jax.tree.map, place),
-        unplace=functools.partial(jax.tree.map, unplace),
-        batch_sharding=on_local,
-        place_batch=place_batch,
-        own_places=placement.own_places(
-            NamedSharding(mesh, PartitionSpec(PMAP_AXIS)), config.batch_size
-        ),
-    )
-
-
-def _mesh(
-    config: ConfigDict,
-    train_step_of: MakeTrainStep,
-    eval_step_of: MakeEvalStep,
-    state: TrainState,
-    devices: Devices,
-) -> Compiled:
-    mesh = placement.make_mesh(config, devices)
-    specs = placement.parameter_specs(config, state.params, mesh)
-    spread = _mesh_spread(config, specs, mesh)
-    shardings = placement.like_parameters(state, (specs, trainable(specs, config.freeze)), mesh)
-    batch_sharding = NamedSharding(mesh, PartitionSpec(placement.batch_axes(config)))
-    on_all = NamedSharding(mesh, WHOLE)
-    own = placement.own_places(batch_sharding, config.batch_size)
-
-    def place(x: np.ndarray) -> jax.Array:
-        def share(index: tuple[slice, ...]) -> np.ndarray:
-            rows = range(config.batch_size)[index[0]]
-            start = int(np.searchsorted(own, rows.start))
-            return x[start : start + len(rows)]
-
-        return jax.make_array_from_callback(
-            (config.batch_size, *x.shape[1:]),
-            batch_sharding,
-            share,  # type: ignore[arg-type]  # it is never given None
-        )
-
-    return Compiled(
-        train_step=jax.jit(
-            train_step_of(spread),
-            in_shardings=(shardings, batch_sharding),
-            out_shardings=(shardings, on_all),
-            donate_argnums=0,
-        ),
-        eval_step=jax.jit(
-            eval_step_of(spread),
-            in_shardings=(shardings, batch_sharding),
-            out_shardings=on_all,
-        ),
-        shardings=shardings,
-        place=lambda tree: tree,
-        unplace=lambda tree: tree,
-        batch_sharding=batch_sharding,
-        place_batch=functools.partial(jax.tree.map, place),
-        own_places=own,
-    )
-
-
-def _mesh_spread(config: ConfigDict, specs: Tree, mesh: Mesh) -> Spread:
-    axes = placement.batch_axes(config)
-    # ZeRO's gradients leave the devices as shards; its parameters reach them whole.
-    inside = jax.tree.map(lambda _: WHOLE, specs) if kind(config) == "mesh.zero" else specs
-    in_specs = (inside, PartitionSpec(axes), WHOLE)
-    of_gradients, inside = trainable(specs, config.freeze), trainable(inside, config.freeze)
-    spread_out = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-
-    def mean(gradient: jax.Array, spec: PartitionSpec, spec_inside: PartitionSpec) -> jax.Array:
-        held = jax.tree.leaves(tuple(spec_inside))
-        over = tuple(axis for axis in axes if axis not in held)
-        scatter = None if spec == spec_inside else spec.index(DATA_AXIS)
-        return _mean(gradient, over, config.optimizer.gradient_dtype, mesh.size, scatter)
-
-    return Spread(
-        gradients=functools.partial(spread_out, in_specs=in_specs, out_specs=(of_gradients, WHOLE)),
-        sums=functools.partial(spread_out, in_specs=in_specs, out_specs=WHOLE),
-        mean=lambda gradients: jax.tree.map(mean, gradients, of_gradients, inside),
-    )
-
-
-KINDS = {"jit": _jit, "pmap": _pmap, "mesh.data": _mesh, "mesh.zero": _mesh, "mesh.hybrid": _mesh}
-
-
-def _mean(
-    gradient: jax.Array,
-    axes: tuple[str, ...],
-    dtype: str,
-    devices: int,
-    scatter: int | None = None,
-) -> jax.Array:
-    """The sum over mapped axes, in `dtype` on its way, over the number of all devices.
-
-    Of a sum of shares of the loss, each of which is a mean over one device's images.
+    All processes must call it together.
     """
-    sent = gradient.astype(dtype)
-    total: jax.Array
-    if scatter is None:
-        total = jax.lax.psum(sent, axes)
-    else:
-        total = jax.lax.psum_scatter(sent, axes, scatter_dimension=scatter, tiled=True)
-    return total.astype(jnp.float32) / devices
+    return jax.tree.map(lambda x: np.asarray(_gather(x)), tree)
+
+
+def _gather(x: jax.Array) -> jax.Array:
+    if not isinstance(x, jax.Array) or x.is_fully_replicated:
+        return x
+    assert isinstance(x.sharding, NamedSharding)
+    everywhere = NamedSharding(x.sharding.mesh, REPLICATED)
+    gathered: jax.Array = jax.jit(lambda x: x, out_shardings=everywhere)(x)
+    return gathered
+
+
+def from_host(tree: Tree, like: Tree) -> Tree:
+    """Returns numpy arrays, the same on every process, as global arrays sharded as `like`."""
+
+    def place(x: np.ndarray, like: jax.Array) -> jax.Array:
+        x = np.asarray(x, like.dtype)
+        return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree, like)

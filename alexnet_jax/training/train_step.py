@@ -1,39 +1,46 @@
-"""One step of training and one of evaluation: pure functions of (state, batch)."""
+"""One training step and one evaluation step: pure functions of (state, batch).
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+`jax.jit` compiles them for one device or, with a sharded batch, for many: the compiler sees the
+global batch, so the mean gradient, batch norm over the whole batch and each image's own random
+draws need no code here. Only `jax.pmap`, which shows a step one device's part of the batch, needs
+the four places marked "pmap".
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 from jaxtyping import Float32, Int32, UInt8
-from ml_collections import ConfigDict
 
-from alexnet_jax.data import augment
+from alexnet_jax.data.augment import Augment
 from alexnet_jax.models.alexnet import AlexNet
-from alexnet_jax.training.optimizer import Params, Schedule, plateau, sgd, trainable
+from alexnet_jax.training.optimizer import layer_of
 
+Params = dict[str, Any]
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+EvalStep = Callable[["TrainState", Batch], Metrics]
 
-# What draws are for, folded into their keys.
+# Folded into keys, so that draws for different purposes are independent.
 INIT, TRAIN = 0, 1
 AUGMENT, DROPOUT = 0, 1
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that training needs to go on, as one pytree.
+    """All that training needs to continue, as one pytree.
 
     Attributes:
       step: int32[], number of updates made.
       params: float32 arrays by layer: `params["conv1"]["kernel"]`, …
       batch_stats: running statistics of the `bn` variant, {} for the others.
-      opt_state: Optax's, with the velocity of the layers that train.
-      plateau: state of the plateau schedule; its `scale` multiplies the learning rate.
-      key: the base random key; a step's draws come from it and the step's number alone.
+      opt_state: of the Optax transformation.
+      plateau: state of the plateau schedule. Its `scale` multiplies the learning rate.
+      key: uint32[2], the base random key. The draws of a step depend on it and the step only.
     """
 
     step: jax.Array
@@ -44,179 +51,157 @@ class TrainState(flax.struct.PyTreeNode):
     key: jax.Array
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-EvalStep = Callable[[TrainState, Batch], Metrics]
-
-
 def train_key(seed: int) -> jax.Array:
-    """Returns the base key of a run's random draws: a step folds its number into it."""
+    """Returns the base key of a run's random draws. A step folds its number into it."""
     return jax.random.fold_in(jax.random.PRNGKey(seed), TRAIN)
 
 
-def init_state(model: AlexNet, config: ConfigDict) -> TrainState:
-    """Returns the state before the first step, a function of config.seed alone."""
-    init_key = jax.random.fold_in(jax.random.PRNGKey(config.seed), INIT)
-    size = config.augment.crop_size
-    return state_of(model.init(init_key, jnp.zeros((1, size, size, 3)), train=False), config)
+def init_state(
+    model: AlexNet,
+    tx: optax.GradientTransformation,
+    seed: int,
+    input_shape: tuple[int, int, int],
+) -> TrainState:
+    """Returns the state before the first step.
 
-
-def state_of(variables: Mapping[str, Any], config: ConfigDict) -> TrainState:
-    """Returns the state before the first step of a network of {"params": …, "batch_stats": …}."""
+    Args:
+      input_shape: (S, S, C) of the images that the network sees.
+    """
+    init_key = jax.random.fold_in(jax.random.PRNGKey(seed), INIT)
+    variables = model.init(init_key, jnp.zeros((1, *input_shape)), train=False)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=sgd(config).init(trainable(params, config.freeze)),
-        plateau=plateau(config).init(params),
-        key=train_key(config.seed),
+        opt_state=tx.init(params),
+        plateau=optax.contrib.reduce_on_plateau().init(params),
+        key=train_key(seed),
     )
-
-
-Gradients = Callable[[Params, Batch, Any], tuple[Params, Any]]
-Sums = Callable[[Params, Batch, Any], Metrics]
-
-
-class Spread(NamedTuple):
-    """How the part of a step that sees the batch is spread over devices; by default it is not.
-
-    That part is a function of (params, batch, the rest), of which a device has its share of the
-    batch, and of the parameters what its layers need.
-
-    Attributes:
-      gradients: maps such a function, whose gradients are already those of the global batch.
-      sums: the same for the evaluation's.
-      mean: the gradients of a device's share -> those of the global batch, or its shards of them.
-    """
-
-    gradients: Callable[[Gradients], Gradients] = lambda function: function
-    sums: Callable[[Sums], Sums] = lambda function: function
-    mean: Callable[[Params], Params] = lambda gradients: gradients
-
-
-UNSPREAD = Spread()
 
 
 def make_train_step(
     model: AlexNet,
-    config: ConfigDict,
-    stats: augment.Statistics,
-    schedule: Schedule,
-    spread: Spread = UNSPREAD,
+    tx: optax.GradientTransformation,
+    augment: Augment,
+    *,
+    accumulate_steps: int = 1,
+    log_grad_norm: bool = False,
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
-    The batch is {"image": uint8[B, S, S, 3], "label": int32[B]}; augmentation happens inside.
-    Metrics are float32[] means over the global batch: loss (nats), top1 and top5 (accuracies, 0
-    to 1); and learning_rate. With `optimizer.clip_norm` also grad_norm, the global norm of the
-    gradients before clipping; without, it would cost a pass over all of them. No gradient is
-    taken of the layers of `freeze`.
+    The batch is {"image": uint8[B, S, S, 3], "label": int32[B]}; the step augments it. Metrics are
+    float32[] means over the global batch: loss (nats), top1 and top5 (accuracies from 0 to 1).
 
-    Every random draw comes from (seed, step) and an image's place in the global batch, so that a
-    step is the same on any number of devices. Where `model.batch_axes` are mapped, the batch is
-    one device's share.
+    Args:
+      tx: any Optax transformation. One that takes extra arguments gets `step` and `plateau_scale`.
+      accumulate_steps: number of parts in which the gradients of a batch are computed, one after
+        the other, to save memory.
+      log_grad_norm: adds the metric grad_norm, the global norm of the gradients of layers that
+        are not frozen. It costs a pass over all gradients.
     """
-    optimizer = sgd(config)
-    axes = model.batch_axes
+    tx = optax.with_extra_args_support(tx)
 
-    def gradients(params: Params, batch: Batch, rest: Any) -> tuple[Params, Any]:
-        batch_stats, key, step, color_noise = rest
-
-        def loss_of(trained: Params, *given: Any) -> Any:
-            return _loss(model, {**params, **trained}, *given)
-
-        images = augmented(key, step, batch["image"], color_noise, stats, config, axes)
-        grads, metrics, batch_stats = _accumulate(
-            jax.grad(loss_of, has_aux=True),
-            (trainable(params, config.freeze), batch_stats),
-            (images, batch["label"]),
-            jax.random.fold_in(jax.random.fold_in(key, step), DROPOUT),
-            config.optimizer.accumulate_steps,
+    def loss_fn(
+        params: Params, batch_stats: Any, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        logits, updated = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images,
+            train=True,
+            rngs={"dropout": key},
+            mutable=["batch_stats"],
         )
-        metrics = jax.lax.pmean(metrics, axes) if axes else metrics
-        return spread.mean(grads), (metrics, batch_stats)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        hits = hits_in_top5(logits, labels)
+        metrics = {"loss": losses, "top1": hits[:, 0], "top5": hits.sum(axis=1)}
+        metrics = {name: values.mean() for name, values in metrics.items()}
+        return metrics["loss"], (metrics, updated.get("batch_stats", {}))
+
+    grad_fn = jax.grad(loss_fn, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        now = schedule(state.step, state.plateau.scale)
-        rest = (state.batch_stats, state.key, state.step, now.color_noise)
-        grads, (metrics, batch_stats) = spread.gradients(gradients)(state.params, batch, rest)
-        params = trainable(state.params, config.freeze)
-        updates, opt_state = optimizer.update(grads, state.opt_state, params, rates=now.rates)
+        # Augmentation is part of the step: the same pixels on any host, a tenth of the bytes to
+        # transfer, and (seed, step) alone reproduce a batch exactly.
+        key = jax.random.fold_in(state.key, state.step)
+        images = augment_batch(augment, key, batch["image"], state.step, model.axis_name)
+
+        dropout_key = jax.random.fold_in(key, DROPOUT)
+        examples = (images, batch["label"])
+        if accumulate_steps == 1:
+            grads, (metrics, batch_stats) = grad_fn(
+                state.params, state.batch_stats, *examples, dropout_key
+            )
+        else:
+            grads, (metrics, batch_stats) = _accumulate(
+                grad_fn, state.params, state.batch_stats, examples, dropout_key, accumulate_steps
+            )
+        if model.axis_name:  # pmap: the mean over devices, which jit's compiler inserts itself
+            sent = jax.tree.map(lambda g: g.astype(model.gradient_dtype), grads)
+            mean = jax.lax.pmean(sent, model.axis_name)
+            grads = jax.tree.map(lambda g, like: g.astype(like.dtype), mean, grads)
+            metrics = jax.lax.pmean(metrics, model.axis_name)
+        if log_grad_norm:
+            trained = {n: g for n, g in grads.items() if layer_of(n) not in model.frozen}
+            metrics["grad_norm"] = optax.tree.norm(trained)
+
+        # XLA does not compute the gradients of frozen layers, because `tx` ignores them.
+        updates, opt_state = tx.update(
+            grads,
+            state.opt_state,
+            state.params,
+            step=state.step,
+            plateau_scale=state.plateau.scale,
+        )
         state = state.replace(
             step=state.step + 1,
-            params={**state.params, **optax.apply_updates(params, updates)},
+            params=optax.apply_updates(state.params, updates),
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
-        if config.optimizer.clip_norm:
-            metrics["grad_norm"] = optax.tree.norm(grads)
-        return state, {**metrics, "learning_rate": now.learning_rate}
+        return state, metrics
 
     return train_step
 
 
-def _loss(
-    model: AlexNet,
-    params: Params,
-    batch_stats: dict[str, Any],
-    images: jax.Array,
-    labels: jax.Array,
+def augment_batch(
+    augment: Augment,
     key: jax.Array,
-) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
-    logits, updated = model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        images,
-        train=True,
-        rngs={"dropout": key},
-        mutable=["batch_stats"],
-    )
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    metrics = {"loss": loss, **_in_first(logits, labels, jnp.mean)}
-    return loss, (metrics, updated.get("batch_stats", {}))
-
-
-def augmented(
-    key: jax.Array,
-    step: jax.Array | int,
     images: UInt8[jax.Array, "B S S 3"],
-    color_noise: jax.Array,
-    stats: augment.Statistics,
-    config: ConfigDict,
-    axes: tuple[str, ...] = (),
+    step: jax.Array | int,
+    axis_name: str | None = None,
 ) -> Float32[jax.Array, "B crop_size crop_size 3"]:
-    """Returns the batch that the network sees at one step.
+    """Returns a training batch as the network sees it.
 
-    Every image has a key of its own by its place in the global batch, so that what happens to it
-    does not depend on how many devices share the batch.
+    Args:
+      key: the state's key with the step folded in.
     """
-    key = jax.random.fold_in(jax.random.fold_in(key, step), AUGMENT)
-    first = jax.lax.axis_index(axes) * len(images) if axes else 0
-    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(first + jnp.arange(len(images)))
-    return augment.augment(images, keys, color_noise, stats, config)
+    index = jnp.arange(len(images))
+    if axis_name:  # pmap: the index in the global batch
+        index += jax.lax.axis_index(axis_name) * len(images)
+    key = jax.random.fold_in(key, AUGMENT)
+    return augment(images, jax.vmap(lambda i: jax.random.fold_in(key, i))(index), step)
 
 
 def _accumulate(
     grad_fn: Callable[..., Any],
-    variables: tuple[Params, dict[str, Any]],
+    params: Params,
+    batch_stats: Any,
     examples: tuple[jax.Array, jax.Array],
     key: jax.Array,
     parts: int,
-) -> tuple[Params, Metrics, dict[str, Any]]:
-    """Gradients and metrics of the batch, computed in so many parts one after the other.
+) -> tuple[Params, tuple[Metrics, Any]]:
+    """Returns what `grad_fn` returns for the whole batch, computed in parts.
 
-    A part takes every parts-th image, of each device's share as of the whole batch.
+    Part p is every parts-th image from the p-th on. Consecutive images would be on one device each
+    where the batch is sharded, so that devices would take turns.
     """
-    params, batch_stats = variables
-    if parts == 1:
-        grads, (metrics, batch_stats) = grad_fn(params, batch_stats, *examples, key)
-        return grads, metrics, batch_stats
 
     def add_part(carry: Any, part: Any) -> tuple[Any, Metrics]:
         grads, batch_stats = carry
         part_grads, (metrics, batch_stats) = grad_fn(params, batch_stats, *part)
-        return (jax.tree.map(lambda total, g: total + g / parts, grads, part_grads), batch_stats), (
-            metrics
-        )
+        grads = jax.tree.map(lambda total, g: total + g / parts, grads, part_grads)
+        return (grads, batch_stats), metrics
 
     split = [x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for x in examples]
     (grads, batch_stats), metrics = jax.lax.scan(
@@ -224,30 +209,47 @@ def _accumulate(
         (jax.tree.map(jnp.zeros_like, params), batch_stats),
         (*split, jax.random.split(key, parts)),
     )
-    return grads, jax.tree.map(jnp.mean, metrics), batch_stats
+    return grads, (jax.tree.map(jnp.mean, metrics), batch_stats)
+
+
+def make_eval_step(model: AlexNet, augment: Augment) -> EvalStep:
+    """Returns `eval_step(state, batch) -> sums` over the examples whose label is not -1.
+
+    Sums are float32[] over the global batch: loss (nats), top1, top5, count. Padding examples have
+    the label -1, so that every example counts exactly once whatever the batch size. With ten views
+    the softmax is averaged over them first (paper §4.1), and the loss is that of the average.
+    """
+
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        counted = batch["label"] >= 0
+        labels = jnp.maximum(batch["label"], 0)
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        log_probs = log_probabilities(model, variables, augment.views(batch["image"]))
+        hits = hits_in_top5(log_probs, labels)
+        values = {
+            "loss": -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0],
+            "top1": hits[:, 0],
+            "top5": hits.sum(axis=1),
+            "count": jnp.ones_like(hits[:, 0]),
+        }
+        sums = {name: jnp.sum(jnp.where(counted, value, 0.0)) for name, value in values.items()}
+        return jax.lax.psum(sums, model.axis_name) if model.axis_name else sums  # pmap
+
+    return eval_step
 
 
 def log_probabilities(
-    model: AlexNet,
-    variables: dict[str, Any],
-    images: UInt8[jax.Array, "B S S 3"],
-    stats: augment.Statistics,
-    config: ConfigDict,
-    views: str,
+    model: AlexNet, variables: dict[str, Any], views: Float32[jax.Array, "V B S S 3"]
 ) -> Float32[jax.Array, "B classes"]:
-    """Returns the logarithms of what the network gives to stored images.
-
-    Args:
-      views: "center", the centre crop; or "ten", the softmax averaged over the ten views.
-    """
+    """Returns the logarithms of the probabilities, averaged over the views of each image."""
 
     def of_view(view: jax.Array) -> jax.Array:
         logits: Any = model.apply(variables, view, train=False)
         return nn.log_softmax(logits)
 
-    if views == "center":
-        return of_view(augment.center_crop(images, stats, config))
-    return mean_softmax(jax.lax.map(of_view, augment.ten_views(images, stats, config)))
+    if len(views) == 1:
+        return of_view(views[0])
+    return mean_softmax(jax.lax.map(of_view, views))  # one at a time, to save memory
 
 
 def mean_softmax(log_probs: Float32[jax.Array, "N B C"]) -> Float32[jax.Array, "B C"]:
@@ -255,53 +257,16 @@ def mean_softmax(log_probs: Float32[jax.Array, "N B C"]) -> Float32[jax.Array, "
     return nn.logsumexp(log_probs, axis=0) - jnp.log(len(log_probs))
 
 
-def first_five(
+def top_five(
     scores: Float32[jax.Array, "B C"],
 ) -> tuple[Float32[jax.Array, "B best"], Int32[jax.Array, "B best"]]:
-    """Returns the five highest of the scores, falling, and their classes. Of fewer classes, all."""
+    """Returns the five highest scores in falling order and their classes; all if C < 5."""
     values, classes = jax.lax.top_k(scores, min(5, scores.shape[-1]))
     return values, classes
 
 
-def make_eval_step(
-    model: AlexNet,
-    config: ConfigDict,
-    stats: augment.Statistics,
-    spread: Spread = UNSPREAD,
-) -> EvalStep:
-    """Returns `eval_step(state, batch) -> sums` over the examples whose label is not -1.
-
-    Sums, each float32[] over the global batch: loss (nats), top1, top5, count. With ten views
-    the softmax is averaged over them first (paper, section 4.1), and the loss is of the average.
-    """
-
-    axes = model.batch_axes
-
-    def sums(params: Params, batch: Batch, batch_stats: Any) -> Metrics:
-        counted = batch["label"] >= 0
-        labels = jnp.maximum(batch["label"], 0)
-        variables = {"params": params, "batch_stats": batch_stats}
-        log_probs = log_probabilities(
-            model, variables, batch["image"], stats, config, config.eval.views
-        )
-        losses = -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
-
-        def total(values: ArrayLike) -> jax.Array:
-            return jnp.sum(jnp.where(counted, values, 0.0))
-
-        found = {"loss": total(losses), **_in_first(log_probs, labels, total), "count": total(1.0)}
-        return jax.lax.psum(found, axes) if axes else found
-
-    def eval_step(state: TrainState, batch: Batch) -> Metrics:
-        return spread.sums(sums)(state.params, batch, state.batch_stats)
-
-    return eval_step
-
-
-def _in_first(
-    logits: jax.Array, labels: jax.Array, reduce: Callable[[jax.Array], jax.Array]
-) -> Metrics:
-    """Whether each label is the first, or among the first five."""
-    _, best = first_five(logits)
-    hits = (best == labels[:, None]).astype(jnp.float32)
-    return {"top1": reduce(hits[:, 0]), "top5": reduce(hits.sum(1))}
+def hits_in_top5(
+    scores: Float32[jax.Array, "B C"], labels: Int32[jax.Array, " B"]
+) -> Float32[jax.Array, "B best"]:
+    """Returns 1 where one of the five highest scores is the label's: column 0 is top-1."""
+    return (top_five(scores)[1] == labels[:, None]).astype(jnp.float32)
