@@ -1,6 +1,6 @@
-"""Caffe's files, byte by byte as protobuf lays them out: bvlc_alexnet and bvlc_reference_caffenet.
+"""Writes files of bvlc_alexnet and bvlc_reference_caffenet in the protobuf wire format.
 
-The numbers of the fields are those of Caffe's caffe.proto.
+The field numbers are those of Caffe's caffe.proto.
 """
 
 import struct
@@ -41,7 +41,12 @@ def message(fields: Mapping[int, int | float]) -> bytes:
 
 
 def blob(array: np.ndarray, old: bool = False, double: bool = False) -> bytes:
-    """A BlobProto; an old one has four axes, those of length 1 first."""
+    """Returns a BlobProto.
+
+    Args:
+      old: in the format of 2014, with four axes, padded with leading axes of size 1.
+      double: with the numbers in double precision.
+    """
     if old:
         four = (1,) * (4 - array.ndim) + array.shape
         shape = message(dict(enumerate(four, start=1)))
@@ -52,12 +57,14 @@ def blob(array: np.ndarray, old: bool = False, double: bool = False) -> bytes:
 
 
 def layer(name: str, kind: str, blobs: list[bytes], v1: bool, lrn: Mapping = LRN) -> bytes:
-    bottom, top, called, typed, arrays, normed = (2, 3, 4, 5, 6, 18) if v1 else (3, 4, 1, 2, 7, 118)
-    parts = [field(called, name), field(typed, V1_TYPES[kind] if v1 else kind)]
+    bottom, top, name_field, type_field, blob_field, lrn_field = (
+        (2, 3, 4, 5, 6, 18) if v1 else (3, 4, 1, 2, 7, 118)
+    )
+    parts = [field(name_field, name), field(type_field, V1_TYPES[kind] if v1 else kind)]
     parts += [field(bottom, "before"), field(top, name)]
-    parts += [field(arrays, content) for content in blobs]
+    parts += [field(blob_field, content) for content in blobs]
     if kind == "LRN":
-        parts.append(field(normed, message(lrn)))
+        parts.append(field(lrn_field, message(lrn)))
     return b"".join(parts)
 
 
@@ -69,16 +76,21 @@ def net(
     rename: Mapping[str, str] | None = None,
     double: bool = False,
 ) -> bytes:
-    """A .caffemodel. `v1` is what those of 2014 are: field `layers`, types numbered, four axes."""
+    """Returns a .caffemodel.
+
+    Args:
+      v1: in the format of 2014: the field `layers`, numbered types, blobs with four axes.
+      rename: other names for layers.
+    """
     layers = [layer("data", "Data", [], v1), *_layers(name, weights, v1, lrn, rename or {}, double)]
     layers.append(layer("loss", "SoftmaxWithLoss", [], v1))
     return field(1, name) + b"".join(field(2 if v1 else 100, content) for content in layers)
 
 
 def _layers(name, weights, v1, lrn, rename, double) -> list[bytes]:
-    found = []
-    for place in f"{BLOCKS[name]} {REST}".split():
-        blobs = [blob(array, old=v1, double=double) for array in weights.get(place, ())]
-        kind = TYPES[place.rstrip("12345678")]
-        found.append(layer(rename.get(place, place), kind, blobs, v1, lrn))
-    return found
+    layers = []
+    for layer_name in f"{BLOCKS[name]} {REST}".split():
+        blobs = [blob(array, old=v1, double=double) for array in weights.get(layer_name, ())]
+        kind = TYPES[layer_name.rstrip("12345678")]
+        layers.append(layer(rename.get(layer_name, layer_name), kind, blobs, v1, lrn))
+    return layers

@@ -1,4 +1,4 @@
-"""A checkpoint of the 2012 program's run #145, as its layer.py laid one out."""
+"""Builds a checkpoint of the 2012 program's run #145 in the layout of its layer.py."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ NORM = {"type": "cmrnorm", "size": 5, "scale": 0.0001 / 5, "pow": 0.75, "minDiv"
 WITHIN = {"type": "rnorm", "size": 5, "scale": 0.001 / 5**2, "pow": 0.75}
 POOL = {"type": "pool", "pool": "max", "sizeX": 3, "stride": 2, "start": 0}
 
-# By layer: where its inputs come from. fc2048bb has them in the other order.
+# The inputs of each layer. Those of fc2048bb are in the opposite order.
 INPUTS = {
     "conv1a": ["data"],
     "conv1b": ["data"],
@@ -32,7 +32,7 @@ OURS = {"fc2048a": "fc6", "fc2048b": "fc6", "fc2048ba": "fc7", "fc2048bb": "fc7"
 
 
 def checkpoint(weights: foreign.Weights) -> dict[str, Any]:
-    """Returns what the program pickled of a network with these weights."""
+    """Returns the content of a checkpoint of a network with these weights."""
     layers = {
         "data": {"name": "data", "type": "data", "dataIdx": 0, "outputs": 150528},
         "labels": {"name": "labels", "type": "data", "dataIdx": 1, "outputs": 1},
@@ -54,7 +54,7 @@ def checkpoint(weights: foreign.Weights) -> dict[str, Any]:
         layers[name] = {"name": name, "type": "neuron", "inputs": [f"pool3{tower}"]}
     for name, inputs in INPUTS.items():
         layers[name] = weight_layer(name, inputs, weights)
-        # The program kept its layers' dicts here too: the same objects.
+        # The program stored references to the same dicts here too.
         layers[name]["inputLayers"] = [layers[i] for i in inputs if i in layers]
     error = Called(Global("numpy.core.multiarray", "scalar"), (Dtype("f8"), b"\0" * 8))
     return {
@@ -75,7 +75,7 @@ def weight_layer(name: str, inputs: list[str], weights: foreign.Weights) -> dict
     if name != "fc1000":
         part = slice(0, len(bias) // 2) if name.endswith("a") else slice(len(bias) // 2, None)
         weight, bias = weight[part], bias[part]
-    # One matrix for each input: [C·R·R, O] in C's order, or [I, O] in Fortran's.
+    # One matrix per input: [C·R·R, O] in C order, or [I, O] in Fortran order.
     matrices = np.split(weight, len(inputs), axis=1)
     if inputs[0][-1:] == "b":
         matrices.reverse()
@@ -99,7 +99,7 @@ def weight_layer(name: str, inputs: list[str], weights: foreign.Weights) -> dict
 
 
 def options() -> OldStyle:
-    """The command line's, of its module `options`: objects and a class."""
+    """Returns the command line's options: instances and a class of the program's own modules."""
     parser = Global("options", "StringOptionParser")
     option = OldStyle(Global("options", "Option"), {"name": "data_path", "parser": parser})
     return OldStyle(Global("options", "OptionsParser"), {"options": {"data_path": option}})

@@ -1,4 +1,4 @@
-"""Weights as other programs have them, channels first, and what to compare networks of them on."""
+"""Random weights in the layout of other programs, and helpers that convert and compare them."""
 
 import contextlib
 import io
@@ -9,12 +9,11 @@ import images
 import numpy as np
 import pytest
 
-from alexnet_jax import convert
-from alexnet_jax import inference as trained
-from alexnet_jax.models.alexnet import LAYERS
+from alexnet_jax import convert, inference
 from alexnet_jax.utils.errors import UserError
 
 CLASSES = 7
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 FILTERS = {"owt": (64, 192, 384, 256, 256), "towers": (96, 256, 384, 384, 256)}
 GROUPS = {"owt": (1, 1, 1, 1, 1), "towers": (1, 2, 1, 2, 2)}
 SIZES = (11, 5, 3, 3, 3)
@@ -23,15 +22,23 @@ Weights = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def shapes(kind: str) -> dict[str, tuple[int, ...]]:
-    """By layer the weight's shape, [O, I / groups, R, R] or [O, I], of `owt` or `towers`."""
+    """Returns the shape of each layer's weight, [O, I / groups, R, R] or [O, I].
+
+    Args:
+      kind: "owt", or "towers" for the networks with groups.
+    """
     inputs = (3, *FILTERS[kind][:4])
     convolutions = zip(FILTERS[kind], inputs, GROUPS[kind], SIZES, strict=True)
-    found = [(o, i // groups, size, size) for o, i, groups, size in convolutions]
-    return dict(zip(LAYERS, [*found, (4096, 9216), (4096, 4096), (CLASSES, 4096)], strict=True))
+    shapes = [(o, i // groups, size, size) for o, i, groups, size in convolutions]
+    return dict(zip(LAYERS, [*shapes, (4096, 9216), (4096, 4096), (CLASSES, 4096)], strict=True))
 
 
 def random_weights(kind: str, bias: float) -> Weights:
-    """Float32 weights that keep the scale of their inputs, and biases [O] of that deviation."""
+    """Returns float32 weights that keep the scale of their inputs, and biases.
+
+    Args:
+      bias: standard deviation of the biases.
+    """
     rng = np.random.default_rng(11)
 
     def draw(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +50,7 @@ def random_weights(kind: str, bias: float) -> Weights:
 
 
 def tiny_weights() -> Weights:
-    """Of sides of 2: enough for a file, and no AlexNet."""
+    """Returns arrays whose dimensions are all 2: a small file with the wrong shapes."""
     axes = {layer: len(shape) for layer, shape in shapes("owt").items()}
     return {
         layer: (np.arange(2.0**n, dtype=np.float32).reshape((2,) * n), np.zeros(2, np.float32))
@@ -52,21 +59,22 @@ def tiny_weights() -> Weights:
 
 
 def photographs() -> np.ndarray:
-    """uint8[2, 256, 256, 3]."""
+    """Returns uint8[2, 256, 256, 3]."""
     return np.stack([images.photograph(number, 256, 256) for number in range(2)])
 
 
 def log_probs(workdir: Path) -> np.ndarray:
-    """What a workdir's network finds of the photographs, by the way of all commands."""
-    return np.asarray(trained.classifier(trained.load(workdir))(photographs()))
+    """Returns the log-probabilities of the photographs from a workdir's network."""
+    return np.asarray(inference.classifier(inference.load(workdir))(photographs()))
 
 
-def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    return float(np.abs(got - want).max() / np.abs(want).max())
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Returns the largest difference, relative to the largest expected value."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
-def converted(*arguments: str | Path) -> str:
-    """Runs the command in this process, and returns what it printed."""
+def run_convert(*arguments: str | Path) -> str:
+    """Runs the command in this process and returns what it prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
         convert.main([str(argument) for argument in arguments])
@@ -74,10 +82,10 @@ def converted(*arguments: str | Path) -> str:
     return printed.getvalue()
 
 
-def assert_refused(told: str, source: Path, *others: Path, to: Callable = convert.to_workdir):
-    """That no workdir is made of a file, nor anything else, and why."""
+def assert_rejected(message: str, source: Path, *others: Path, to: Callable = convert.to_workdir):
+    """Checks that converting a file fails with this message and leaves nothing behind."""
     folder = source.parent
     before = sorted(folder.iterdir())
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         to(source, folder / "new", *others)
     assert sorted(folder.iterdir()) == before

@@ -1,4 +1,4 @@
-"""What Python 2's cPickle wrote, byte for byte in kind: str of bytes, old-style objects, arrays."""
+"""Writes pickles as Python 2's cPickle did: byte strings, old-style instances, arrays."""
 
 import io
 import pickle
@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Global:
-    """A class or a function, by its names there."""
+    """A class or a function by name; it need not exist."""
 
     module: str
     name: str
@@ -18,7 +18,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Called:
-    """What a function returned: pickled as the call."""
+    """The result of a function, pickled as the call."""
 
     function: Global
     arguments: tuple
@@ -26,7 +26,7 @@ class Called:
 
 @dataclass(frozen=True)
 class Built:
-    """An object that is given a state."""
+    """An object with a state that the pickle sets."""
 
     instance: Any
     state: Any
@@ -34,7 +34,7 @@ class Built:
 
 @dataclass(frozen=True)
 class OldStyle:
-    """An instance of a class without bases, of which the program of 2012 had many."""
+    """An instance of a class without bases, as in the 2012 program."""
 
     kind: Global
     state: Any
@@ -42,13 +42,13 @@ class OldStyle:
 
 @dataclass(frozen=True)
 class Dtype:
-    """A NumPy dtype of little-endian numbers: f4, i8, …"""
+    """A little-endian NumPy dtype: f4, i8, …"""
 
     kind: str
 
 
 class Pickler(pickle._Pickler):
-    """Python's own, in Python, with the opcodes that Python 2 used for what is otherwise now."""
+    """The standard library's Python implementation, with the opcodes that Python 2 used."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 
@@ -62,9 +62,9 @@ class Pickler(pickle._Pickler):
             self.write(pickle.BINSTRING + len(data).to_bytes(4, "little") + data)
         self.memoize(text)
 
-    def save_global_of(self, found: Global) -> None:
-        self.write(f"c{found.module}\n{found.name}\n".encode())
-        self.memoize(found)
+    def save_named(self, named: Global) -> None:
+        self.write(f"c{named.module}\n{named.name}\n".encode())
+        self.memoize(named)
 
     def save_called(self, called: Called) -> None:
         self.save_call(called.function, called.arguments, called)
@@ -109,7 +109,7 @@ class Pickler(pickle._Pickler):
         self.save_call(Global("numpy", "dtype"), (dtype.kind, 0, 1), dtype, state)
 
     dispatch[str] = dispatch[bytes] = save_str
-    dispatch[Global] = save_global_of
+    dispatch[Global] = save_named
     dispatch[Called] = save_called
     dispatch[Built] = save_built
     dispatch[OldStyle] = save_old_style
@@ -118,7 +118,7 @@ class Pickler(pickle._Pickler):
 
 
 def dumps(content: Any, protocol: int = 2) -> bytes:
-    """Returns the pickle of plain containers, arrays and the classes above."""
+    """Returns a pickle of plain containers, arrays and the classes above."""
     file = io.BytesIO()
     Pickler(file, protocol).dump(content)
     return file.getvalue()

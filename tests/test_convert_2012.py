@@ -1,4 +1,4 @@
-"""The 2012 program's pickles: read exactly, computed as there, and harmless whatever is in them."""
+"""Converting checkpoints of the 2012 program: same outputs, and no pickle can do harm."""
 
 import collections
 import contextlib
@@ -13,10 +13,8 @@ import pytest
 import python2_pickle
 from python2_pickle import Called, Global, OldStyle
 
-from alexnet_jax import convert
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.weights import cuda_convnet as weights_2012
-from alexnet_jax.weights import pickles as plain_pickle
+from alexnet_jax.weights import cuda_convnet, pickles, programs
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +23,7 @@ def weights() -> foreign.Weights:
 
 
 def mean_image() -> np.ndarray:
-    """Float32[3, 256, 256], red, green, blue."""
+    """Returns float32[3, 256, 256], RGB."""
     y, x = np.mgrid[:256, :256] / 256
     return np.stack([140 + 30 * x, 110 + 20 * y, 80 + 30 * y * x]).astype(np.float32)
 
@@ -37,7 +35,10 @@ def write(path: Path, content, protocol: int = 2) -> Path:
 
 
 def log_probs_of_run_145(layers: dict) -> np.ndarray:
-    """Of the photographs, by layers-145.cfg: each tower for itself, of the pickled matrices."""
+    """Returns the log-probabilities of the photographs, from the pickled matrices.
+
+    The towers are computed one by one, as layers-145.cfg lists them.
+    """
     torch = pytest.importorskip("torch")
     F = torch.nn.functional
 
@@ -64,17 +65,17 @@ def log_probs_of_run_145(layers: dict) -> np.ndarray:
 
     images = foreign.photographs().transpose(0, 3, 1, 2) - mean_image()
     x = F.pad(torch.tensor(images[:, :, 16:240, 16:240]), (0, 3, 0, 3))
-    found = {}
+    outputs = {}
     for t in "ab":
         y = F.relu(pool(cross_map(weighted(f"conv1{t}", x, size=11, stride=4))))
         y = F.relu(weighted(f"conv2{t}", y, size=5, padding=2))
-        found[t] = pool(within_map(cross_map(y)))
-    pool2 = [found["a"], found["b"]]
+        outputs[t] = pool(within_map(cross_map(y)))
+    pool2 = [outputs["a"], outputs["b"]]
     for t in "ab":
         y = F.relu(weighted(f"conv3{t}", *pool2, size=3, padding=1))
         y = F.relu(weighted(f"conv4{t}", y, size=3, padding=1))
-        found[t] = F.relu(pool(weighted(f"conv5{t}", y, size=3, padding=1)))
-    pool3 = [found["a"], found["b"]]
+        outputs[t] = F.relu(pool(weighted(f"conv5{t}", y, size=3, padding=1)))
+    pool3 = [outputs["a"], outputs["b"]]
     hs1 = {t: 0.5 * F.relu(weighted(f"fc2048{t}", *pool3)) for t in "ab"}
     hs2 = [
         0.5 * F.relu(weighted("fc2048ba", hs1["a"], hs1["b"])),
@@ -84,19 +85,19 @@ def log_probs_of_run_145(layers: dict) -> np.ndarray:
 
 
 @pytest.mark.torch
-def test_logits_are_those_of_pytorch(weights, tmp_path):
+def test_log_probabilities_match_pytorch(weights, tmp_path):
     content = checkpoint_2012.checkpoint(weights)
     source = write(tmp_path / "ConvNet__2012-09-19_23.29.04" / "91.1000", content)
     meta = {"data_mean": mean_image().reshape(-1, 1).astype("f8"), "num_vis": 196608}
     meta_file = write(tmp_path / "batches.meta", meta)
-    told = foreign.converted(source.parent, tmp_path / "run", "--mean", meta_file)
-    assert "holds variant original, 7 classes, for crops of 224" in told
-    want = log_probs_of_run_145(content["model_state"]["layers"])
-    assert foreign.relative_error(foreign.log_probs(tmp_path / "run"), want) < 1e-4
+    printed = foreign.run_convert(source.parent, tmp_path / "run", "--mean", meta_file)
+    assert "variant original, 7 classes, crops of 224 pixels minus a mean image" in printed
+    expected = log_probs_of_run_145(content["model_state"]["layers"])
+    assert foreign.relative_error(foreign.log_probs(tmp_path / "run"), expected) < 1e-4
     shutil.rmtree(tmp_path / "run")
 
 
-def test_towers_are_joined_exactly_from_a_dict_or_a_list_of_layers(weights, tmp_path):
+def test_read_joins_towers_exactly_for_both_kinds_of_checkpoint(weights, tmp_path):
     content = checkpoint_2012.checkpoint(weights)
     layers = content["model_state"]["layers"]
     names = list(layers)
@@ -106,41 +107,41 @@ def test_towers_are_joined_exactly_from_a_dict_or_a_list_of_layers(weights, tmp_
     ]
     for number, state in enumerate([layers, older]):
         content["model_state"]["layers"] = state
-        variant, got = weights_2012.read(write(tmp_path / f"1.{number}", content))
+        variant, actual = cuda_convnet.read(write(tmp_path / f"1.{number}", content))
         assert variant == "original"
         for layer, pair in weights.items():
-            for array, expected in zip(got[layer], pair, strict=True):
+            for array, expected in zip(actual[layer], pair, strict=True):
                 np.testing.assert_array_equal(array, expected)
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2])
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("kind", ["<f4", "<f8", "<i8", "|u1"])
-def test_arrays_of_numbers_are_read_from_every_protocol(tmp_path, protocol, order, kind):
+def test_load_reads_arrays_from_every_protocol(tmp_path, protocol, order, kind):
     array = np.arange(250, 262, dtype=np.int32).astype(kind).reshape(3, 4, order=order)
     content = {"name": "\xe9t\xe9", "array": array, "more": [1, 2.5, None, True, (3, 2**40)]}
-    got = plain_pickle.load(write(tmp_path / "a", content, protocol))
-    np.testing.assert_array_equal(got.pop("array").array(), array)
+    actual = pickles.load(write(tmp_path / "a", content, protocol))
+    np.testing.assert_array_equal(actual.pop("array").to_numpy(), array)
     del content["array"]
-    assert got == content
+    assert actual == content
 
 
-def test_objects_of_other_classes_are_inert_whatever_a_pickle_does_to_them(tmp_path):
-    with_state = ValueError("told")
+def test_objects_of_other_classes_become_inert(tmp_path):
+    with_state = ValueError("message")
     with_state.more = "set later"
     filled = (collections.deque([1]), collections.deque([1, 2]), collections.defaultdict(int, a=1))
     for number, value in enumerate([with_state, *filled]):
         path = tmp_path / str(number)
         path.write_bytes(pickle.dumps({"value": value, "after": 1}, protocol=2))
-        got = plain_pickle.load(path)
-        assert type(got["value"]) is plain_pickle.Inert and got["after"] == 1
+        actual = pickles.load(path)
+        assert type(actual["value"]) is pickles.Inert and actual["after"] == 1
 
 
-def test_the_newest_checkpoint_of_a_folder_is_taken(tmp_path):
+def test_read_takes_the_newest_checkpoint_of_a_folder(tmp_path):
     for name in ("9.1300", "90.7", "90.12"):
         write(tmp_path / name, name)
     with pytest.raises(UserError, match="90.12 is not a checkpoint of the 2012 program"):
-        weights_2012.read(tmp_path)
+        cuda_convnet.read(tmp_path)
 
 
 def tiny(change=lambda layers: None) -> dict:
@@ -150,42 +151,40 @@ def tiny(change=lambda layers: None) -> dict:
 
 
 FAULTS = {
-    "it has no model_state of layers": lambda: {"model_state": 3},
-    "rnorm1a is not a layer with type": lambda: tiny(lambda found: found.pop("rnorm1a")),
-    "pool1b is not a layer with sizeX 3": lambda: tiny(
-        lambda found: found["pool1b"].update(sizeX=2)
-    ),
-    "conv1a is not a layer with 1 matrices": lambda: tiny(lambda found: found.pop("conv1a")),
-    "an array is missing": lambda: tiny(lambda found: found["conv1a"].update(weights=[7])),
-    r"conv1a has an array of \[1\], not \[48\]": tiny,
+    "it has no model_state with layers": lambda: {"model_state": 3},
+    "rnorm1a does not have type": lambda: tiny(lambda layers: layers.pop("rnorm1a")),
+    "pool1b does not have sizeX 3": lambda: tiny(lambda layers: layers["pool1b"].update(sizeX=2)),
+    "conv1a does not have 1 weight matrices": lambda: tiny(lambda layers: layers.pop("conv1a")),
+    "an array is missing": lambda: tiny(lambda layers: layers["conv1a"].update(weights=[7])),
+    r"conv1a has an array of shape \[1\], not \[48\]": tiny,
 }
 
 
-@pytest.mark.parametrize("told", FAULTS)
-def test_a_checkpoint_of_another_network_is_refused(tmp_path, told):
-    foreign.assert_refused(told, write(tmp_path / "1.1", FAULTS[told]()))
+@pytest.mark.parametrize("message", FAULTS)
+def test_checkpoint_of_another_network_is_rejected(tmp_path, message):
+    foreign.assert_rejected(message, write(tmp_path / "1.1", FAULTS[message]()))
 
 
-def test_an_order_of_towers_that_is_not_told_is_not_guessed(weights, tmp_path):
+def test_order_of_towers_is_not_guessed(weights, tmp_path):
     content = checkpoint_2012.checkpoint(weights)
     del content["model_state"]["layers"]["fc2048bb"]["inputs"]
-    with pytest.raises(UserError, match="fc2048bb has not one input of each tower"):
-        weights_2012.read(write(tmp_path / "1.1", content))
+    with pytest.raises(UserError, match="fc2048bb does not have one input from each tower"):
+        cuda_convnet.read(write(tmp_path / "1.1", content))
 
 
-def test_a_truncated_file_is_refused(tmp_path):
+def test_truncated_file_is_rejected(tmp_path):
     path = write(tmp_path / "1.1", tiny())
     path.write_bytes(path.read_bytes()[:-40])
-    foreign.assert_refused("cannot be read as a Python 2 pickle", path)
+    foreign.assert_rejected("cannot be read as a Python 2 pickle", path)
 
 
 def array_of(shape, kind: str = "f4", content: bytes = b"\0" * 16) -> Called:
-    """An array as it is pickled, with a state that no array has."""
+    """Returns an array with a state that no array has."""
     dtype = python2_pickle.Dtype(kind)
-    made = Called(
+    call = Called(
         Global("numpy.core.multiarray", "_reconstruct"), (Global("numpy", "ndarray"), (0,), "b")
     )
-    return python2_pickle.Built(made, (1, shape, dtype, False, content))
+    return python2_pickle.Built(call, (1, shape, dtype, False, content))
 
 
 @pytest.mark.parametrize(
@@ -204,10 +203,10 @@ def array_of(shape, kind: str = "f4", content: bytes = b"\0" * 16) -> Called:
     ],
     ids=str,
 )
-def test_an_array_whose_state_is_not_one_is_refused(tmp_path, array):
+def test_array_with_an_invalid_state_is_rejected(tmp_path, array):
     meta = write(tmp_path / "batches.meta", {"data_mean": array})
     with pytest.raises(UserError, match="it has no data_mean"):
-        convert.read_mean(meta, convert.PROGRAM_2012)
+        programs.read_mean(meta, programs.CUDA_CONVNET)
 
 
 def system(module: str, path: Path) -> Called:
@@ -238,19 +237,19 @@ ATTACKS = {
 
 @pytest.mark.parametrize("protocol", [0, 2])
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_in_a_pickle_is_run(tmp_path, attack, protocol):
+def test_pickle_cannot_call_anything(tmp_path, attack, protocol):
     made = tmp_path / "made.npy"
     content = python2_pickle.dumps({"op": ATTACKS[attack](made), "model_state": 3}, protocol)
     with contextlib.suppress(Exception):
         pickle.loads(content)
-    assert made.exists()  # so does Python's own
+    assert made.exists()  # the attack works with the standard library
     made.unlink()
     source = tmp_path / "1.1"
     source.write_bytes(content)
-    foreign.assert_refused("is not a checkpoint of the 2012 program", source)
+    foreign.assert_rejected("is not a checkpoint of the 2012 program", source)
     (tmp_path / "batches.meta").write_bytes(content)
     with pytest.raises(UserError, match="it has no data_mean"):
-        convert.read_mean(tmp_path / "batches.meta", convert.PROGRAM_2012)
+        programs.read_mean(tmp_path / "batches.meta", programs.CUDA_CONVNET)
     assert not made.exists()
 
 
@@ -266,8 +265,8 @@ RAW_ATTACKS = {
 
 
 @pytest.mark.parametrize("attack", RAW_ATTACKS)
-def test_no_opcode_reaches_the_program_or_fills_its_memory(tmp_path, attack):
+def test_opcodes_cannot_change_classes_or_fill_memory(tmp_path, attack):
     source = tmp_path / "1.1"
     source.write_bytes(RAW_ATTACKS[attack])
-    foreign.assert_refused(r"cannot be read as a Python 2 pickle|no model_state", source)
-    assert plain_pickle.load(write(tmp_path / "after", {"a": 1})) == {"a": 1}
+    foreign.assert_rejected(r"cannot be read as a Python 2 pickle|no model_state", source)
+    assert pickles.load(write(tmp_path / "after", {"a": 1})) == {"a": 1}

@@ -1,4 +1,4 @@
-"""Python 2's pickles as data: NumPy arrays and plain containers; nothing in one is ever called."""
+"""Reads Python 2 pickles without calling anything in them: NumPy arrays and plain containers."""
 
 import pickle
 import re
@@ -11,9 +11,9 @@ from alexnet_jax.utils.errors import UserError, one_line
 
 
 class Inert:
-    """An object of a class that is not admitted, or what a function would have returned.
+    """Stands for an object of a class that is not allowed, or for the result of a function call.
 
-    It takes all that a pickle does to an object, and does nothing.
+    It accepts everything that a pickle can do to an object, and ignores it.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Inert":
@@ -36,14 +36,14 @@ class Inert:
 
 
 class PlainOrderedDict(dict[Any, Any]):
-    """OrderedDict, of Python's or of the module that came before it."""
+    """OrderedDict, from `collections` or from the backport module `ordereddict`."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 class PickledDtype:
-    """What a pickle tells of a dtype."""
+    """The type code and byte order of a pickled dtype."""
 
     def __init__(self, code: Any = None, *others: Any):
         self.code, self.order = code, "="
@@ -53,7 +53,7 @@ class PickledDtype:
 
 
 class PickledArray:
-    """What a pickle tells of an array. It is not NumPy that reads it, whose own can be deceived."""
+    """The pickled state of an array. NumPy's own `__setstate__` does not check untrusted input."""
 
     def __init__(self, *args: Any):
         self._state: Any = None
@@ -61,15 +61,19 @@ class PickledArray:
     def __setstate__(self, state: Any) -> None:
         self._state = state
 
-    def array(self) -> np.ndarray:
-        """Returns the array. Raises ValueError if it is not one of numbers, or is damaged."""
+    def to_numpy(self) -> np.ndarray:
+        """Returns the array.
+
+        Raises:
+          ValueError: it does not contain numbers, or its shape and content disagree.
+        """
         try:
             _, shape, dtype, is_fortran, content = self._state
-            if not re.fullmatch("[fiu][1248]", dtype.code) or not re.fullmatch(
-                "[<>=|]", dtype.order
+            if not (
+                re.fullmatch("[fiu][1248]", dtype.code) and re.fullmatch("[<>=|]", dtype.order)
             ):
-                raise ValueError("it holds no numbers")
-            if isinstance(content, str):  # Python 2's bytes
+                raise ValueError("the array does not contain numbers")
+            if isinstance(content, str):  # a Python 2 str: bytes
                 content = content.encode("latin-1")
             array = np.ndarray(
                 shape, np.dtype(dtype.order + dtype.code), content, order="F" if is_fortran else "C"
@@ -77,11 +81,11 @@ class PickledArray:
         except (TypeError, AttributeError, OverflowError) as error:
             raise ValueError(one_line(error)) from error
         if array.nbytes != len(content):
-            raise ValueError(f"{len(content)} bytes are no array of shape {array.shape}")
+            raise ValueError(f"an array of shape {array.shape} has {len(content)} bytes")
         return array
 
 
-ADMITTED = {
+ALLOWED = {
     ("collections", "OrderedDict"): PlainOrderedDict,
     ("ordereddict", "OrderedDict"): PlainOrderedDict,
     ("numpy", "dtype"): PickledDtype,
@@ -91,22 +95,29 @@ ADMITTED = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own in Python: that in C fills as much memory as a pickle says it will use."""
+    """The standard library's Python implementation.
+
+    The C implementation allocates as much memory as a pickle claims to need.
+    """
 
     def find_class(self, module: str, name: str) -> type:
-        return ADMITTED.get((module, name), Inert)
+        return ALLOWED.get((module, name), Inert)
 
 
 def load(path: Path) -> Any:
-    """Returns a pickle's content, with a `PickledArray` for each array and Python 2's str as str.
+    """Returns the content of a pickle, with a `PickledArray` for each array.
 
-    Objects of other classes become `Inert`. Raises UserError if it is no whole pickle.
+    Python 2's str becomes str, decoded as Latin-1. Objects of classes that are not in `ALLOWED`
+    become `Inert`.
+
+    Raises:
+      UserError: the file cannot be read, or is not a complete pickle.
     """
     try:
         with path.open("rb") as file:
             return _Unpickler(file, encoding="latin-1").load()
-    except Exception as error:  # damaged or hostile, anything can be
+    except Exception as error:  # a damaged or hostile pickle can raise anything
         raise UserError(
-            f"{path} cannot be read as a Python 2 pickle ({one_line(error)[:100]}): it is damaged, "
-            "or of another kind"
+            f"{path} cannot be read as a Python 2 pickle ({one_line(error)[:100]}); "
+            "it is damaged or has another format: copy it again"
         ) from error

@@ -1,4 +1,4 @@
-"""torchvision's alexnet: its state_dict, as torch.save or safetensors writes it."""
+"""Reads and writes the state_dict of torchvision's alexnet, as .pth or .safetensors files."""
 
 import io
 import zipfile
@@ -18,7 +18,7 @@ from alexnet_jax.weights.layouts import ChannelsFirst
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
-# torchvision.models.alexnet: the convolutions are modules of `features`, the rest of `classifier`.
+# torchvision.models.alexnet: the index of each layer in its two nn.Sequential.
 MODULES = {
     "conv1": "features.0",
     "conv2": "features.3",
@@ -29,53 +29,56 @@ MODULES = {
     "fc7": "classifier.4",
     "fc8": "classifier.6",
 }
-# What its weights were trained with, of pixels from 0 to 1 (torchvision's presets).
+# Normalization of torchvision's training (torchvision.transforms.presets), for pixels in [0, 1].
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
 def read(path: Path) -> tuple[str, ChannelsFirst]:
-    """Returns variant `owt` and its weights: of a state_dict, or of a dict that holds one.
+    """Returns the variant, `owt`, and the weights of a state_dict.
 
-    Half precision becomes float32 exactly, double precision by rounding.
+    A state_dict inside a training checkpoint is found under the usual keys. Weights in half
+    precision become float32 exactly, those in double precision by rounding.
 
-    Raises UserError if the file cannot be read or is not torchvision's alexnet.
+    Raises:
+      UserError: the file cannot be read or is not torchvision's alexnet.
     """
-    found = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    arrays = {name.removeprefix("module."): array for name, array in found.items()}
-    wanted = {f"{module}.{part}" for module in MODULES.values() for part in ("weight", "bias")}
-    if missing := wanted - arrays.keys():
-        raise UserError(f"{path} is not of torchvision's alexnet: it has no {min(missing)}")
-    if others := arrays.keys() - wanted:
-        raise UserError(f"{path} is not of torchvision's alexnet, which has no {min(others)}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    arrays = {name.removeprefix("module."): array for name, array in content.items()}
+    expected = {f"{module}.{part}" for module in MODULES.values() for part in ("weight", "bias")}
+    if missing := expected - arrays.keys():
+        raise UserError(f"{path} is not torchvision's alexnet: it has no {min(missing)}")
+    if unexpected := arrays.keys() - expected:
+        raise UserError(f"{path} is not torchvision's alexnet, which has no {min(unexpected)}")
     for name, array in arrays.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise UserError(f"{name} in {path} is of {array.dtype}; save it as float32")
-    floats = {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+            raise UserError(f"{name} in {path} has dtype {array.dtype}; save it as float32")
     return "owt", {
-        layer: (floats[f"{module}.weight"], floats[f"{module}.bias"])
+        layer: (
+            np.asarray(arrays[f"{module}.weight"], np.float32),
+            np.asarray(arrays[f"{module}.bias"], np.float32),
+        )
         for layer, module in MODULES.items()
     }
 
 
 def write(path: Path, weights: ChannelsFirst) -> None:
-    """Writes a state_dict that torchvision's alexnet loads, whole or not at all.
+    """Writes a state_dict that torchvision's alexnet loads. The file is complete or absent.
 
-    Raises UserError if the file cannot be written, or PyTorch is missing for a .pth.
+    Raises:
+      UserError: the file cannot be written, or PyTorch is not installed and needed for a .pth.
     """
-    arrays = {
-        f"{MODULES[layer]}.{part}": array
-        for layer, pair in weights.items()
-        for part, array in zip(("weight", "bias"), pair, strict=True)
-    }
-    content = _encoded(path, arrays)
+    arrays = {}
+    for layer, (weight, bias) in weights.items():
+        arrays[f"{MODULES[layer]}.weight"], arrays[f"{MODULES[layer]}.bias"] = weight, bias
+    content = _encode(path, arrays)
     with explain_write_errors(path, "another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as new:
             new.write_bytes(content)
 
 
-def _encoded(path: Path, arrays: dict[str, np.ndarray]) -> bytes | memoryview:
+def _encode(path: Path, arrays: dict[str, np.ndarray]) -> bytes | memoryview:
     if path.suffix == ".safetensors":
         return safetensors.numpy.save(arrays, metadata={"format": "pt"})
     torch, buffer = _import_torch(path), io.BytesIO()
@@ -86,35 +89,38 @@ def _encoded(path: Path, arrays: dict[str, np.ndarray]) -> bytes | memoryview:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return safetensors.flax.load_file(path)  # safetensors.numpy cannot read bfloat16
-    except Exception as error:  # of the file system, safetensors, or a type that JAX has not
-        raise UserError(f"{path} cannot be read as safetensors: {one_line(error)}") from error
+    except Exception as error:  # OSError, safetensors' own, or a dtype that JAX does not have
+        raise UserError(
+            f"{path} cannot be read as safetensors ({one_line(error)}); copy it again"
+        ) from error
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    """By PyTorch itself, since there have been three formats of .pth.
+    """Reads the file with PyTorch, because there have been three formats of .pth.
 
-    It admits tensors and plain containers alone.
+    `weights_only` admits tensors and plain containers.
     """
     torch = _import_torch(path)
     try:
+        # torch.save never compresses. A compressed file could expand to any size in memory.
         if zipfile.is_zipfile(path) and any(
-            m.compress_type for m in zipfile.ZipFile(path).filelist
+            member.compress_type for member in zipfile.ZipFile(path).filelist
         ):
-            raise ValueError("it is compressed, as torch.save has no file")
-        return _floats(torch.load(path, map_location="cpu", weights_only=True))
+            raise ValueError("the zip file is compressed, which torch.save never does")
+        return _to_numpy(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # of pickle, zip, tar or PyTorch
         raise UserError(
-            f"{path} cannot be read as a state_dict ({one_line(error)[:100]}); write it again by "
+            f"{path} cannot be read as a state_dict ({one_line(error)[:100]}); write it again with "
             "torch.save(model.state_dict(), FILE)"
         ) from error
 
 
-def _floats(content: Any) -> dict[str, np.ndarray]:
+def _to_numpy(content: Any) -> dict[str, np.ndarray]:
     if not isinstance(content, Mapping):
-        raise TypeError(f"it holds a {type(content).__name__}")
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+        raise TypeError(f"it contains a {type(content).__name__}")
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
     return {
         str(name): (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
         for name, tensor in content.items()
@@ -126,7 +132,7 @@ def _import_torch(path: Path) -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path} takes PyTorch, which is not installed: pip install torch, or use a "
+            f"{path} needs PyTorch, which is not installed: pip install torch, or use a "
             ".safetensors file"
         ) from error
     return torch
