@@ -69,7 +69,7 @@ def describe(store: Store) -> str:
     per_class = np.bincount(store.labels, minlength=len(store.class_names))
     lines = {
         "source": store.source,
-        "examples": f"{store.num_examples:,}, without {store.num_corrupt} corrupt ones",
+        "examples": f"{store.num_examples:,} ({store.num_corrupt} corrupt images left out)",
         "classes": f"{len(store.class_names)}, with {per_class.min():,} to {per_class.max():,} "
         "examples each",
         "images": f"{store.image_size}x{store.image_size}, stored as {store.storage}",

@@ -1,5 +1,8 @@
-"""What goes wrong with data in earnest, each injected for real. See also test_prepare (killed, full
-disk, corrupt images), test_store (missing and shortened shards) and test_shards (flipped bits)."""
+"""Faults of data, each injected for real.
+
+See also test_prepare (kills, full disks, corrupt images), test_store (missing and truncated shards)
+and test_shards (flipped bits).
+"""
 
 import contextlib
 import itertools
@@ -36,7 +39,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_bomb() -> bytes:
-    """A few bytes that would take 30 GB to decode."""
+    """Returns a few bytes that would decode to 30 GB."""
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -47,7 +50,7 @@ def png_bomb() -> bytes:
 
 
 def jpeg_bomb() -> bytes:
-    """A JPEG whose header says 65,500x65,500 pixels."""
+    """Returns a JPEG whose header claims 65,500x65,500 pixels."""
     content = bytearray(encode(mark(0, 64), "JPEG"))
     start_of_frame = content.index(b"\xff\xc0")
     content[start_of_frame + 5 : start_of_frame + 9] = struct.pack(">HH", 65_500, 65_500)
@@ -55,15 +58,17 @@ def jpeg_bomb() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("bomb.png", png_bomb(), "100000x100000 pixels, more than"),
         ("bomb.jpg", jpeg_bomb(), "65500x65500 pixels, more than"),
-        ("empty.jpg", b"", "cannot identify image file"),
-        ("empty.png", b"", "cannot identify image file"),
+        ("empty.jpg", b"", "it is not an image"),
+        ("empty.png", b"", "it is not an image"),
     ],
 )
-def test_a_bomb_and_an_empty_file_are_corrupt_images_like_others(folder, name, content, said):
+def test_decompression_bombs_and_empty_files_count_as_corrupt_images(
+    folder, name, content, message
+):
     (folder / "train" / "class0" / name).write_bytes(content)
     config = folder_config(folder, folder / "data")
     with pytest.raises(UserError, match="1 of the first . images .* cannot be decoded"):
@@ -72,11 +77,11 @@ def test_a_bomb_and_an_empty_file_are_corrupt_images_like_others(folder, name, c
     store = open_or_prepare(config)["train"]
     log = Path(store.path, "corrupt.log").read_text()
     assert log.startswith(f"class0/{name}: ")
-    assert said in log
+    assert message in log
     assert mark_number(store.read(np.arange(8))["image"]).tolist() == list(range(8))
 
 
-def test_a_bomb_takes_no_memory(folder):
+def test_decompression_bombs_are_not_decoded(folder):
     (folder / "train" / "class0" / "bomb.jpg").write_bytes(jpeg_bomb())
     (folder / "train" / "class1" / "bomb.png").write_bytes(png_bomb())
     program = (
@@ -88,39 +93,39 @@ def test_a_bomb_takes_no_memory(folder):
     ran = run(sys.executable, "-c", program, *command, "--config.max_corrupt=0.3")
     assert ran.returncode == 0, ran.stderr
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", ran.stdout)[1]) / 1e3
-    assert peak < 600  # MB; decoded, the two would take over 40,000
+    assert peak < 600  # MB; decoding the two would take over 40,000
 
 
 @pytest.mark.parametrize("depth", ["", "deeper"])
-def test_a_symlink_loop_is_named(folder, depth):
+def test_symlink_loop_is_explained(folder, depth):
     place = folder / "train" / "class1" / depth
     place.mkdir(exist_ok=True)
     (place / "again").symlink_to(folder / "train")
-    with pytest.raises(UserError, match="/again is a link to a folder that it lies in itself"):
+    with pytest.raises(UserError, match="/again is a link to a folder that contains the link"):
         open_or_prepare(folder_config(folder, folder / "data"))
 
 
-def test_a_class_that_is_a_symlink_to_its_own_split_is_named(folder):
+def test_class_that_links_to_its_own_split_is_explained(folder):
     (folder / "train" / "class9").symlink_to(folder / "train")
-    with pytest.raises(UserError, match="/class9 is a link to a folder that it lies in itself"):
+    with pytest.raises(UserError, match="/class9 is a link to a folder that contains the link"):
         open_or_prepare(folder_config(folder, folder / "data"))
 
 
-def test_a_file_that_links_to_itself_is_a_corrupt_image(folder):
+def test_file_that_links_to_itself_is_a_corrupt_image(folder):
     link = folder / "train" / "class0" / "self.png"
     link.symlink_to(link)
     with pytest.raises(UserError, match="1 of the first . images"):
         open_or_prepare(folder_config(folder, folder / "data"))
 
 
-def test_links_that_are_no_loops_are_followed(folder, tmp_path):
+def test_links_without_loops_are_followed(folder, tmp_path):
     (folder / "train" / "class0").rename(tmp_path / "elsewhere")
     (folder / "train" / "class0").symlink_to(tmp_path / "elsewhere")
     store = open_or_prepare(folder_config(folder, folder / "data"))["train"]
     assert mark_number(store.read(np.arange(8))["image"]).tolist() == list(range(8))
 
 
-def test_class_folders_with_spaces_and_names_of_all_alphabets(tmp_path):
+def test_class_folders_may_have_spaces_and_any_alphabet(tmp_path):
     names = ("Ara ararauna", "größer", "жар-птица", "孔雀", "🦆")
     for split, number in itertools.product(("train", "val"), range(5)):
         file = tmp_path / "птицы и 鸟" / split / names[number] / f"фото {number}.png"
@@ -135,24 +140,23 @@ def test_class_folders_with_spaces_and_names_of_all_alphabets(tmp_path):
 
 
 @pytest.mark.parametrize("label", [-1, 3, 1000])
-def test_labels_out_of_range_stop_the_preparation(tmp_path, label):
-    """As the test splits of many data sets have them."""
+def test_label_out_of_range_stops_preparation(tmp_path, label):
+    """The test splits of many data sets have the label -1."""
 
     def read(first, end):
         labels = [0, 1, label, 2][first:end]
         return iter([Example(f"image {n}", x, lambda: mark(0)) for n, x in enumerate(labels)])
 
     source = Source("birds test", 4, ("a", "b", "c"), read)
-    config = folder_config(tmp_path, tmp_path)
     with pytest.raises(UserError, match=f"image 2 of birds test has the label {label}, .*0 to 2"):
-        prepare_store(source, str(tmp_path / "store"), config)
+        prepare_store(source, str(tmp_path / "store"), image_size=8)
     with pytest.raises(UserError, match="is not complete"):
         open_store(tmp_path / "store")
 
 
 @contextlib.contextmanager
 def read_only(folder: Path):
-    """Root may write anywhere but on a file system mounted read-only."""
+    """Makes a folder read-only. Root ignores its mode, so it is mounted read-only instead."""
     mounted = ["mount", "--bind", "-o", "ro", str(folder), str(folder)]
     if os.getuid() == 0 and subprocess.run(mounted, capture_output=True).returncode == 0:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
@@ -161,7 +165,7 @@ def read_only(folder: Path):
         finally:
             subprocess.run(["umount", str(folder)], check=True)
     elif os.getuid() == 0:
-        pytest.skip("root that may not mount cannot make a folder read-only")
+        pytest.skip("making a folder read-only for root requires mounting")
     else:
         folder.chmod(0o555)
         try:
@@ -171,9 +175,7 @@ def read_only(folder: Path):
 
 
 @pytest.mark.slow
-def test_a_read_only_data_dir_is_a_sentence_and_enough_to_train_once_it_is_prepared(
-    folder, tmp_path
-):
+def test_read_only_data_dir_is_explained_and_suffices_once_prepared(folder, tmp_path):
     data_dir = tmp_path / "data"
     data_dir.mkdir()
     command = (sys.executable, *prepare_command(folder, data_dir, size=72))
@@ -185,8 +187,8 @@ def test_a_read_only_data_dir_is_a_sentence_and_enough_to_train_once_it_is_prepa
         )
     assert run(*command).returncode == 0
     with read_only(data_dir):
-        for what in ("prepare", "info", "verify"):
-            ran = run(*command[:3], what, *command[3:])
+        for action in ("prepare", "info", "verify"):
+            ran = run(*command[:3], action, *command[3:])
             assert ran.returncode == 0, ran.stderr
         ran = run(
             *(sys.executable, "train.py", *command[3:], f"--workdir={tmp_path / 'run'}"),
@@ -197,8 +199,8 @@ def test_a_read_only_data_dir_is_a_sentence_and_enough_to_train_once_it_is_prepa
 
 
 @pytest.mark.slow
-def test_a_store_deleted_under_a_running_training_costs_no_step(undisturbed, digits, tmp_path):
-    """The images of open shards stay readable; at the first evaluation the store is missed."""
+def test_deleting_a_store_during_training_loses_no_step(undisturbed, digits, tmp_path):
+    """Open shards remain readable; the first evaluation detects that the store is missing."""
     data_dir, workdir = tmp_path / "data", tmp_path / "run"
     shutil.copytree(digits, data_dir)
     fields = [field.removeprefix("--config.").split("=", 1) for field in OFTEN]
@@ -208,11 +210,11 @@ def test_a_store_deleted_under_a_running_training_costs_no_step(undisturbed, dig
     while not process.lines.readline().startswith("step "):
         pass
     test_store.parent.rename(tmp_path / "away")
-    said = process.lines.read()
+    output = process.lines.read()
     assert process.wait(timeout=200) == 2
-    assert re.search(f"^error: .*{test_store}.* shard image/c/0/0/0/0 is missing; ", said, re.M)
-    assert "Traceback" not in said
-    assert saved_state(workdir)[0] == 20  # all steps until the evaluation
+    assert re.search(f"^error: .*{test_store}.* shard image/c/0/0/0/0 is missing; ", output, re.M)
+    assert "Traceback" not in output
+    assert saved_state(workdir)[0] == 20  # all steps before the evaluation
     (tmp_path / "away").rename(test_store.parent)
     ran = train(data_dir, workdir, *OFTEN)
     assert ran.returncode == 0, ran.stderr

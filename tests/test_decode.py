@@ -1,4 +1,4 @@
-"""Image bytes of every kind become the paper's square RGB image."""
+"""Images of each kind become the square RGB image of the paper."""
 
 import io
 
@@ -11,41 +11,41 @@ from alexnet_jax.data.decode import decode_square, decode_upright
 
 SIDE = 32
 PHOTO = photograph(3, SIDE, SIDE)
-GREY = np.asarray(Image.fromarray(PHOTO).convert("L"))
-HALF_CLEAR = np.dstack([PHOTO, np.where(np.arange(SIDE) < SIDE // 2, 0, 255) + 0 * GREY]).astype(
+GRAY = np.asarray(Image.fromarray(PHOTO).convert("L"))
+HALF_CLEAR = np.dstack([PHOTO, np.where(np.arange(SIDE) < SIDE // 2, 0, 255) + 0 * GRAY]).astype(
     np.uint8
 )
 ON_WHITE = np.where(np.arange(SIDE)[None, :, None] < SIDE // 2, 255, PHOTO)
-SIXTEEN_BIT = GREY.astype(np.uint16) * 256 + 3
+SIXTEEN_BIT = GRAY.astype(np.uint16) * 256 + 3
 
 
-def three(grey: np.ndarray) -> np.ndarray:
-    return np.dstack([grey] * 3)
+def three(gray: np.ndarray) -> np.ndarray:
+    return np.dstack([gray] * 3)
 
 
 @pytest.mark.parametrize(
     ("name", "image", "expected"),
     [
         ("RGB", encode(PHOTO, "PNG"), PHOTO),
-        ("grey", encode(GREY, "PNG", "L"), three(GREY)),
-        ("black and white", encode(GREY, "PNG", "1"), None),
+        ("gray", encode(GRAY, "PNG", "L"), three(GRAY)),
+        ("black and white", encode(GRAY, "PNG", "1"), None),
         ("palette", encode(PHOTO, "PNG", "P"), None),
         ("transparent", encode(HALF_CLEAR, "PNG", "RGBA"), ON_WHITE),
-        ("transparent grey", encode(HALF_CLEAR, "PNG", "LA"), None),
+        ("transparent gray", encode(HALF_CLEAR, "PNG", "LA"), None),
         ("transparent palette", encode(PHOTO, "PNG", "P", transparency=0), None),
-        ("16-bit grey", encode(SIXTEEN_BIT, "PNG", "I;16"), three(GREY)),
-        ("16-bit grey TIFF", encode(SIXTEEN_BIT, "TIFF", "I;16"), three(GREY)),
+        ("16-bit gray", encode(SIXTEEN_BIT, "PNG", "I;16"), three(GRAY)),
+        ("16-bit gray TIFF", encode(SIXTEEN_BIT, "TIFF", "I;16"), three(GRAY)),
         ("BMP", encode(PHOTO, "BMP"), PHOTO),
         ("lossless WebP", encode(PHOTO, "WEBP", lossless=True), PHOTO),
         ("CMYK TIFF", encode(PHOTO, "TIFF", "CMYK"), PHOTO),
-        ("GIF", encode(GREY, "GIF", "L"), three(GREY)),
+        ("GIF", encode(GRAY, "GIF", "L"), three(GRAY)),
         ("array RGB", PHOTO, PHOTO),
-        ("array grey", GREY, three(GREY)),
-        ("array grey with channel", GREY[..., None], three(GREY)),
+        ("array gray", GRAY, three(GRAY)),
+        ("array gray with channel", GRAY[..., None], three(GRAY)),
         ("array with transparency", HALF_CLEAR, ON_WHITE),
     ],
 )
-def test_each_kind_of_image(name, image, expected):
+def test_image_kinds(name, image, expected):
     found = decode_square(image, SIDE)
     assert found.shape == (SIDE, SIDE, 3)
     assert found.dtype == np.uint8
@@ -58,7 +58,7 @@ def test_each_kind_of_image(name, image, expected):
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "RGB", "L"])
-def test_a_jpeg_looks_as_what_was_saved(mode):
+def test_jpeg_resembles_the_saved_image(mode):
     smooth = np.asarray(Image.fromarray(photograph(1, 256, 256)).resize((SIDE, SIDE)))
     expected = three(np.asarray(Image.fromarray(smooth).convert("L"))) if mode == "L" else smooth
     found = decode_square(encode(smooth, "JPEG", mode, quality=95), SIDE)
@@ -69,8 +69,8 @@ def test_a_jpeg_looks_as_what_was_saved(mode):
     ("height", "width", "size"),
     [(96, 144, 64), (144, 96, 64), (192, 128, 64), (32, 48, 64), (48, 32, 64), (64, 64, 64)],
 )
-def test_scaling_the_shorter_side_then_cutting_the_centre(height, width, size):
-    """The paper's two steps in turn, for sides where both fall on whole pixels."""
+def test_scales_the_shorter_side_and_crops_the_center(height, width, size):
+    """Like the two steps of the paper, for sizes where both end at whole pixels."""
     photo = photograph(5, height, width)
     scale = size / min(height, width)
     whole = Image.fromarray(photo).resize(
@@ -82,8 +82,8 @@ def test_scaling_the_shorter_side_then_cutting_the_centre(height, width, size):
     assert difference.max() <= 1
 
 
-def test_the_cut_is_exact_where_the_middle_falls_between_pixels():
-    """A horizontal ramp of an odd surplus: its mirror image must give the mirrored square."""
+def test_crop_is_exact_if_its_border_lies_between_pixels():
+    """The mirror image of a ramp with an odd number of surplus columns gives the mirrored crop."""
     ramp = np.broadcast_to(np.arange(0, 75 * 3, 3, dtype=np.uint8)[None, :, None], (50, 75, 3))
     found = decode_square(np.ascontiguousarray(ramp), 20)
     mirrored = decode_square(np.ascontiguousarray(ramp[:, ::-1]), 20)
@@ -91,22 +91,22 @@ def test_the_cut_is_exact_where_the_middle_falls_between_pixels():
     assert found[:, 9:11].mean() == pytest.approx(37 * 3, abs=0.6)
 
 
-def test_shrinking_averages_instead_of_skipping_pixels():
+def test_shrinking_averages_pixels():
     stripes = np.zeros((128, 128, 3), np.uint8)
     stripes[:, ::2] = 255
     inner = decode_square(encode(stripes, "PNG"), 16)[:, 2:-2]
     assert np.abs(inner.astype(int) - 127.5).max() < 3
 
 
-def test_the_exif_orientation_is_ignored_as_in_2012():
+def test_decode_square_ignores_exif_orientation():
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # 90 degrees
     np.testing.assert_array_equal(decode_square(encode(PHOTO, "PNG", exif=exif), SIDE), PHOTO)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(("kind", "side"), [("PNG", SIDE), ("TIFF", SIDE), ("JPEG", SIDE // 2)])
-def test_an_upright_image_is_as_pillow_transposes_it(orientation, kind, side):
+def test_decode_upright_matches_pillows_exif_transpose(orientation, kind, side):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     stored = encode(photograph(3, SIDE, SIDE + 8), kind, exif=exif)
@@ -115,20 +115,20 @@ def test_an_upright_image_is_as_pillow_transposes_it(orientation, kind, side):
     upright.save(lossless, "PNG")
     expected = decode_square(lossless.getvalue(), side).astype(int)
     difference = np.abs(decode_upright(stored, side) - expected)
-    # Pillow alone scales the expected image: see the test of a photograph's own way below.
+    # Pillow scales the expected JPEG: see test_fast_jpeg_path_is_close_to_pillow.
     assert difference.max() == 0 if kind != "JPEG" else difference.mean() < 4
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_is_as_good_as_none():
+def test_damaged_exif_is_ignored():
     stored = encode(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*garbage")
     np.testing.assert_array_equal(decode_upright(stored, SIDE), decode_square(stored, SIDE))
 
 
 @pytest.mark.parametrize(
-    "broken", [b"", b"no image", encode(PHOTO)[:300], encode(PHOTO, "PNG")[:-300]]
+    "broken", [b"", b"not an image", encode(PHOTO)[:300], encode(PHOTO, "PNG")[:-300]]
 )
-def test_bytes_that_are_no_whole_image_raise(broken):
+def test_incomplete_images_raise(broken):
     with pytest.raises(Exception, match="."):
         decode_square(broken, SIDE)
 
@@ -144,8 +144,8 @@ def test_bytes_that_are_no_whole_image_raise(broken):
         (427, 640, 32, "RGB"),
     ],
 )
-def test_a_photographs_own_way_gives_about_the_image_of_pillows(height, width, size, mode):
-    """Differing from Pillow's smooth filters about as much as these do from each other."""
+def test_fast_jpeg_path_is_close_to_pillow(height, width, size, mode):
+    """It differs from Pillow's two smooth filters about as much as they differ from each other."""
     jpeg = encode(photograph(0, height, width), "JPEG", mode, quality=95)
     whole = Image.open(io.BytesIO(jpeg)).convert("RGB")
     side = min(height, width)
@@ -162,8 +162,8 @@ def test_a_photographs_own_way_gives_about_the_image_of_pillows(height, width, s
     np.testing.assert_allclose(found.mean(axis=(0, 1)), bilinear.mean(axis=(0, 1)), atol=1.5)
 
 
-def test_images_decoded_before_keep_their_pixels():
-    """Decoders use their memory again, but not what somebody still holds."""
+def test_decoding_does_not_overwrite_earlier_images():
+    """Decoders reuse memory, except that of images which are still referenced."""
     photos = [encode(photograph(n, 300, 400), "JPEG") for n in range(6)]
     kept = [decode_square(photo, 256) for photo in photos]
     alone = [decode_square(photo, 256).copy() for photo in photos]

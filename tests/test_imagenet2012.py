@@ -1,4 +1,4 @@
-"""The real tfds imagenet2012 builder over small archives of real image files."""
+"""The imagenet2012 builder of tfds, applied to small archives of real image files."""
 
 import io
 import shutil
@@ -20,13 +20,13 @@ from alexnet_jax.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64
-HEIGHT, WIDTH = 96, 144  # times 64/96 and cut in the middle: whole pixels everywhere
+HEIGHT, WIDTH = 96, 144  # scaled by 64/96 and cropped, all borders are whole pixels
 # file name -> (number of the photograph, Pillow's format, Pillow's mode)
-RGB, GREY, CMYK = ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK")
+RGB, GRAY, CMYK = ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK")
 TRAIN_FILES = {
     "n01440764": {
         "n01440764_1.JPEG": (0, *RGB),
-        "n01440764_2.JPEG": (1, *GREY),
+        "n01440764_2.JPEG": (1, *GRAY),
         "n01440764_3.JPEG": (2, *CMYK),
     },
     "n01739381": {"n01739381_1309.JPEG": (3, *CMYK), "n01739381_7.JPEG": (4, *RGB)},
@@ -36,14 +36,14 @@ TRAIN_FILES = {
         "n02105855_9.JPEG": (7, "PNG", "P"),
     },
 }
-LISTED_BY_TFDS = ("n01739381_1309.JPEG", "n02105855_2933.JPEG")  # its builder encodes them anew
+LISTED_BY_TFDS = ("n01739381_1309.JPEG", "n02105855_2933.JPEG")  # its builder encodes these again
 VALIDATION_FILES = {
     "ILSVRC2012_val_00000003.JPEG": (10, *RGB),
-    "ILSVRC2012_val_00000001.JPEG": (11, *GREY),
+    "ILSVRC2012_val_00000001.JPEG": (11, *GRAY),
     "ILSVRC2012_val_00000004.JPEG": (12, *CMYK),
     "ILSVRC2012_val_00000002.JPEG": (13, "PNG", "RGB"),
 }
-NEXT_FILTER = 5  # grey levels between Pillow's bicubic filter and its bilinear one, in the mean
+FILTER_TOLERANCE = 5  # mean difference between Pillow's bicubic and bilinear filters
 
 
 def content(number: int, kind: str, mode: str) -> bytes:
@@ -72,8 +72,8 @@ def stores(data_dir) -> dict[str, Store]:
     return open_or_prepare(config_for(data_dir))
 
 
-def scaled_and_cut(picture: Image.Image) -> np.ndarray:
-    """The paper's section 2, word by word: shorter side to SIZE, then the central square."""
+def scaled_and_cropped(picture: Image.Image) -> np.ndarray:
+    """Section 2 of the paper, literally: shorter side to SIZE, then the central square."""
     scale = SIZE / min(picture.size)
     width, height = (round(side * scale) for side in picture.size)
     picture = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
@@ -82,7 +82,7 @@ def scaled_and_cut(picture: Image.Image) -> np.ndarray:
 
 
 def nearest(store: Store, image: np.ndarray) -> tuple[int, np.ndarray]:
-    """Returns the label of the stored image that differs least, and the absolute differences."""
+    """Returns the label of the most similar stored image, and the absolute differences."""
     rows = store.read(np.arange(store.num_examples))
     differences = np.abs(rows["image"].astype(int) - image)
     best = differences.mean(axis=(1, 2, 3)).argmin()
@@ -94,12 +94,12 @@ def label_of(store: Store, wnid: str) -> int:
 
 
 def validation_wnid(name: str) -> str:
-    """The wnid of a validation image: line n of tfds's list is image n's."""
+    """Returns the wnid of validation image n: line n of the list of tfds."""
     path = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt")
     return path.read_text().split()[int(name.split("_")[-1].removesuffix(".JPEG")) - 1]
 
 
-def test_the_stores_hold_every_image_and_the_thousand_classes(stores):
+def test_stores_contain_each_image_and_the_thousand_classes(stores):
     assert stores["train"].num_examples == 8
     assert stores["eval"].num_examples == 4
     for store in stores.values():
@@ -110,45 +110,43 @@ def test_the_stores_hold_every_image_and_the_thousand_classes(stores):
 @pytest.mark.parametrize(
     ("wnid", "name", "file"), [(w, n, f) for w, fs in TRAIN_FILES.items() for n, f in fs.items()]
 )
-def test_train_pixels_and_label(stores, wnid, name, file):
+def test_train_pixels_and_labels(stores, wnid, name, file):
     number, kind, mode = file
-    reference = scaled_and_cut(Image.open(io.BytesIO(content(number, kind, mode))))
+    reference = scaled_and_cropped(Image.open(io.BytesIO(content(number, kind, mode))))
     label, difference = nearest(stores["train"], reference)
     assert label == label_of(stores["train"], wnid)
     if name in LISTED_BY_TFDS:
         assert difference.mean() < 4
-    elif file[1:] in (RGB, GREY):
-        assert difference.mean() < NEXT_FILTER
+    elif file[1:] in (RGB, GRAY):
+        assert difference.mean() < FILTER_TOLERANCE
     else:
         assert difference.max() <= 1
 
 
 @pytest.mark.parametrize(("name", "file"), VALIDATION_FILES.items())
-def test_validation_pixels_and_label(stores, name, file):
+def test_validation_pixels_and_labels(stores, name, file):
     label, difference = nearest(
-        stores["eval"], scaled_and_cut(Image.open(io.BytesIO(content(*file))))
+        stores["eval"], scaled_and_cropped(Image.open(io.BytesIO(content(*file))))
     )
-    if file[1:] in (RGB, GREY):
-        assert difference.mean() < NEXT_FILTER
+    if file[1:] in (RGB, GRAY):
+        assert difference.mean() < FILTER_TOLERANCE
     else:
         assert difference.max() <= 1
     assert label == label_of(stores["eval"], validation_wnid(name))
 
 
 @pytest.mark.parametrize(("number", "mode"), [(2, "CMYK"), (3, "CMYK"), (1, "L"), (7, "RGB")])
-def test_whatever_the_file_the_stored_image_looks_like_the_photograph(stores, number, mode):
+def test_stored_image_resembles_the_photograph_for_each_file_kind(stores, number, mode):
     photo = Image.fromarray(photograph(number, HEIGHT, WIDTH))
     if mode == "L":
         photo = photo.convert("L")
-    _, difference = nearest(stores["train"], scaled_and_cut(photo))
+    _, difference = nearest(stores["train"], scaled_and_cropped(photo))
     assert difference.mean() < 8
 
 
 @pytest.mark.parametrize("version", ["5.1.0", "5.0.0"])
-def test_a_directory_that_tfds_prepared_before_is_all_that_is_needed(
-    stores, data_dir, tmp_path, version
-):
-    """Without the archives, linked from a disk that is not ours, and of an older version too."""
+def test_directory_built_by_tfds_suffices(stores, data_dir, tmp_path, version):
+    """Without the archives, linked from another disk, and also of an older version."""
     built = tmp_path / "elsewhere" / version
     shutil.copytree(data_dir / "imagenet2012" / "5.1.0", built)
     info = built / "dataset_info.json"
@@ -182,7 +180,7 @@ def test_missing_archives_are_named_with_their_folder(tmp_path, present, named):
     assert f"in {manual_dir};" in str(caught.value)
 
 
-def test_the_command_says_in_one_line_that_the_archives_are_missing(tmp_path):
+def test_command_explains_missing_archives_in_one_line(tmp_path):
     (tmp_path / "paper.py").write_text(
         "from alexnet_jax.config import default_config as get_config"
     )

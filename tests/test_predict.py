@@ -56,7 +56,7 @@ def test_files_of_a_folder_have_the_probabilities_of_the_classifier(trained_run,
     assert len(rows) == 22
     wrong = {row["file"] for row in rows if "error" in row}
     assert wrong == {str(folder / "notes.txt"), str(folder / "truncated.png")}
-    assert f"skipped {folder / 'notes.txt'}: it is no image" in result.stderr
+    assert f"skipped {folder / 'notes.txt'}: it is not an image" in result.stderr
     assert f"skipped {folder / 'truncated.png'}: " in result.stderr
     assert ".hidden" not in result.stdout + result.stderr
     expected = probabilities(trained_run, examples["image"])

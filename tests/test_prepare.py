@@ -1,4 +1,4 @@
-"""Preparation that is killed, runs out of disk, meets corrupt images, or runs twice at once."""
+"""Preparation that is killed, fills the disk, meets corrupt images, or runs twice at once."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from alexnet_jax.data.store import open_store, store_path
 from alexnet_jax.utils.errors import UserError
 
 COUNT = 2100  # three shards: 1024, 1024 and 52 images
-STOP_AT = 1500  # in the second shard
+STOP_AT = 1500  # an image in the second shard
 
 
 @pytest.fixture
@@ -48,12 +48,12 @@ def undisturbed(folder: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 def rows_done(path: str) -> int:
-    """Returns how many images the finished shards of a preparation hold."""
+    """Returns the number of images in the finished shards of a preparation."""
     return sum(len(json.loads(p.read_text())["labels"]) for p in Path(path).glob("parts/*.json"))
 
 
 def block_at(folder: Path, number: int) -> Path:
-    """Makes one image a pipe: whoever reads it waits there until somebody writes."""
+    """Replaces one image by a pipe: its reader waits until something is written to it."""
     pipe = file_of(folder, number)
     pipe.unlink()
     os.mkfifo(pipe)
@@ -61,7 +61,7 @@ def block_at(folder: Path, number: int) -> Path:
 
 
 def kill_in_the_second_shard(folder: Path, data_dir: Path, path: str) -> Path:
-    """Starts a preparation and kills it; returns the pipe in place of the image it waited for."""
+    """Kills a preparation in the second shard; returns the pipe that it waited for."""
     pipe = block_at(folder, STOP_AT)
     process = start_preparing(folder, data_dir)
     while rows_done(path) == 0:
@@ -71,7 +71,7 @@ def kill_in_the_second_shard(folder: Path, data_dir: Path, path: str) -> Path:
     return pipe
 
 
-def test_killed_preparation_goes_on_and_ends_with_the_same_bytes(folder, tmp_path):
+def test_killed_preparation_resumes_and_ends_with_the_same_bytes(folder, tmp_path):
     expected = undisturbed(folder, tmp_path)
     data_dir = tmp_path / "data"
     path = store_path(folder_config(folder, data_dir), "train")
@@ -81,7 +81,7 @@ def test_killed_preparation_goes_on_and_ends_with_the_same_bytes(folder, tmp_pat
         open_store(path)
     pipe.unlink()
     pipe.write_bytes(encode(mark(STOP_AT), "PNG"))
-    os.remove(file_of(folder, 3))  # read already: it must not be read again
+    os.remove(file_of(folder, 3))  # in a finished shard: it must not be read again
     os.mkfifo(folder / "train" / "class0" / "00003.png")
 
     second = start_preparing(folder, data_dir)
@@ -91,7 +91,7 @@ def test_killed_preparation_goes_on_and_ends_with_the_same_bytes(folder, tmp_pat
     assert contents(path) == expected
 
 
-def test_a_preparation_of_other_files_is_not_continued(folder, tmp_path):
+def test_preparation_from_other_files_is_not_resumed(folder, tmp_path):
     data_dir = tmp_path / "data"
     path = store_path(folder_config(folder, data_dir), "train")
     pipe = kill_in_the_second_shard(folder, data_dir, path)
@@ -102,7 +102,7 @@ def test_a_preparation_of_other_files_is_not_continued(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_prepare_one_store(folder, tmp_path):
+def test_second_process_waits_for_the_first(folder, tmp_path):
     expected = undisturbed(folder, tmp_path)
     pipe = block_at(folder, STOP_AT)
     first = start_preparing(folder, tmp_path / "data")
@@ -118,10 +118,10 @@ def test_two_processes_at_once_prepare_one_store(folder, tmp_path):
     assert contents(path) == expected
 
 
-LIMITED = ("bash", "-c", 'ulimit -f 98 && exec "$@"', "bash")  # KiB a file
+LIMITED = ("bash", "-c", 'ulimit -f 98 && exec "$@"', "bash")  # KiB per file
 
 
-def test_a_file_size_limit_is_a_sentence_and_the_work_goes_on_without_it(folder, tmp_path):
+def test_file_size_limit_is_explained_and_preparation_resumes_without_it(folder, tmp_path):
     expected = undisturbed(folder, tmp_path)
     data_dir = tmp_path / "data"
     path = store_path(folder_config(folder, data_dir), "train")
@@ -133,7 +133,7 @@ def test_a_file_size_limit_is_a_sentence_and_the_work_goes_on_without_it(folder,
     assert contents(path) == expected
 
 
-def test_a_full_disk_is_a_sentence_and_the_work_goes_on_when_there_is_room(folder, tmp_path):
+def test_full_disk_is_explained_and_preparation_resumes_once_there_is_space(folder, tmp_path):
     expected = undisturbed(folder, tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -155,7 +155,7 @@ def test_a_full_disk_is_a_sentence_and_the_work_goes_on_when_there_is_room(folde
 
 
 @pytest.mark.parametrize("below", ["", "deeper"])
-def test_a_file_where_data_dir_should_be_a_folder(folder, tmp_path, below):
+def test_data_dir_that_is_a_file_is_explained(folder, tmp_path, below):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*file.*; choose another data_dir"):
         open_or_prepare(folder_config(folder, tmp_path / "file" / below))
@@ -169,7 +169,7 @@ def spoil(folder: Path) -> None:
         file_of(folder, number).write_bytes(encode(mark(number), "PNG")[:50])
 
 
-def test_corrupt_images_within_the_limit_are_named_and_left_out(folder, tmp_path):
+def test_corrupt_images_within_the_limit_are_logged_and_left_out(folder, tmp_path):
     spoil(folder)
     config = folder_config(folder, tmp_path)
     config.max_corrupt = 3 / COUNT
@@ -188,15 +188,20 @@ def test_corrupt_images_within_the_limit_are_named_and_left_out(folder, tmp_path
     )
 
 
-def test_one_corrupt_image_too_many_stops_and_a_higher_limit_goes_on(folder, tmp_path):
+def test_too_many_corrupt_images_stop_preparation_and_a_higher_limit_resumes_it(folder, tmp_path):
     spoil(folder)
     config = folder_config(folder, tmp_path / "data")
     config.max_corrupt = 1 / COUNT
     path = store_path(config, "train")
     with pytest.raises(UserError) as caught:
         open_or_prepare(config)
-    for said in ("2 of the first 1031 images", "(1 of 2100)", f"{path}/corrupt.log", "max_corrupt"):
-        assert said in str(caught.value)
+    for expected in (
+        "2 of the first 1031 images",
+        "(1 of 2100)",
+        f"{path}/corrupt.log",
+        "max_corrupt",
+    ):
+        assert expected in str(caught.value)
     assert len(Path(path, "corrupt.log").read_text().splitlines()) == 2
     assert rows_done(path) == 1024
     config.max_corrupt = 3 / COUNT
@@ -205,14 +210,14 @@ def test_one_corrupt_image_too_many_stops_and_a_higher_limit_goes_on(folder, tmp
     assert contents(path) == contents(open_or_prepare(config)["train"].path)
 
 
-def test_images_that_were_mended_are_taken_up(folder, tmp_path):
+def test_repaired_images_are_included_on_resumption(folder, tmp_path):
     expected = undisturbed(folder, tmp_path)
     whole = {number: file_of(folder, number).read_bytes() for number in BAD}
     spoil(folder)
     config = folder_config(folder, tmp_path / "data")
     config.max_corrupt = 1 / COUNT
     path = store_path(config, "train")
-    with pytest.raises(UserError, match="mend them"):
+    with pytest.raises(UserError, match="repair them"):
         open_or_prepare(config)
     assert rows_done(path) == 1024  # with image 7 noted as corrupt
     for number, content in whole.items():
@@ -221,22 +226,22 @@ def test_images_that_were_mended_are_taken_up(folder, tmp_path):
     assert contents(path) == expected
 
 
-def test_a_source_that_ends_early_is_an_error(tmp_path):
+def test_source_that_ends_early_is_an_error(tmp_path):
     def read(first, end):
         return iter([Example(str(n), 0, lambda: mark(0)) for n in range(first, min(end, 5))])
 
     source = Source("birds train", 8, ("a",), read)
-    with pytest.raises(UserError, match="birds train ends after 5 examples and should have 8"):
-        prepare_store(source, str(tmp_path), folder_config(tmp_path, tmp_path))
+    with pytest.raises(UserError, match="birds train ends after 5 examples instead of 8"):
+        prepare_store(source, str(tmp_path), image_size=8)
 
 
-def test_images_that_are_all_corrupt_are_an_error_under_any_limit(tmp_path):
+def test_source_without_any_intact_image_is_an_error_under_any_limit(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "one").mkdir(parents=True)
         (tmp_path / split / "one" / "a.jpg").write_bytes(b"junk")
     config = folder_config(tmp_path, tmp_path / "data")
     config.max_corrupt = 1.0
-    with pytest.raises(UserError, match="no image that can be decoded"):
+    with pytest.raises(UserError, match="no image of .* can be decoded"):
         open_or_prepare(config)
 
 
@@ -247,14 +252,15 @@ def part_command(folder: Path, data_dir: Path, part: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [["1/2", "2/2"], ["3/3", "1/3", "2/3"], ["5/5", "1/1"]])
-def test_hosts_prepare_a_part_each_and_the_last_one_completes_the_store(folder, tmp_path, parts):
-    """The eval store, of one shard, belongs to the last part."""
+def test_hosts_prepare_one_part_each_and_the_last_completes_the_store(folder, tmp_path, parts):
+    """The eval store has one shard, which belongs to the last part."""
     data_dir = tmp_path / "data"
     path = store_path(folder_config(folder, data_dir), "train")
     for part in parts[:-1]:
         ran = run(*part_command(folder, data_dir, part))
         assert ran.returncode == 0, ran.stderr
-        assert f"part {part[0]} of {part[2]} of {path} is made; of all 3 shards" in ran.stdout
+        assert f"part {part[0]} of {part[2]} of {path} is written; " in ran.stdout
+        assert "of all 3 shards are still missing" in ran.stdout
         with pytest.raises(UserError, match="not complete"):
             open_store(path)
     ran = run(*part_command(folder, data_dir, parts[-1]))
@@ -265,7 +271,7 @@ def test_hosts_prepare_a_part_each_and_the_last_one_completes_the_store(folder, 
     assert contents(path) == undisturbed(folder, tmp_path)
 
 
-def test_all_hosts_at_once(folder, tmp_path):
+def test_hosts_may_prepare_their_parts_at_the_same_time(folder, tmp_path):
     data_dir = tmp_path / "data"
     hosts = [
         subprocess.Popen(
@@ -274,13 +280,13 @@ def test_all_hosts_at_once(folder, tmp_path):
         for number in (1, 2, 3)
     ]
     for host in hosts:
-        _, said = host.communicate(timeout=100)
-        assert host.returncode == 0, said
+        _, output = host.communicate(timeout=100)
+        assert host.returncode == 0, output
     path = store_path(folder_config(folder, data_dir), "train")
     assert contents(path) == undisturbed(folder, tmp_path)
 
 
-def test_hosts_do_not_clear_away_a_store_of_other_data(folder, tmp_path):
+def test_host_with_a_part_does_not_delete_a_store_of_other_data(folder, tmp_path):
     config = folder_config(folder, tmp_path / "data")
     before = contents(open_or_prepare(config)["train"].path)
     attributes = Path(store_path(config, "train"), "zarr.json")
@@ -288,20 +294,20 @@ def test_hosts_do_not_clear_away_a_store_of_other_data(folder, tmp_path):
     (folder / "train" / "class0" / "more.png").write_bytes(encode(mark(3), "PNG"))
     ran = run(*part_command(folder, tmp_path / "data", "1/2"))
     assert ran.returncode == 2
-    assert "was begun from other data or by another version; delete it" in ran.stderr
+    assert "was started from other data or by another version; delete it" in ran.stderr
     left = contents(store_path(config, "train"))
     assert {name for name in before if name != "zarr.json"} <= set(left)
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "one/two", "1/0"])
-def test_a_part_that_does_not_exist_is_refused(folder, tmp_path, part):
+def test_invalid_part_is_rejected(folder, tmp_path, part):
     ran = run(*part_command(folder, tmp_path, part))
     assert ran.returncode == 2
     assert ran.stderr == f"error: --part={part} must be I/N with I from 1 to N, for example 2/8\n"
 
 
 @pytest.mark.slow
-def test_a_jpeg_store_killed_in_its_preparation_ends_with_the_same_bytes(folder, tmp_path):
+def test_killed_preparation_of_a_jpeg_store_ends_with_the_same_bytes(folder, tmp_path):
     storage = "--config.storage=jpeg"
     config = folder_config(folder, tmp_path / "data")
     config.storage = "jpeg"
@@ -320,7 +326,7 @@ def test_a_jpeg_store_killed_in_its_preparation_ends_with_the_same_bytes(folder,
     assert resumed == contents(open_or_prepare(config)["train"].path)
 
 
-def test_records_that_a_kill_left_in_a_complete_store_are_removed(folder, tmp_path):
+def test_records_left_in_a_complete_store_by_a_kill_are_removed(folder, tmp_path):
     config = folder_config(folder, tmp_path / "data")
     path = Path(open_or_prepare(config)["train"].path)
     before = contents(path)

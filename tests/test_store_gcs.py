@@ -1,4 +1,4 @@
-"""A store in a bucket is a store on a disk, byte for byte."""
+"""A store in a bucket equals a store on a local disk, byte for byte."""
 
 import os
 import sys
@@ -35,13 +35,13 @@ def folder(tmp_path_factory, bucket) -> Path:
     return folder
 
 
-def test_the_bucket_holds_the_files_of_a_local_store(folder, bucket, tmp_path):
+def test_bucket_contains_the_files_of_a_local_store(folder, bucket, tmp_path):
     open_or_prepare(folder_config(folder, tmp_path / "data"))
     local = contents(tmp_path)
     assert {name: local[name] for name in local if not name.endswith(".lock")} == bucket
 
 
-def test_it_is_read_like_a_local_one(folder, bucket):
+def test_store_in_a_bucket_is_read_like_a_local_one(folder, bucket):
     train = open_or_prepare(folder_config(folder, "gs://bucket/data"))["train"]
     assert train.path.startswith("gs://bucket/data/folder-marks")
     indices = np.array([1099, 3, 3, 1024])
@@ -50,7 +50,7 @@ def test_it_is_read_like_a_local_one(folder, bucket):
     assert rows["label"].tolist() == (indices * 4 // COUNT).tolist()
 
 
-def test_a_shard_that_the_bucket_lost_is_found_at_opening(folder, bucket):
+def test_opening_detects_a_shard_missing_in_the_bucket(folder, bucket):
     path = open_or_prepare(folder_config(folder, "gs://bucket/data"))["train"].path
     key = f"{path.removeprefix('gs://bucket/')}/image/c/1/0/0/0"
     shard = bucket.pop(key)

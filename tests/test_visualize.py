@@ -303,7 +303,7 @@ def test_a_grey_photograph_is_taken(trained_run, draw, tmp_path):
 
 
 BAD_INPUT = {
-    "no image": (["features", "RUN", "text.jpg"], "text.jpg cannot be read (it is no image)"),
+    "no image": (["features", "RUN", "text.jpg"], "text.jpg cannot be read (it is not an image)"),
     "half an image": (["features", "RUN", "half.jpg"], "half.jpg cannot be read"),
     "no file": (
         ["occlusion", "RUN", "none.jpg"],

@@ -91,10 +91,15 @@ def read_upright(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"] 
         return "it is not a regular file"
     try:
         return decode_upright(path.read_bytes(), size)
-    except UnidentifiedImageError:
-        return "it is not an image"
     except Exception as error:  # damaged bytes make the decoders raise almost any exception
-        return one_line(error) or type(error).__name__
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """Returns why an image cannot be decoded, as one line, given the decoder's exception."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image"  # Pillow's text has a memory address, new in each process
+    return one_line(error) or type(error).__name__
 
 
 def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:

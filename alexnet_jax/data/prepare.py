@@ -27,7 +27,7 @@ import tensorstore as ts
 from jaxtyping import Float32, Float64, Int64, UInt8
 from tqdm import tqdm
 
-from alexnet_jax.data.decode import decode_square
+from alexnet_jax.data.decode import decode_square, reason
 from alexnet_jax.data.shards import (
     Pieces,
     encode_jpeg,
@@ -53,7 +53,7 @@ from alexnet_jax.data.store import (
     write_image_metadata,
 )
 from alexnet_jax.utils import distributed
-from alexnet_jax.utils.errors import UserError, one_line
+from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import explain_write_errors
 
 CORRUPT_KEY = "corrupt.log"
@@ -323,7 +323,7 @@ def _decode(job: _Job, example: Example) -> Decoded:
     try:
         image = decode_square(example.load(), job.image_size)
     except Exception as error:  # damaged bytes make the decoders raise almost any exception
-        return Decoded(None, None, one_line(error))
+        return Decoded(None, None, reason(error))
     if job.storage == "raw":
         return Decoded(image, image)
     jpeg = encode_jpeg(image)

@@ -288,7 +288,7 @@ def _build(builder: "DatasetBuilder", dataset: str, data_dir: str) -> None:
         if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
             raise
         raise UserError(
-            f"{dataset} must be downloaded by hand into {manual_dir}: "
+            f"{dataset} must be downloaded manually into {manual_dir}: "
             f"{' '.join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())}"
         ) from error
 
