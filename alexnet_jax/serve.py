@@ -1,8 +1,8 @@
-"""A web page that shows what a trained network makes of a photograph dropped on it.
+"""Serves a web page that shows what a trained network predicts for a photograph, and why.
 
-`python -m alexnet_jax.serve WORKDIR` serves it on this machine alone: the five likeliest classes,
-the responses of conv1, and the training images whose fc7 features lie nearest. It needs Gradio
-(`pip install gradio fastapi`), and no internet.
+The page shows the five most probable classes, the responses of conv1, and the training images
+whose fc7 features are nearest. By default only this machine can open it. It needs Gradio
+(`pip install gradio fastapi`), but no internet access.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import ipaddress
 import math
 import os
@@ -21,52 +22,158 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from alexnet_jax import inference as trained
-from alexnet_jax.analysis.answer import (
-    MAX_BYTES,
-    NEIGHBORS_SHOWN,
-    TOP,
-    Answer,
-    Index,
-    answerer,
-    build_index,
-    enlarged,
-    read_upload,
-    response_sheet,
-)
-from alexnet_jax.data.store import Store, open_store
+from alexnet_jax import inference
+from alexnet_jax.analysis import figures, neighbors
+from alexnet_jax.analysis.features import displayed_outputs
+from alexnet_jax.analysis.neighbors import Index
+from alexnet_jax.data import augment, decode
+from alexnet_jax.data.store import Store, open_store, store_paths
 from alexnet_jax.inference import Trained
-from alexnet_jax.store import store_paths
-from alexnet_jax.utils import process as runtime
+from alexnet_jax.utils import process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.utils.files import atomic_write
 
 if TYPE_CHECKING:
     import gradio
 
-MAX_WAITING = 20  # visitors in the queue; one is served at a time, which bounds memory
-MAX_AGE = 600  # seconds that an upload and the pictures made of it are kept
+MAX_BYTES = 10 * 2**20  # of an upload
+MAX_PIXELS = 25_000_000  # of an image; decoding takes up to 24 bytes of memory per pixel
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow runs Ghostscript for some others
 
-LEAST_SIDE = 224  # of an image on the page, in pixels
-TOP_HEIGHT = 230
+MAX_WAITING = 20  # visitors in the queue; one is served at a time, which bounds memory
+MAX_AGE = 600  # seconds for which uploads and the pictures made from them are kept
+
+CLASSES_SHOWN = 5
+NEIGHBORS_SHOWN = 8
+MIN_SIDE = 224  # pixels of an image on the page
+RESPONSES_WIDTH = 900  # pixels, at most, unless the maps need more without being enlarged
+UPLOAD_HEIGHT = 230  # pixels
+
+# ------------------------------------------------------------------------------------------
+# From an upload to the content of the page
+# ------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """What the page shows of one image.
+
+    Attributes:
+      view: the center crop, which is the network's input.
+      classes: probabilities of the most probable classes by name, most probable first.
+      responses: output of conv1 after ReLU; 255 is the maximum over all maps.
+      nearest: images with their captions (class and distance); empty without an index.
+    """
+
+    view: UInt8[np.ndarray, "C C 3"]
+    classes: dict[str, float]
+    responses: UInt8[np.ndarray, "H W N"]
+    nearest: list[tuple[UInt8[np.ndarray, "S S 3"], str]]
+
+
+def read_upload(data: bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Decodes an upload like a training image, turned upright.
+
+    Files that are too large or not images are rejected before any pixel is decoded.
+
+    Raises:
+      UserError: the upload is not a complete image within the limits.
+    """
+    if len(data) > MAX_BYTES:
+        raise UserError(f"the file is larger than {MAX_BYTES >> 20} MB; upload a smaller one")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            width, height = picture.size
+    except Exception as error:  # Pillow's plugins raise many kinds of exceptions
+        raise UserError(
+            f"the file is not an image that can be read; upload one of {', '.join(FORMATS)}"
+        ) from error
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"the image has {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million; "
+            "upload a smaller one"
+        )
+    try:
+        return decode.decode_upright(data, size)
+    except Exception as error:
+        raise UserError("the image is damaged or truncated; upload another copy") from error
+
+
+def make_classifier(
+    network: Trained, index: Index | None
+) -> Callable[[UInt8[np.ndarray, "S S 3"]], Result]:
+    """Returns a function from an image to its Result, compiled already."""
+    classify = inference.classifier(network)
+    conv1 = displayed_outputs(network.model.variant)["conv1"]
+    hidden = neighbors.feature_name(network)
+    extract = inference.feature_extractor(network, [conv1, hidden])
+    size = network.config.image_size
+
+    def result_of(image: np.ndarray) -> Result:
+        features = {name: np.asarray(x) for name, x in extract(image[None]).items()}
+        responses = features[conv1][0]
+        return Result(
+            augment.center_window(image, network.config.augment.crop_size),
+            most_probable(network.class_names, np.asarray(classify(image[None]))[0]),
+            (255 * np.clip(responses / (responses.max() + 1e-12), 0, 1)).astype(np.uint8),
+            [] if index is None else _nearest(index, features[hidden].reshape(1, -1)),
+        )
+
+    result_of(np.zeros((size, size, 3), np.uint8))
+    return result_of
+
+
+def most_probable(names: Sequence[str], log_probs: Float32[np.ndarray, " K"]) -> dict[str, float]:
+    """Returns the CLASSES_SHOWN most probable classes with their probabilities, in this order.
+
+    A name that several classes share is followed by the number of the class.
+    """
+    return {
+        names[k] if names.count(names[k]) == 1 else f"{names[k]} ({k})": math.exp(log_probs[k])
+        for k in np.argsort(-log_probs, kind="stable")[:CLASSES_SHOWN]
+    }
+
+
+def _nearest(index: Index, query: np.ndarray) -> list[tuple[np.ndarray, str]]:
+    (rows,), (distances,) = neighbors.nearest_in_index(index, query, NEIGHBORS_SHOWN)
+    found = index.store.read(rows)
+    captions = [
+        f"{index.store.class_names[label]} (distance {distance:#.3g})"
+        for label, distance in zip(found["label"], distances, strict=True)
+    ]
+    return list(zip(found["image"], captions, strict=True))
+
+
+def response_sheet(responses: UInt8[np.ndarray, "H W N"]) -> UInt8[np.ndarray, "height width 3"]:
+    """Returns all maps in one image, in rows with white lines between them."""
+    maps = np.moveaxis(responses, -1, 0)
+    columns = math.ceil(math.sqrt(len(maps) * 16 / 6))  # proportions of the paper's Figure 3
+    sheet = figures.tile(maps, columns)
+    zoom = max(1, RESPONSES_WIDTH // sheet.shape[1])
+    return figures.enlarge(np.stack([sheet] * 3, axis=2), zoom)
+
+
+# ------------------------------------------------------------------------------------------
+# The page
+# ------------------------------------------------------------------------------------------
 
 
 def make_page(
     network: Trained,
     index: Index | None,
-    answer: Callable[[np.ndarray], Answer],
+    result_of: Callable[[np.ndarray], Result],
     folder: Path,
 ) -> "gradio.Blocks":
-    """Returns the page, which shows `answer` of each image that is dropped on it.
+    """Returns the page, which shows the result for each image that is dropped on it.
 
     Args:
-      folder: for the pictures that it shows.
+      folder: for the pictures on the page.
     """
     import gradio as gr
 
@@ -81,25 +188,25 @@ def make_page(
             drop = gr.File(
                 label=f"Photograph, up to {MAX_BYTES >> 20} MB",
                 file_types=["image"],
-                type="binary",  # Gradio's own image component decodes, and differently
+                type="binary",  # Gradio's image component would decode differently from training
                 scale=2,
-                height=TOP_HEIGHT,
+                height=UPLOAD_HEIGHT,
                 elem_id="drop",
             )
-            seen = gr.Image(
-                label="What the network sees", height=TOP_HEIGHT, scale=2, **_picture("seen")
+            view = gr.Image(
+                label="Input of the network", height=UPLOAD_HEIGHT, scale=2, **_picture("view")
             )
             classes = gr.Label(
-                label="Likeliest classes",
-                num_top_classes=TOP,
-                show_heading=False,  # a class's name may be long
+                label="Most probable classes",
+                num_top_classes=CLASSES_SHOWN,
+                show_heading=False,  # class names can be long
                 scale=3,
                 elem_id="top5",
             )
         message = gr.Markdown(elem_id="message")
-        gr.Markdown("### Responses of conv1, brightest where strongest")
+        gr.Markdown("### Responses of conv1 (bright: strong)")
         responses = gr.Image(show_label=False, **_picture("conv1"))
-        gr.Markdown(_told_of(index))
+        gr.Markdown(_neighbors_heading(index))
         nearest = gr.Gallery(
             show_label=False,
             visible=index is not None,
@@ -109,39 +216,42 @@ def make_page(
             **_picture("nearest"),
         )
         drop.upload(
-            functools.partial(_shown, network.config.image_size, answer, folder),
+            functools.partial(_update, network.config.image_size, result_of, folder),
             drop,
-            [drop, message, seen, classes, responses, nearest],
+            [drop, message, view, classes, responses, nearest],
             api_visibility="private",
             concurrency_limit=1,
         )
     return page.queue(max_size=MAX_WAITING)
 
 
-def _shown(
-    size: int, answer: Callable[[np.ndarray], Answer], folder: Path, data: bytes | None
+def _update(
+    size: int, result_of: Callable[[np.ndarray], Result], folder: Path, data: bytes | None
 ) -> tuple[Any, ...]:
-    """What the page's components show of an upload."""
-    empty = None  # also what makes the place to drop free again for the next
+    """Returns the new values of the page's components for an upload."""
+    empty = None  # for the upload component too, which is then ready for the next file
     try:
         image = read_upload(data or b"", size)
     except UserError as error:
         return empty, f"⚠️ {error}", empty, empty, empty, empty
-    found = answer(image)
-    seen, responses, *nearest = (
-        _saved(image, folder)
+    result = result_of(image)
+    view, responses, *nearest = (
+        _save_picture(image, folder)
         for image in (
-            _large_enough(found.seen),
-            response_sheet(found.responses),
-            *(_large_enough(image) for image, _ in found.nearest),
+            _large_enough(result.view),
+            response_sheet(result.responses),
+            *(_large_enough(image) for image, _ in result.nearest),
         )
     )
-    captions = (caption for _, caption in found.nearest)
-    return empty, "", seen, found.classes, responses, list(zip(nearest, captions, strict=True))
+    captions = (caption for _, caption in result.nearest)
+    return empty, "", view, result.classes, responses, list(zip(nearest, captions, strict=True))
 
 
-def _saved(image: np.ndarray, folder: Path) -> str:
-    """Gradio itself would write an array anew while another visitor is sent the same picture."""
+def _save_picture(image: np.ndarray, folder: Path) -> str:
+    """Saves an image under a name made of its pixels' hash, and returns its path.
+
+    Gradio would overwrite an array's file while another visitor downloads the same picture.
+    """
     pixels = np.ascontiguousarray(image)
     path = folder / f"{hashlib.sha256(pixels).hexdigest()}.png"
     with atomic_write(path) as new:
@@ -149,9 +259,9 @@ def _saved(image: np.ndarray, folder: Path) -> str:
     return str(path)
 
 
-def _told_of(index: Index | None) -> str:
+def _neighbors_heading(index: Index | None) -> str:
     if index is None:
-        return "No nearest neighbours: the training images are not at hand."
+        return "No nearest neighbors: the training images are not available."
     return f"### Nearest of {len(index.rows):,} training images, by fc7"
 
 
@@ -160,14 +270,20 @@ def _picture(name: str) -> dict[str, Any]:
 
 
 def _large_enough(image: np.ndarray) -> np.ndarray:
-    return enlarged(image, math.ceil(LEAST_SIDE / len(image)))
+    return figures.enlarge(image, math.ceil(MIN_SIDE / len(image)))
+
+
+# ------------------------------------------------------------------------------------------
+# The server
+# ------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens, and takes visitors as soon as there is a page for them.
+    """Opens a listening socket; connections wait until there is a page to serve.
 
-    Raises UserError if the port is in use, or the address is none of this machine's.
+    Raises:
+      UserError: the port is in use, or the address does not belong to this machine.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -180,7 +296,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     with listener:
         if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
             print(
-                f"warning: with --host {host} anybody who reaches this machine can use the page",
+                f"warning: with --host {host} everyone who can reach this machine can use the page",
                 file=sys.stderr,
             )
         yield listener
@@ -193,7 +309,7 @@ def serve(page: "gradio.Blocks", listener: socket.socket) -> None:
     import uvicorn
 
     app = gr.mount_gradio_app(
-        # beside max_file_size, which leaves alone what comes in other fields and requests
+        # max_file_size below limits files only; max_body_size limits every request.
         fastapi.FastAPI(openapi_url=None, max_body_size=MAX_BYTES + 2**16),
         page,
         path="/",
@@ -214,7 +330,8 @@ def serve(page: "gradio.Blocks", listener: socket.socket) -> None:
 
     class Server(uvicorn.Server):
         def handle_exit(self, *signal_and_frame: Any) -> None:
-            app.routes[-1].app.stop_event.set()  # ends the streams that open pages listen to
+            # Open pages hold event streams, for which uvicorn would wait.
+            app.routes[-1].app.stop_event.set()
             super().handle_exit(*signal_and_frame)
 
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
@@ -224,24 +341,25 @@ def serve(page: "gradio.Blocks", listener: socket.socket) -> None:
 
 
 def delete_older(folder: Path, seconds: float) -> None:
-    """Deletes the files below a folder that were last written longer ago."""
+    """Deletes the files below a folder that were last written more than `seconds` ago."""
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # deleted by its owner meanwhile
+        with contextlib.suppress(FileNotFoundError):  # Gradio has deleted it in the meantime
             if path.is_file() and time.time() - path.stat().st_mtime > seconds:
                 path.unlink()
 
 
-def _keep_clean(folder: Path) -> None:
-    """Gradio deletes what it knows of; not uploads that were broken off."""
+def _delete_old_files_forever(folder: Path) -> None:
+    """Gradio deletes the files it knows, which do not include interrupted uploads."""
     while True:
         time.sleep(MAX_AGE)
         delete_older(folder, 2 * MAX_AGE)
 
 
-def training_images(config: ConfigDict, data_dir: str | None) -> Store | None:
-    """Opens the store that a network was trained on; tells why where it is not at hand.
+def open_training_images(config: ConfigDict, data_dir: str | None) -> Store | None:
+    """Opens the train store of a network; prints a message and returns None if there is none.
 
-    Raises UserError if it is not in a data_dir that was asked for.
+    Raises:
+      UserError: `data_dir` is given and does not contain the store.
     """
     config = ConfigDict(config)
     config.data_dir = data_dir or config.data_dir
@@ -250,58 +368,63 @@ def training_images(config: ConfigDict, data_dir: str | None) -> Store | None:
     except UserError as error:
         if data_dir:
             raise
-        print(f"no nearest neighbours: {error}, or name its --data-dir", file=sys.stderr)
+        print(f"no nearest neighbors: {error}, or pass --data-dir", file=sys.stderr)
         return None
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    args = _arguments(argv)
+    """Runs the command."""
+    args = _parse_arguments(argv)
     if importlib.util.find_spec("gradio") is None:
         raise UserError("gradio is not installed; run pip install gradio fastapi")
-    # Else uvicorn, once it is done, would end the process before the visitors' files are deleted.
+    # Without this handler, uvicorn's own would end the process before the files are deleted.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    runtime.set_up()
+    process.set_up()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(listening(args.host, args.port))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="alexnet_jax-serve-"))
-        threading.Thread(target=_keep_clean, args=[Path(folder)], daemon=True).start()
+        threading.Thread(target=_delete_old_files_forever, args=[Path(folder)], daemon=True).start()
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-        network = trained.load(args.workdir)
-        store = training_images(network.config, args.data_dir) if args.neighbors else None
-        index = build_index(network, store, args.neighbors) if store else None
-        serve(make_page(network, index, answerer(network, index), Path(folder)), listener)
+        network = inference.load(args.workdir)
+        store = open_training_images(network.config, args.data_dir) if args.neighbors else None
+        index = neighbors.build_index(network, store, args.neighbors) if store else None
+        result_of = make_classifier(network, index)
+        serve(make_page(network, index, result_of, Path(folder)), listener)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m alexnet_jax.serve",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("workdir", type=Path, help="of train.py: which network")
+    parser.add_argument(
+        "workdir", type=Path, help="workdir of a training run or of alexnet_jax.convert"
+    )
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on, by default %(default)s, which only this machine reaches; "
-        "0.0.0.0 is all addresses, and then anybody who reaches the machine can use the page",
+        help="address to listen on (default: %(default)s, which only this machine can reach); "
+        "0.0.0.0 means all addresses: everyone who can reach this machine can then use the page",
     )
     parser.add_argument(
-        "--port", type=int, default=7860, help="default: %(default)s; 0: any that is free"
+        "--port", type=int, default=7860, help="default: %(default)s; 0 chooses a free port"
     )
-    parser.add_argument("--data-dir", help="of the training images; default: that of the training")
+    parser.add_argument(
+        "--data-dir", help="folder with the prepared training data (default: that of the run)"
+    )
     parser.add_argument(
         "--neighbors",
         type=int,
         default=2000,
         metavar="N",
-        help="how many training images, spread evenly over all of them, the nearest are looked "
-        "for in, default: %(default)s; 0: show none",
+        help="search the nearest neighbors among N training images, evenly spaced "
+        "(default: %(default)s); 0 shows none",
     )
     args = parser.parse_args(argv)
     if args.neighbors < 0:
-        raise UserError(f"--neighbors is {args.neighbors}; give 0 or more")
+        raise UserError(f"--neighbors is {args.neighbors}; it must be 0 or more")
     return args
 
 

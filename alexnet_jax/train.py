@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from alexnet_jax import config as configs
 from alexnet_jax import inference
 from alexnet_jax.analysis import figures
-from alexnet_jax.analysis.samples import save_samples
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.augment import make_augment, statistics
 from alexnet_jax.data.prepare import open_or_prepare
@@ -253,7 +252,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 waited = time.perf_counter() - asked
                 if meter.first_step and is_first:
                     path = workdir / "samples.png"
-                    save_samples(
+                    figures.save_samples(
                         stores["train"], augment, config.seed, config.batch_size, step, path
                     )
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):

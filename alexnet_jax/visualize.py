@@ -124,7 +124,7 @@ def curves(args: argparse.Namespace) -> None:
 def network(args: argparse.Namespace) -> None:
     """Draws the layers of the network with their shapes, as in Figure 2."""
     if (args.workdir is None) == (args.config is None):
-        raise UserError("name either a workdir or --config FILE")
+        raise UserError("name either a workdir or --config NAME")
     if args.config:
         config = configs.load(args.config, args.overrides)
         configs.check_bounds(config)
@@ -264,9 +264,9 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _add_config(parser: argparse.ArgumentParser, required: bool = False) -> None:
     parser.add_argument(
-        "--config", required=required, metavar="FILE", help="for example configs/imagenet.py"
+        "--config", required=required, metavar="NAME", help="a bundled config or a file"
     )
-    parser.epilog = configs.OVERRIDES_HELP
+    parser.epilog = "any field of the config: --config.FIELD=VALUE, such as --config.batch_size=64"
 
 
 @exits_cleanly
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words, overrides = configs.split_overrides(argv)
     args = _make_parser().parse_args(words)
     if overrides and not getattr(args, "config", None):
-        raise UserError(f"--config.{overrides[0][0]} needs --config FILE")
+        raise UserError(f"--config.{overrides[0][0]} needs --config NAME")
     args.overrides = overrides
     process.set_up()
     args.draw(args)

@@ -1,4 +1,4 @@
-"""The page in a real browser: it answers each visitor, survives rubbish, and keeps to itself."""
+"""`python -m alexnet_jax.serve`: uploads, results, the command, and the page in a browser."""
 
 import http.client
 import importlib.util
@@ -8,25 +8,26 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 
 import commands
 import images
 import numpy as np
 import pytest
 from PIL import Image
-from test_answer import RUBBISH
 
-from alexnet_jax import inference as trained
-from alexnet_jax import serve
-from alexnet_jax.analysis import answer
+from alexnet_jax import inference, serve
+from alexnet_jax.analysis import neighbors
+from alexnet_jax.data import decode
 from alexnet_jax.utils.errors import UserError
 
-TIMEOUT = 120_000  # ms; for slow machines, a test that passes never waits so long
+TIMEOUT = 120_000  # ms, for slow machines; a test that passes takes a fraction of it
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
@@ -34,20 +35,148 @@ FLAGS = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
 )
-# Python runs a module of this name at its start: here it writes down whom the server speaks to.
-NOTING = """
+# Python imports sitecustomize at startup; this one records every connection of the server.
+RECORD_CONNECTIONS = """
 import os, sys
-notes = os.open(os.environ["NOTES"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-def note(event, args):
+log = os.open(os.environ["CONNECTIONS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+def record(event, args):
     if event == "socket.connect":
-        os.write(notes, f"connect {args[1]}\\n".encode())
+        os.write(log, f"connect {args[1]}\\n".encode())
     if event == "socket.getaddrinfo":
-        os.write(notes, f"look up {args[0]}\\n".encode())
-sys.addaudithook(note)
+        os.write(log, f"look up {args[0]}\\n".encode())
+sys.addaudithook(record)
 """
 
 
-def test_a_port_in_use_and_an_address_elsewhere_are_refused():
+# ------------------------------------------------------------------------------------------
+# Uploads and results
+# ------------------------------------------------------------------------------------------
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Returns a PNG file whose header claims this size, without any pixels."""
+    chunks = b""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")):
+        chunks += struct.pack(">I", len(body)) + kind + body
+        chunks += struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def blank_png(side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PHOTOGRAPH = images.photograph(0)
+INVALID_UPLOADS = {
+    "empty": (b"", "not an image that can be read"),
+    "text": (b"What is this?" * 50, "not an image that can be read"),
+    "PostScript": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "not an image that can be read",
+    ),
+    "truncated PNG": (images.encode(PHOTOGRAPH, "PNG")[:2000], "damaged or truncated"),
+    "truncated JPEG": (images.encode(PHOTOGRAPH)[:1500], "damaged or truncated"),
+    "PNG header only": (png_header(9, 9), "damaged or truncated"),
+    "PNG header of a huge image": (
+        png_header(2**31 - 1, 2**31 - 1),
+        "has 2147483647x2147483647 pixels",
+    ),
+    "36 million pixels": (blank_png(6000), "has 6000x6000 pixels, more than 25 million"),
+    "11 MB": (images.encode(PHOTOGRAPH) + bytes(11 * 2**20), "larger than 10 MB"),
+}
+
+
+@pytest.mark.parametrize("kind", INVALID_UPLOADS)
+def test_invalid_upload_is_rejected_with_the_reason(kind):
+    data, message = INVALID_UPLOADS[kind]
+    with pytest.raises(UserError, match=message):
+        serve.read_upload(data, 64)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_upload_is_decoded_like_a_training_image(kind):
+    data = images.encode(PHOTOGRAPH, kind)
+    np.testing.assert_array_equal(serve.read_upload(data, 64), decode.decode_square(data, 64))
+
+
+def test_upload_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation 6: turn by 90 degrees clockwise
+    turned = images.encode(np.rot90(PHOTOGRAPH), "PNG", exif=exif)
+    upright = images.encode(PHOTOGRAPH, "PNG")
+    np.testing.assert_array_equal(serve.read_upload(turned, 96), serve.read_upload(upright, 96))
+
+
+@pytest.fixture(scope="module")
+def index(network, digit_stores):
+    return neighbors.build_index(network, digit_stores["train"], 300)
+
+
+@pytest.fixture(scope="module")
+def expected(network, digit_stores, index):
+    """Two test digits that the network classifies correctly, with their results, by name."""
+    result_of = serve.make_classifier(network, index)
+    batch = digit_stores["eval"].read(np.arange(64))
+    predicted = np.asarray(inference.classifier(network)(batch["image"])).argmax(1)
+    correct = np.flatnonzero(predicted == batch["label"])
+    first = correct[0]
+    second = next(k for k in correct if predicted[k] != predicted[first])
+    return {
+        str(predicted[k]): (batch["image"][k], result_of(batch["image"][k]))
+        for k in (first, second)
+    }
+
+
+def test_result_matches_the_network_and_the_index(network, digit_stores, index):
+    batch = digit_stores["train"].read(index.rows[40:41])
+    result = serve.make_classifier(network, index)(batch["image"][0])
+
+    np.testing.assert_array_equal(result.view, batch["image"][0, 4:68, 4:68])
+    log_probs = np.asarray(inference.classifier(network)(batch["image"]))[0]
+    assert list(result.classes) == [str(k) for k in np.argsort(-log_probs)[:5]]
+    np.testing.assert_allclose(
+        list(result.classes.values()), np.sort(np.exp(log_probs))[:-6:-1], rtol=1e-4
+    )
+    conv1 = inference.feature_extractor(network, ["conv1"])(batch["image"])["conv1"][0]
+    expected = np.clip(conv1, 0, None) / conv1.max() * 255
+    np.testing.assert_allclose(result.responses, expected, atol=1.001)  # rounded down
+
+    (image, caption), *others = result.nearest
+    np.testing.assert_array_equal(image, batch["image"][0])  # the query itself is in the index
+    label, distance = caption.removesuffix(")").split(" (distance ")
+    assert label == str(batch["label"][0]) and float(distance) < 1e-3
+    distances = [float(caption.split()[-1].rstrip(")")) for _, caption in others]
+    assert len(distances) == 7 and distances == sorted(distances) and distances[0] > 0.01
+
+
+def test_without_an_index_there_are_no_neighbors(network):
+    blank = np.zeros((72, 72, 3), np.uint8)
+    assert serve.make_classifier(network, None)(blank).nearest == []
+
+
+def test_classes_that_share_a_name_have_their_number():
+    log_probs = np.log(np.float32([0.1, 0.5, 0.15, 0.25]))
+    found = serve.most_probable(("crane", "crane", "maillot", "tench"), log_probs)
+    assert list(found) == ["crane (1)", "tench", "maillot", "crane (0)"]
+    np.testing.assert_allclose(list(found.values()), [0.5, 0.25, 0.15, 0.1], rtol=1e-6)
+
+
+def test_response_sheet_has_every_map():
+    maps = np.arange(96, dtype=np.uint8) * np.ones((55, 55, 1), np.uint8)
+    sheet = serve.response_sheet(maps)
+    assert sheet.shape == (6 * 56 - 1, 16 * 56 - 1, 3)
+    np.testing.assert_array_equal(sheet[28::56, 28::56, 1].ravel(), np.arange(96))
+
+
+# ------------------------------------------------------------------------------------------
+# The page and the command
+# ------------------------------------------------------------------------------------------
+
+
+def test_port_in_use_and_foreign_address_are_rejected():
     with serve.listening("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} .*in use.*choose another --port"):
@@ -57,27 +186,27 @@ def test_a_port_in_use_and_an_address_elsewhere_are_refused():
             serve.listening(host, number).__enter__()
 
 
-def test_who_opens_it_to_others_is_warned(capsys):
+def test_listening_beyond_this_machine_prints_a_warning(capsys):
     with serve.listening("127.0.0.1", 0):
         assert capsys.readouterr().err == ""
     with serve.listening("0.0.0.0", 0):
-        assert "anybody who reaches this machine can use the page" in capsys.readouterr().err
+        assert "everyone who can reach this machine can use the page" in capsys.readouterr().err
 
 
-def test_training_images_may_be_missing_but_not_where_they_were_said_to_be(
+def test_missing_training_images_are_an_error_only_with_data_dir(
     trained_run, digits, tmp_path, capsys
 ):
-    settings = trained.saved_config(trained_run)
-    assert serve.training_images(settings, None).num_examples == 4000
+    settings = inference.saved_config(trained_run)
+    assert serve.open_training_images(settings, None).num_examples == 4000
     settings.data_dir = str(tmp_path)
-    assert serve.training_images(settings, str(digits)).num_examples == 4000
-    assert serve.training_images(settings, None) is None
-    assert "no nearest neighbours: no prepared store at" in capsys.readouterr().err
+    assert serve.open_training_images(settings, str(digits)).num_examples == 4000
+    assert serve.open_training_images(settings, None) is None
+    assert "no nearest neighbors: no prepared store at" in capsys.readouterr().err
     with pytest.raises(UserError, match="no prepared store at"):
-        serve.training_images(settings, str(tmp_path))
+        serve.open_training_images(settings, str(tmp_path))
 
 
-def test_only_old_files_are_deleted(tmp_path):
+def test_delete_older_keeps_new_files(tmp_path):
     for name, age in (("old", 100), ("new", 0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "upload").write_text(name)
@@ -86,65 +215,65 @@ def test_only_old_files_are_deleted(tmp_path):
     assert [path.read_text() for path in tmp_path.rglob("upload")] == ["new"]
 
 
-def test_an_upload_is_shown_with_its_answer_as_files_for_the_page(expected, tmp_path):
-    (digit, (image, answered)), _ = expected.items()
+def test_update_saves_the_pictures_of_a_result(expected, tmp_path):
+    (digit, (image, result)), _ = expected.items()
 
-    def answer_of(upload):
+    def result_of(upload):
         np.testing.assert_array_equal(upload, image)
-        return answered
+        return result
 
     upload = images.encode(image, "PNG")
-    emptied, message, seen, classes, responses, nearest = serve._shown(
-        len(image), answer_of, tmp_path, upload
+    upload_value, message, view, classes, responses, nearest = serve._update(
+        len(image), result_of, tmp_path, upload
     )
-    assert (emptied, message) == (None, "")
-    assert next(iter(classes)) == digit and classes == answered.classes
-    np.testing.assert_array_equal(np.asarray(Image.open(seen))[::4, ::4], answered.seen)
-    sheet = answer.response_sheet(answered.responses)
+    assert (upload_value, message) == (None, "")
+    assert next(iter(classes)) == digit and classes == result.classes
+    np.testing.assert_array_equal(np.asarray(Image.open(view))[::4, ::4], result.view)
+    sheet = serve.response_sheet(result.responses)
     np.testing.assert_array_equal(np.asarray(Image.open(responses)), sheet)
     assert len(nearest) == 8
-    for (path, caption), (neighbor, told) in zip(nearest, answered.nearest, strict=True):
+    for (path, caption), (neighbor, expected_caption) in zip(nearest, result.nearest, strict=True):
         pixels = np.asarray(Image.open(path))
-        assert min(pixels.shape[:2]) >= serve.LEAST_SIDE
+        assert min(pixels.shape[:2]) >= serve.MIN_SIDE
         np.testing.assert_array_equal(pixels[::4, ::4], neighbor)
-        assert caption == told
+        assert caption == expected_caption
 
 
-@pytest.mark.parametrize("kind", RUBBISH)
-def test_of_rubbish_the_page_shows_what_is_wrong_with_it_and_nothing_else(kind, tmp_path):
-    data, told = RUBBISH[kind]
-    _, message, *rest = serve._shown(72, pytest.fail, tmp_path, data or None)
-    assert told in message
+@pytest.mark.parametrize("kind", INVALID_UPLOADS)
+def test_update_shows_only_the_reason_for_an_invalid_upload(kind, tmp_path):
+    data, reason = INVALID_UPLOADS[kind]
+    _, message, *rest = serve._update(72, pytest.fail, tmp_path, data or None)
+    assert reason in message
     assert rest == [None] * 4 and not list(tmp_path.iterdir())
 
 
-def test_the_same_pixels_are_the_same_file_and_others_another(tmp_path):
+def test_equal_pixels_share_a_file(tmp_path):
     pixels = images.photograph(0)
-    turned = np.ascontiguousarray(pixels[:, ::-1])[:, ::-1]  # the same, in another order
+    turned = np.ascontiguousarray(pixels[:, ::-1])[:, ::-1]  # the same pixels, with other strides
     changed = pixels.copy()
     changed[-1, -1, -1] ^= 1
-    path, again, other = (serve._saved(p, tmp_path) for p in (pixels, turned, changed))
+    path, again, other = (serve._save_picture(p, tmp_path) for p in (pixels, turned, changed))
     assert path == again != other
     assert sorted(map(str, tmp_path.iterdir())) == sorted([path, other])
     for name, expected_pixels in ((path, pixels), (other, changed)):
         np.testing.assert_array_equal(np.asarray(Image.open(name)), expected_pixels)
 
 
-def test_the_page_says_how_many_training_images_it_compares_with():
-    index = answer.Index(None, np.arange(1200), np.zeros((1200, 8), np.float32))
-    assert serve._told_of(index) == "### Nearest of 1,200 training images, by fc7"
-    assert serve._told_of(None).startswith("No nearest neighbours")
+def test_heading_has_the_number_of_indexed_images():
+    index = neighbors.Index(None, np.arange(1200), np.zeros((1200, 8), np.float32))
+    assert serve._neighbors_heading(index) == "### Nearest of 1,200 training images, by fc7"
+    assert serve._neighbors_heading(None).startswith("No nearest neighbors")
 
 
-def test_a_number_of_neighbours_below_none_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a command sets
+def test_negative_number_of_neighbors_is_rejected(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # the command replaces it
     with pytest.raises(SystemExit, match="^2$"):
         serve.main(["a workdir", "--neighbors=-1"])
-    assert capsys.readouterr().err == "error: --neighbors is -1; give 0 or more\n"
+    assert capsys.readouterr().err == "error: --neighbors is -1; it must be 0 or more\n"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gradio") is not None, reason="gradio is installed")
-def test_without_gradio_the_command_says_what_to_install(tmp_path):
+def test_missing_gradio_is_reported_with_the_install_command(tmp_path):
     result = commands.run(sys.executable, "-m", "alexnet_jax.serve", str(tmp_path))
     assert result.returncode == 2
     assert result.stderr.endswith(
@@ -152,14 +281,19 @@ def test_without_gradio_the_command_says_what_to_install(tmp_path):
     )
 
 
+# ------------------------------------------------------------------------------------------
+# In a browser
+# ------------------------------------------------------------------------------------------
+
+
 class Server:
-    """The real command, on a free port, with a folder of its own for temporary files."""
+    """The command in its own process, on a free port, with its own folder for temporary files."""
 
     def __init__(self, folder, workdir, *more):
-        self.files, self.notes = folder / "tmp", folder / "notes"
+        self.files, self.connections = folder / "tmp", folder / "connections"
         self.files.mkdir()
-        (folder / "sitecustomize.py").write_text(NOTING)
-        own = {"TMPDIR": self.files, "NOTES": self.notes, "PYTHONPATH": folder}
+        (folder / "sitecustomize.py").write_text(RECORD_CONNECTIONS)
+        own = {"TMPDIR": self.files, "CONNECTIONS": self.connections, "PYTHONPATH": folder}
         self.process = subprocess.Popen(
             (sys.executable, "-m", "alexnet_jax.serve", str(workdir), "--port", "0", *more),
             cwd=commands.ROOT,
@@ -174,13 +308,14 @@ class Server:
         self.port = int(self.url.rstrip("/").split(":")[-1])
 
     def stop(self, number: signal.Signals) -> tuple[int, str]:
-        """Sends a signal; returns the exit code and the last line on stderr, if there was any."""
+        """Sends a signal; returns the exit code and the last line on stderr."""
         self.process.send_signal(number)
-        told = self.process.communicate(timeout=60)[1]
-        assert "Traceback" not in told
+        errors = self.process.communicate(timeout=60)[1]
+        assert "Traceback" not in errors
         assert list(self.files.iterdir()) == []
-        assert [x for x in self.notes.read_text().splitlines() if "127.0.0.1" not in x] == []
-        return self.process.returncode, told.rstrip("\n").split("\n")[-1]
+        connections = self.connections.read_text().splitlines()
+        assert [line for line in connections if "127.0.0.1" not in line] == []
+        return self.process.returncode, errors.rstrip("\n").split("\n")[-1]
 
 
 @pytest.fixture(scope="module")
@@ -204,35 +339,22 @@ def server(browser, trained_run, digits, tmp_path_factory):
 
 @pytest.fixture
 def visit(browser):
-    """Opens a server's page as a new visitor, who goes with the end of the test."""
-    visitors = []
+    """Returns a function that opens a server's page in a new browser context."""
+    contexts = []
 
     def visit(server):
-        visitors.append(browser.new_context())
-        visitors[-1].set_default_timeout(TIMEOUT)
-        page = visitors[-1].new_page()
-        page.asked = []
-        page.on("request", lambda request: page.asked.append(request.url))
+        contexts.append(browser.new_context())
+        contexts[-1].set_default_timeout(TIMEOUT)
+        page = contexts[-1].new_page()
+        page.requested = []
+        page.on("request", lambda request: page.requested.append(request.url))
         page.goto(server.url)
         page.locator("#drop").wait_for()
         return page
 
     yield visit
-    for visitor in visitors:
+    for visitor in contexts:
         visitor.close()
-
-
-@pytest.fixture(scope="module")
-def expected(network, digit_stores):
-    """Images of two test digits that the network knows, and what is to be seen of each."""
-    index = answer.build_index(network, digit_stores["train"], 300)
-    find = answer.answerer(network, index)
-    batch = digit_stores["eval"].read(np.arange(64))
-    found = np.asarray(trained.classifier(network)(batch["image"])).argmax(1)
-    known = np.flatnonzero(found == batch["label"])
-    first = known[0]
-    second = next(k for k in known if found[k] != found[first])
-    return {str(found[k]): (batch["image"][k], find(batch["image"][k])) for k in (first, second)}
 
 
 def drop(page, name: str, data: bytes) -> None:
@@ -240,69 +362,71 @@ def drop(page, name: str, data: bytes) -> None:
     page.locator("#drop input[type=file]").set_input_files(file)
 
 
-def picture(page, place: str) -> np.ndarray:
-    """Returns the pixels of an image that the page shows."""
-    response = page.request.get(page.locator(f"{place} img").first.get_attribute("src"))
+def picture(page, component: str) -> np.ndarray:
+    """Returns the pixels of the first image in a component of the page."""
+    response = page.request.get(page.locator(f"{component} img").first.get_attribute("src"))
     return np.asarray(Image.open(io.BytesIO(response.body())).convert("RGB"))
 
 
-def assert_shown(page, answered: answer.Answer) -> None:
-    """Waits for an answer's best class, and compares all else with it."""
+def assert_shown(page, result: serve.Result) -> None:
+    """Waits for the best class of a result, then compares everything else."""
     from playwright.sync_api import expect
 
     best = page.locator("#top5 dt").first
-    expect(best).to_have_text(next(iter(answered.classes)), timeout=TIMEOUT)
+    expect(best).to_have_text(next(iter(result.classes)), timeout=TIMEOUT)
     shown = re.findall(r"^(\w+)\n(\d+)%$", page.locator("#top5").inner_text(), re.M)
-    assert dict(shown) == {name: f"{100 * p:.0f}" for name, p in answered.classes.items()}
+    assert dict(shown) == {name: f"{100 * p:.0f}" for name, p in result.classes.items()}
     expect(page.locator("#nearest img")).to_have_count(8, timeout=TIMEOUT)
     captions = page.locator("#nearest").inner_text().split("\n")
-    assert captions == [caption for _, caption in answered.nearest]
-    np.testing.assert_array_equal(picture(page, "#nearest")[::4, ::4], answered.nearest[0][0])
-    np.testing.assert_array_equal(picture(page, "#seen")[::4, ::4], answered.seen)
-    sheet = answer.response_sheet(answered.responses)
+    assert captions == [caption for _, caption in result.nearest]
+    np.testing.assert_array_equal(picture(page, "#nearest")[::4, ::4], result.nearest[0][0])
+    np.testing.assert_array_equal(picture(page, "#view")[::4, ::4], result.view)
+    sheet = serve.response_sheet(result.responses)
     np.testing.assert_allclose(picture(page, "#conv1"), sheet, atol=1)
 
 
 @pytest.mark.browser
-def test_a_digit_dropped_on_the_page_is_answered(server, visit, expected):
+def test_dropped_images_are_classified(server, visit, expected):
     page = visit(server)
-    for image, answered in expected.values():  # the second with nothing to clear before
+    for image, result in expected.values():  # the second without clearing the first
         drop(page, "digit.png", images.encode(image, "PNG"))
-        assert_shown(page, answered)
-    assert len(page.asked) > 10
-    assert [url for url in page.asked if not url.startswith((server.url, "data:", "blob:"))] == []
+        assert_shown(page, result)
+    assert len(page.requested) > 10
+    assert [
+        url for url in page.requested if not url.startswith((server.url, "data:", "blob:"))
+    ] == []
 
 
 @pytest.mark.browser
-def test_rubbish_is_told_of_and_the_next_file_answered(server, visit, expected):
+def test_invalid_uploads_show_the_reason_and_the_next_file_works(server, visit, expected):
     from playwright.sync_api import expect
 
     page = visit(server)
-    for data, told in RUBBISH.values():
-        drop(page, "rubbish.png", data)
-        if len(data) > answer.MAX_BYTES:
+    for data, reason in INVALID_UPLOADS.values():
+        drop(page, "invalid.png", data)
+        if len(data) > serve.MAX_BYTES:
             toast = page.get_by_text("exceed the maximum allowed size of 10.0 Mb")
             expect(toast).to_be_visible(timeout=TIMEOUT)
         else:
-            expect(page.locator("#message")).to_contain_text(told, timeout=TIMEOUT)
-    ((image, answered), _) = expected.values()
+            expect(page.locator("#message")).to_contain_text(reason, timeout=TIMEOUT)
+    ((image, result), _) = expected.values()
     drop(page, "digit.png", images.encode(image, "PNG"))
-    assert_shown(page, answered)
+    assert_shown(page, result)
     expect(page.locator("#message")).to_have_text("")
     assert server.process.poll() is None
 
 
 @pytest.mark.browser
-def test_visitors_at_the_same_time_each_see_their_own(server, visit, expected):
+def test_simultaneous_visitors_see_their_own_results(server, visit, expected):
     pages = [visit(server) for _ in range(4)]
-    visitors = list(zip(pages, 2 * list(expected.values()), strict=True))
-    for page, (image, _) in visitors:
+    contexts = list(zip(pages, 2 * list(expected.values()), strict=True))
+    for page, (image, _) in contexts:
         drop(page, "digit.png", images.encode(image, "PNG"))
-    for page, (_, answered) in visitors:
-        assert_shown(page, answered)
+    for page, (_, result) in contexts:
+        assert_shown(page, result)
 
 
-def refusal(server, path: str, body: bytes = b"", **headers: str) -> int:
+def post_status(server, path: str, body: bytes = b"", **headers: str) -> int:
     """Returns the HTTP status of a POST."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     names = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -311,35 +435,38 @@ def refusal(server, path: str, body: bytes = b"", **headers: str) -> int:
 
 
 @pytest.mark.browser
-def test_what_is_too_large_is_refused_whatever_sends_it(server):
+def test_requests_over_the_limit_are_rejected(server):
     upload = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    upload += bytes(answer.MAX_BYTES + 1) + b"\r\n--x--\r\n"
-    assert refusal(server, "upload", upload, content_type="multipart/form-data; boundary=x") == 413
+    upload += bytes(serve.MAX_BYTES + 1) + b"\r\n--x--\r\n"
+    assert (
+        post_status(server, "upload", upload, content_type="multipart/form-data; boundary=x") == 413
+    )
     large = str(11 * 2**20)
     assert (
-        refusal(server, "upload", content_length=large, content_type="multipart/form-data") == 413
+        post_status(server, "upload", content_length=large, content_type="multipart/form-data")
+        == 413
     )
-    assert refusal(server, "queue/join", content_length=large) == 413
+    assert post_status(server, "queue/join", content_length=large) == 413
 
 
 @pytest.mark.browser
-def test_no_other_file_can_be_had(server):
+def test_other_files_of_the_machine_are_not_served(server):
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(f"{server.url}gradio_api/file={commands.ROOT / 'README.md'}")
 
 
 @pytest.mark.browser
-def test_it_listens_on_loopback_alone(server):
+def test_server_listens_on_loopback_only(server):
     socket.create_connection(("127.0.0.1", server.port)).close()
     with pytest.raises(ConnectionRefusedError):  # as 0.0.0.0 would not
         socket.create_connection(("127.0.0.2", server.port))
 
 
 @pytest.mark.browser
-def test_ctrl_c_ends_it_with_a_page_open(visit, trained_run, tmp_path, expected):
+def test_ctrl_c_ends_the_server_while_a_page_is_open(visit, trained_run, tmp_path, expected):
     server = Server(tmp_path, trained_run, "--neighbors", "0")
     page = visit(server)
-    assert page.get_by_text("No nearest neighbours").is_visible()
+    assert page.get_by_text("No nearest neighbors").is_visible()
     digit, (image, _) = next(iter(expected.items()))
     drop(page, "digit.png", images.encode(image, "PNG"))
     page.locator("#top5 dt").first.get_by_text(digit).wait_for()

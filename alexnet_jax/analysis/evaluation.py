@@ -168,7 +168,7 @@ def _predict(
         mean = mean_softmax(jnp.stack([log_probs[index, views] for index in members]))
         _, top5 = top_five(mean)
         own = jnp.take_along_axis(mean, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
-        predictions.append((classes, own))
+        predictions.append((top5, own))
     return predictions
 
 

@@ -1,4 +1,4 @@
-"""One page with what every layer makes of an image."""
+"""The outputs of every layer for one image, drawn on one page."""
 
 import math
 from collections.abc import Sequence
@@ -8,109 +8,139 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
-from alexnet_jax import inference as trained
+from alexnet_jax import inference
+from alexnet_jax.analysis import figures
 from alexnet_jax.data import augment
 from alexnet_jax.inference import Trained
-from alexnet_jax.models.alexnet import FEATURES
+from alexnet_jax.models.alexnet import (
+    BatchNorm,
+    Conv,
+    Dense,
+    MaxPool,
+    ReLU,
+    Tanh,
+    Variant,
+    named_layers,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_MAPS = 36
+MAX_MAPS = 36
 TILE, GAP = 56, 3  # pixels
-STRIP_COLUMNS = 128
-PAGE = (
-    ("image", "conv1", "pool1"),
-    ("conv2", "pool2", "conv3"),
-    ("conv4", "conv5", "pool5"),
-    ("fc6", "fc7", "fc8"),
-)
+UNITS_PER_ROW = 128
+COLUMNS = 3
+MAPS_HEIGHT, UNITS_HEIGHT = 4.0, 2.2  # inches of a row
 
 
-def all_features(network: Trained, image: UInt8[np.ndarray, "S S 3"]) -> dict[str, np.ndarray]:
-    """Returns what each layer of `model.FEATURES` puts out for the image's centre crop.
+def displayed_outputs(variant: str | Variant) -> dict[str, str]:
+    """Returns the name of the output to display for each convolution, pooling and dense layer.
 
-    float32[H, W, C] for convN and poolN, float32[D] for fcN.
+    It is the output after the batch norm and nonlinearity that follow the layer directly: relu1
+    for conv1 in most variants. In `original`, where LRN follows conv1, it is conv1 itself, and
+    relu1 is displayed for pool1.
     """
-    found = trained.feature_extractor(network, FEATURES)(image[None])
-    return {name: np.asarray(x)[0] for name, x in found.items()}
+    displayed = {}
+    layer_name = None
+    for name, layer in named_layers(variant).items():
+        if isinstance(layer, Conv | MaxPool | Dense):
+            layer_name = name
+        elif not isinstance(layer, BatchNorm | ReLU | Tanh):
+            layer_name = None
+        if layer_name:
+            displayed[layer_name] = name
+    return displayed
 
 
-def strongest(maps: Float32[np.ndarray, "H W C"], most: int) -> Int64[np.ndarray, " most"]:
-    """Returns the channels with the largest mean magnitude, falling."""
-    return np.argsort(-np.abs(maps).mean(axis=(0, 1)), kind="stable")[:most]
+def layer_outputs(network: Trained, image: UInt8[np.ndarray, "S S 3"]) -> dict[str, np.ndarray]:
+    """Returns the displayed output of each layer for an image's center crop.
+
+    The values are float32[H, W, C], or float32[D] for dense layers.
+    """
+    names = displayed_outputs(network.model.variant)
+    outputs = inference.feature_extractor(network, list(names.values()))(image[None])
+    return {layer: np.asarray(outputs[name])[0] for layer, name in names.items()}
+
+
+def strongest(maps: Float32[np.ndarray, "H W C"], count: int) -> Int64[np.ndarray, " count"]:
+    """Returns the channels with the largest mean magnitude, in descending order."""
+    return np.argsort(-np.abs(maps).mean(axis=(0, 1)), kind="stable")[:count]
 
 
 def mosaic(maps: Float32[np.ndarray, "H W N"]) -> Float32[np.ndarray, "side side"]:
-    """Returns the maps as squares by rows in one square, NaN between them."""
+    """Returns the maps as tiles of a square image, scaled to equal sides, with NaN between them."""
     height, width, count = maps.shape
-    side = math.ceil(math.sqrt(count))
-    sheet = np.full((side * (TILE + GAP) - GAP,) * 2, np.nan, np.float32)
     rows, columns = (np.arange(TILE) * length // TILE for length in (height, width))
-    for place in range(count):
-        y, x = (part * (TILE + GAP) for part in divmod(place, side))
-        sheet[y : y + TILE, x : x + TILE] = maps[rows[:, None], columns, place]
-    return sheet
+    tiles = np.moveaxis(maps[rows[:, None], columns], -1, 0)
+    per_row = math.ceil(math.sqrt(count))
+    sheet = figures.tile(tiles, per_row, GAP, np.nan)
+    missing = sheet.shape[1] - sheet.shape[0]  # of rows that have no map
+    return np.pad(sheet, ((0, missing), (0, 0)), constant_values=np.nan)
 
 
 def features_figure(network: Trained, image: UInt8[np.ndarray, "S S 3"]) -> "Figure":
-    """Draws the centre crop of an image and what each layer makes of it.
+    """Returns a figure of an image's center crop and the output of each layer.
 
-    A layer's maps share one scale.
+    All maps of a layer share one scale.
     """
     from matplotlib.figure import Figure
 
-    found = all_features(network, image)
-    figure = Figure(figsize=(12, 14.6), dpi=100, layout="constrained")
-    panels = figure.subplots(4, 3, height_ratios=(4, 4, 4, 2.2))
-    for names, row in zip(PAGE, panels, strict=True):
-        for name, axes in zip(names, row, strict=True):
-            axes.set(xticks=[], yticks=[])
-            if name == "image":
-                axes.imshow(augment.center_window(image, network.config.augment.crop_size))
-                side = network.config.augment.crop_size
-                axes.set_title(f"image, {side}×{side}×3")
-            elif name == "fc8":
-                _draw_answers(axes, found[name], network.class_names)
-            elif name in ("fc6", "fc7"):
-                _draw_strip(axes, name, found[name])
-            else:
-                _draw_maps(axes, name, found[name])
+    size = network.config.augment.crop_size
+    outputs = layer_outputs(network, image)
+    panels = [("image", augment.center_window(image, size)), *outputs.items()]
+    rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]
+    heights = [
+        MAPS_HEIGHT if any(output.ndim == 3 for _, output in row) else UNITS_HEIGHT for row in rows
+    ]
+    figure = Figure(figsize=(12, sum(heights) + 0.4), dpi=100, layout="constrained")
+    grid = figure.subplots(len(rows), COLUMNS, height_ratios=heights, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes, (name, output) in zip(grid.flat, panels, strict=False):
+        axes.set(xticks=[], yticks=[])
+        if name == "image":
+            axes.imshow(output)
+            axes.set_title(f"image, {size}×{size}×3")
+        elif name == panels[-1][0]:
+            _draw_classes(axes, name, output, network.class_names)
+        elif output.ndim == 1:
+            _draw_units(axes, name, output)
+        else:
+            _draw_maps(axes, name, output)
     return figure
 
 
 def _draw_maps(axes: "Axes", name: str, maps: np.ndarray) -> None:
-    chosen = strongest(maps, MOST_MAPS)
-    told = "all" if len(chosen) == maps.shape[2] else f"the {len(chosen)} strongest"
-    axes.imshow(mosaic(maps[..., chosen]), interpolation="nearest", **_scale(maps))
-    axes.set_title(f"{name}, {'×'.join(map(str, maps.shape))}, {told}")
+    channels = strongest(maps, MAX_MAPS)
+    which = "all" if len(channels) == maps.shape[2] else f"the {len(channels)} strongest"
+    axes.imshow(mosaic(maps[..., channels]), interpolation="nearest", **_color_scale(maps))
+    axes.set_title(f"{name}, {'×'.join(map(str, maps.shape))}, {which}")
     axes.spines[:].set_visible(False)
 
 
-def _draw_strip(axes: "Axes", name: str, units: np.ndarray) -> None:
-    columns = min(STRIP_COLUMNS, len(units))
+def _draw_units(axes: "Axes", name: str, units: np.ndarray) -> None:
+    columns = min(UNITS_PER_ROW, len(units))
     padded = np.pad(units, (0, -len(units) % columns), constant_values=np.nan)
-    axes.imshow(
-        padded.reshape(-1, columns), aspect="auto", interpolation="nearest", **_scale(units)
-    )
+    style = {"aspect": "auto", "interpolation": "nearest", **_color_scale(units)}
+    axes.imshow(padded.reshape(-1, columns), **style)
     axes.set_title(f"{name}, {len(units)} units, {np.mean(units > 0):.0%} of them above 0")
 
 
-def _draw_answers(axes: "Axes", logits: np.ndarray, class_names: Sequence[str]) -> None:
+def _draw_classes(axes: "Axes", name: str, logits: np.ndarray, class_names: Sequence[str]) -> None:
     probabilities = np.asarray(jax.nn.softmax(logits))
     best = np.argsort(-probabilities, kind="stable")[:5]
     axes.barh(range(len(best)), probabilities[best], color="tab:orange")
-    for place, label in enumerate(best):
-        told = f"{probabilities[label]:.1%}  {class_names[label]}"
-        axes.text(0.02, place, told, va="center", clip_on=True)
+    for rank, label in enumerate(best):
+        text = f"{probabilities[label]:.1%}  {class_names[label]}"
+        axes.text(0.02, rank, text, va="center", clip_on=True)
     axes.set(xlim=(0, 1), ylim=(len(best) - 0.5, -0.5), xticks=[0, 0.5, 1])
-    axes.set_title(f"fc8, {len(logits)} logits: the first {len(best)} by softmax")
+    axes.set_title(f"{name}, {len(logits)} logits: the top {len(best)} after softmax")
 
 
-def _scale(values: np.ndarray) -> dict[str, Any]:
-    """Colours from 0 up, or for values of both signs with white at 0."""
-    most = max(float(np.abs(values).max()), 1e-12)
+def _color_scale(values: np.ndarray) -> dict[str, Any]:
+    """Returns colors from 0 upward, or with white at 0 if there are negative values."""
+    limit = max(float(np.abs(values).max()), 1e-12)
     if values.min() < 0:
-        return {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
-    return {"cmap": "magma", "vmin": 0.0, "vmax": most}
+        return {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    return {"cmap": "magma", "vmin": 0.0, "vmax": limit}

@@ -1,37 +1,84 @@
-"""Pictures of runs: images with captions, conv1's filters, training curves; and of a plan.
+"""Figures: images with captions, filters, training curves, predictions, confusion, scaling.
 
-Drawn without pyplot, whose backend is the caller's: a notebook goes on showing its own pictures.
+pyplot is not used, because it would change the backend of the caller, such as a notebook.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
-from jaxtyping import Float32, Int, UInt8
+from jaxtyping import Float32, Int, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from alexnet_jax.data.augment import Augment
+from alexnet_jax.data.pipeline import shuffled
+from alexnet_jax.data.store import Store
+from alexnet_jax.training.train_step import augment_batch, train_key
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEAST_TILE = 112  # pixels: room enough for a class name
+MIN_TILE = 112  # pixels: enough for a class name below an image
 CAPTION_HEIGHT = 16
-FILTER_ZOOM = 4  # at least; more where filters are few
-FILTERS_WIDTH = 700  # pixels, about
-TOWER_GAP = 2  # pixels before zooming, between the filters of two towers
+MAX_SAMPLES = 36  # images of a batch
+FILTER_ZOOM = 4  # at least; few filters are enlarged more, to about FILTERS_WIDTH pixels in all
+FILTERS_WIDTH = 700
+TOWER_GAP = 2  # pixels before enlarging, between the filters of two towers
 PANEL_COLUMNS = 8
-MOST_NAMED = 40  # classes whose names and counts a confusion matrix has room for
+MAX_CLASSES_NAMED = 40  # more names and counts do not fit into a confusion matrix
+
+
+def tile(
+    images: Shaped[np.ndarray, "N H W ..."], columns: int, gap: int = 1, fill: float = 255
+) -> Shaped[np.ndarray, "height width ..."]:
+    """Returns images arranged in rows in one array, with `gap` pixels of `fill` between them."""
+    count, height, width, *channels = images.shape
+    rows = math.ceil(count / columns)
+    cells = np.full(
+        (rows * columns, height + gap, width + gap, *channels), fill, dtype=images.dtype
+    )
+    cells[:count, :height, :width] = images
+    grid = cells.reshape(rows, columns, height + gap, width + gap, *channels)
+    sheet = np.moveaxis(grid, 1, 2).reshape(
+        rows * (height + gap), columns * (width + gap), *channels
+    )
+    return sheet[: len(sheet) - gap, : sheet.shape[1] - gap]
+
+
+def enlarge(image: Shaped[np.ndarray, "H W ..."], zoom: int) -> Shaped[np.ndarray, "h w ..."]:
+    """Returns an image in which each pixel is repeated zoom×zoom times."""
+    return image.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
 def save_sample_grid(
     images: UInt8[np.ndarray, "N S S 3"], captions: Sequence[str], path: Path
 ) -> None:
-    """Writes images as a grid with a caption under each."""
+    """Saves images in a square grid with a caption below each."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = [slice(start, start + columns) for start in range(0, len(images), columns)]
     _save_rows([images[row] for row in rows], [captions[row] for row in rows], path)
+
+
+def save_samples(
+    store: Store, augment: Augment, seed: int, batch_size: int, step: int, path: Path
+) -> None:
+    """Saves the first images of the batch of a training step, augmented as in that step.
+
+    Only the mean is not subtracted, so that the picture shows natural colors.
+    """
+    positions = step * batch_size + np.arange(min(MAX_SAMPLES, batch_size))
+    batch = store.read(shuffled(positions, store.num_examples, seed))
+    with_mean = augment.stats._replace(mean=np.zeros_like(augment.stats.mean))
+    augment = dataclasses.replace(augment, stats=with_mean)
+    key = jax.random.fold_in(train_key(seed), step)
+    images = jax.jit(lambda x: augment_batch(augment, key, x, step))(batch["image"])
+    pixels = np.clip(np.rint(np.asarray(images) / augment.scale), 0, 255).astype(np.uint8)
+    save_sample_grid(pixels, [store.class_names[label] for label in batch["label"]], path)
 
 
 def save_neighbors(
@@ -40,10 +87,10 @@ def save_neighbors(
     captions: Sequence[Sequence[str]],
     path: Path,
 ) -> None:
-    """Writes each query and its neighbours as a row.
+    """Saves each query image and its neighbors as a row.
 
     Args:
-      captions: 1 + K for each row.
+      captions: 1 + K for each row, the query's first.
     """
     rows = np.concatenate([queries[:, None], neighbors], axis=1)
     _save_rows(rows, captions, path, gap_after_first=12)
@@ -56,56 +103,50 @@ def _save_rows(
     gap_after_first: int = 0,
 ) -> None:
     size = rows[0].shape[1]
-    side = size * math.ceil(LEAST_TILE / size)
+    side = size * math.ceil(MIN_TILE / size)
     cell = (side + 4, side + CAPTION_HEIGHT + 4)
     columns = max(map(len, rows))
     sheet = Image.new("RGB", (columns * cell[0] + gap_after_first, len(rows) * cell[1]), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for down, (row, told) in enumerate(zip(rows, captions, strict=True)):
-        for along, (image, caption) in enumerate(zip(row, told, strict=True)):
-            x = along * cell[0] + 2 + (gap_after_first if along else 0)
-            y = down * cell[1] + 2
-            tile = Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(tile, (x, y))
+    for row, (images, texts) in enumerate(zip(rows, captions, strict=True)):
+        for column, (image, caption) in enumerate(zip(images, texts, strict=True)):
+            x = column * cell[0] + 2 + (gap_after_first if column else 0)
+            y = row * cell[1] + 2
+            sheet.paste(Image.fromarray(enlarge(image, side // size)), (x, y))
             draw.text((x + 2, y + side), _shorten(caption, side, font), "black", font)
     sheet.save(path)
 
 
 def save_filters(kernel: Float32[np.ndarray, "H W 3 N"], towers: int, path: Path) -> None:
-    """Writes a first layer's kernel as the paper's Figure 3 has it.
+    """Saves the filters of a first layer, arranged as in the paper's Figure 3.
 
-    That is 96 filters in rows of 16, the first tower's above the second's. All filters share one
-    scale, with grey for zero, so that strong and weak ones can be told apart.
+    96 filters form rows of 16, those of the first tower above those of the second. All share one
+    scale, on which gray is zero, so that strong and weak filters can be told apart.
     """
-    height, width, _, count = kernel.shape
     scaled = 127.5 + 127.5 * kernel / (np.abs(kernel).max() + 1e-12)
-    pixels = np.clip(scaled, 0, 255).astype(np.uint8)
-    columns = filter_columns(count, towers)
-    rows = count // columns
-    gap = (towers - 1) * TOWER_GAP
-    sheet = np.full((rows * (height + 1) + 1 + gap, columns * (width + 1) + 1, 3), 255, np.uint8)
-    for place in range(count):
-        row = place // columns
-        y = row * (height + 1) + 1 + row * towers // rows * TOWER_GAP
-        x = place % columns * (width + 1) + 1
-        sheet[y : y + height, x : x + width] = pixels[..., place]
+    filters = np.moveaxis(np.clip(scaled, 0, 255).astype(np.uint8), -1, 0)
+    columns = filter_columns(len(filters), towers)
+    parts = [tile(part, columns) for part in np.split(filters, towers)]
+    gap = np.full((TOWER_GAP + 1, *parts[0].shape[1:]), 255, np.uint8)
+    sheet = np.concatenate([row for part in parts for row in (gap, part)][1:])
+    sheet = np.pad(sheet, ((1, 1), (1, 1), (0, 0)), constant_values=255)
     zoom = max(FILTER_ZOOM, FILTERS_WIDTH // sheet.shape[1])
-    size = (sheet.shape[1] * zoom, sheet.shape[0] * zoom)
-    Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(path)
+    Image.fromarray(enlarge(sheet, zoom)).save(path)
 
 
 def filter_columns(count: int, towers: int) -> int:
-    """Returns how many filters a row has, so that no row is ragged or shared by towers.
+    """Returns the number of filters in a row.
 
-    Of those, the nearest to Figure 3's proportions, 16 to 6.
+    All rows are full and none is shared by two towers. Among such numbers it is the one nearest to
+    the proportions of Figure 3, 16 columns to 6 rows.
     """
-    of_tower = count // towers
-    whole = [columns for columns in range(1, of_tower + 1) if of_tower % columns == 0]
-    return min(whole, key=lambda columns: abs(columns - math.sqrt(count * 16 / 6)))
+    per_tower = count // towers
+    divisors = [columns for columns in range(1, per_tower + 1) if per_tower % columns == 0]
+    return min(divisors, key=lambda columns: abs(columns - math.sqrt(count * 16 / 6)))
 
 
 def save_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Writes loss, error and learning rate over epochs from the rows of a metrics.jsonl."""
+    """Plots loss, error and learning rate over epochs from the rows of a metrics.jsonl."""
     figure, panels = _curve_panels()
     rows = list(rows)
     _draw_curve(panels, rows, "train", color="black", label="train")
@@ -115,28 +156,32 @@ def save_curves(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
 
 
 def curves_of_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
-    """Draws loss, error and learning rate over epochs, a colour for each run.
+    """Returns a figure of loss, error and learning rate over epochs, with a color for each run.
 
-    Thin lines are of training, thick ones with dots of evaluation.
+    Thin lines are training, thick lines with dots are evaluation.
+
+    Args:
+      runs: rows of metrics.jsonl by the name of the run.
     """
     from matplotlib import colormaps
 
     figure, panels = _curve_panels()
     palette = colormaps["tab10" if len(runs) <= 10 else "tab20"]
-    for number, (name, rows) in enumerate(runs.items()):
-        color = palette(number % palette.N)
+    for index, (name, rows) in enumerate(runs.items()):
+        color = palette(index % palette.N)
         _draw_curve(panels, rows, "train", color=color, linewidth=0.8, alpha=0.6)
         _draw_curve(panels, rows, "eval", color=color, linewidth=1.8, marker="o")
         panels[0].plot([], [], color=color, linewidth=3, label=name)
-    panels[0].plot([], [], color="grey", linewidth=0.8, label="train")
-    panels[0].plot([], [], color="grey", linewidth=1.8, marker="o", markersize=3, label="eval")
+    panels[0].plot([], [], color="gray", linewidth=0.8, label="train")
+    panels[0].plot([], [], color="gray", linewidth=1.8, marker="o", markersize=3, label="eval")
     columns = min(len(runs) + 2, 6)
     figure.legend(loc="outside upper left", ncols=columns, frameon=False)
     return figure
 
 
 def _curve_panels() -> tuple["Figure", Sequence["Axes"]]:
-    from matplotlib.figure import Figure  # takes a while, and most of a run does without
+    # Importing matplotlib takes a while, and a run that does not draw does not need it.
+    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     figure = Figure(figsize=(13, 3.6), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.12))
@@ -153,27 +198,28 @@ def _draw_curve(
     panels: Sequence["Axes"], rows: Sequence[Mapping[str, Any]], split: str, **style: Any
 ) -> None:
     loss, error, rate = panels
-    of_split = [row for row in rows if row["split"] == split]
-    epochs = [row["epoch"] for row in of_split]
-    loss.plot(epochs, [row["loss"] for row in of_split], markersize=3, **style)
-    error.plot(epochs, [100 * (1 - row["top1"]) for row in of_split], markersize=3, **style)
+    rows = [row for row in rows if row["split"] == split]
+    epochs = [row["epoch"] for row in rows]
+    loss.plot(epochs, [row["loss"] for row in rows], markersize=3, **style)
+    error.plot(epochs, [100 * (1 - row["top1"]) for row in rows], markersize=3, **style)
     if split == "train":
-        rate.plot(epochs, [row["learning_rate"] for row in of_split], **style)
+        rate.plot(epochs, [row["learning_rate"] for row in rows], **style)
 
 
 def save_predictions(
     images: Sequence[UInt8[np.ndarray, "S S 3"]],
-    truths: Sequence[str | None],
+    labels: Sequence[str | None],
     classes: Sequence[Sequence[str]],
     probabilities: Sequence[np.ndarray],
     path: Path,
 ) -> None:
-    """Draws images with their most probable classes as bars under them (paper, Fig. 4 left).
+    """Saves images with bars for their most probable classes below (paper, Figure 4 left).
 
     Args:
-      truths: each image's right class, written under it and its bar red; None if not known.
-      classes: of each image, the most probable first.
-      probabilities: of these classes, 0 to 1.
+      labels: the correct class of each image, written below it and drawn as a red bar, or None if
+        it is not known.
+      classes: the most probable classes of each image, most probable first.
+      probabilities: their probabilities, 0 to 1.
     """
     from matplotlib.figure import Figure
 
@@ -183,87 +229,84 @@ def save_predictions(
     axes = figure.subplots(2 * rows, columns, height_ratios=[2, 1.3] * rows, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for place, image in enumerate(images):
-        row, column = divmod(place, columns)
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        row, column = divmod(index, columns)
         picture, bars = axes[2 * row, column], axes[2 * row + 1, column]
         picture.imshow(image)
-        picture.text(
-            *(0.5, -0.04, truths[place] or ""),
-            **{"ha": "center", "va": "top", "transform": picture.transAxes, "fontsize": 9},
-        )
-        colors = ["tab:red" if name == truths[place] else "tab:blue" for name in classes[place]]
-        bars.barh(range(len(colors)), probabilities[place], color=colors, alpha=0.55)
+        style = {"ha": "center", "va": "top", "transform": picture.transAxes, "fontsize": 9}
+        picture.text(0.5, -0.04, label or "", **style)
+        colors = ["tab:red" if name == label else "tab:blue" for name in classes[index]]
+        bars.barh(range(len(colors)), probabilities[index], color=colors, alpha=0.55)
         bars.set(xlim=(0, 1), ylim=(len(colors) - 0.4, -0.6))
-        for number, name in enumerate(classes[place]):
-            bars.text(0.02, number, name, va="center", fontsize=8, clip_on=True)
+        for rank, name in enumerate(classes[index]):
+            bars.text(0.02, rank, name, va="center", fontsize=8, clip_on=True)
     figure.savefig(path, dpi=100)
 
 
 def save_confusion(
     confusion: Int[np.ndarray, "C C"], class_names: Sequence[str], path: Path
 ) -> None:
-    """Draws counts of examples by label (rows) and answer (columns), as shares of each label's.
+    """Saves a confusion matrix: labels are rows, predictions are columns.
 
-    With few classes each cell has its count and each axis its names. Shares are coloured on a
-    scale that shows the rare mistakes beside the many right answers.
+    The color of a cell is its share of the label's examples, on a scale that is linear up to 1 %
+    and logarithmic above, so that rare mistakes remain visible. With few classes, cells show
+    counts and axes show names.
     """
     from matplotlib.colors import SymLogNorm
     from matplotlib.figure import Figure
 
     count = len(confusion)
     shares = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    told = count <= MOST_NAMED
-    side = max(5.0, 0.42 * count + 1.5) if told else 9.0
+    with_names = count <= MAX_CLASSES_NAMED
+    side = max(5.0, 0.42 * count + 1.5) if with_names else 9.0
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     scale = SymLogNorm(linthresh=1.0, vmin=0.0, vmax=100.0)
     picture = axes.imshow(shares, cmap="Blues", norm=scale, interpolation="nearest")
     bar = figure.colorbar(picture, shrink=0.7, label="share of the label's examples (%)")
     bar.set_ticks([0, 1, 10, 100], labels=["0", "1", "10", "100"])
-    if told:
+    if with_names:
         axes.set_xticks(range(count), class_names, rotation=90)
         axes.set_yticks(range(count), class_names)
         for row, column in zip(*np.nonzero(confusion), strict=True):
             color = "white" if shares[row, column] > 10 else "black"
-            number = f"{confusion[row, column]}"
-            axes.text(column, row, number, ha="center", va="center", color=color, fontsize=8)
-    axes.set(xlabel="answer", ylabel="label")
+            text = f"{confusion[row, column]}"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
+    axes.set(xlabel="prediction", ylabel="label")
     figure.savefig(path, dpi=100)
 
 
 def save_scaling(
     curves: Mapping[str, Sequence[tuple[int, float]]], topology: str, path: Path
 ) -> None:
-    """Draws predicted images a second against the number of chips, (chips, rate) by layout.
+    """Plots predicted images per second, and efficiency, against the number of chips.
 
-    Beside it, a chip's rate as a share of the best that there is.
+    Efficiency is the rate per chip divided by the best rate per chip of all curves.
+
+    Args:
+      curves: (chips, images per second) of each layout.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    rates, shares = figure.subplots(1, 2)
-    alone = max((rate / chips for curve in curves.values() for chips, rate in curve), default=1.0)
+    rates, efficiencies = figure.subplots(1, 2)
+    best = max((rate / chips for curve in curves.values() for chips, rate in curve), default=1.0)
     most = max(chips for curve in curves.values() for chips, _ in curve)
-    rates.plot(
-        [1, most],
-        [alone, alone * most],
-        ":",
-        color="grey",
-        label="the best chip's rate times chips",
-    )
+    ideal = {"color": "gray", "label": "best rate per chip × chips"}
+    rates.plot([1, most], [best, best * most], ":", **ideal)
     for name, curve in curves.items():
         chips, found = map(np.array, zip(*curve, strict=True))
         rates.plot(chips, found, "o-", label=name)
-        shares.plot(chips, found / chips / alone, "o-", label=name)
-    for axes in (rates, shares):
+        efficiencies.plot(chips, found / chips / best, "o-", label=name)
+    for axes in (rates, efficiencies):
         axes.set_xscale("log", base=2)
         axes.set_xlabel(f"chips, up to {topology}")
         axes.grid(alpha=0.3)
     rates.set_yscale("log")
-    rates.set_ylabel("images a second, predicted")
+    rates.set_ylabel("predicted images per second")
     rates.legend(fontsize=8)
-    shares.set_ylabel("a chip's rate over the best chip's")
-    shares.set_ylim(0, 1.05)
+    efficiencies.set_ylabel("rate per chip / best rate per chip")
+    efficiencies.set_ylim(0, 1.05)
     figure.savefig(path, dpi=100)
 
 

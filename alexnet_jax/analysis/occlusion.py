@@ -1,6 +1,6 @@
-"""Where the network looks: how a grey square over each place changes what it answers.
+"""Occlusion maps: how the probability of a class changes when a square hides part of the image.
 
-After Zeiler and Fergus 2013 (arXiv 1311.2901, section 4.2).
+Method: Zeiler and Fergus 2013 (arXiv 1311.2901, section 4.2).
 """
 
 import math
@@ -8,12 +8,11 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
-from alexnet_jax import inference as trained
+from alexnet_jax import inference
 from alexnet_jax.data import augment
 from alexnet_jax.inference import Trained
 from alexnet_jax.utils.errors import UserError
@@ -22,19 +21,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-BATCH = 64  # images; of one length, so that the network is compiled once
+BATCH = 64  # images; every batch has this size, so that the network is compiled once
 
 
 class Occlusion(NamedTuple):
-    """What was found.
+    """The occlusion map of one image.
 
     Attributes:
-      view: the centre crop that the network sees.
-      label: the class whose probability was taken.
-      probability: of the view as it is, 0 to 1.
-      map: with the square centred on each cell of `stride` x `stride` pixels.
-      patch: the square's side in pixels.
-      stride: by how many pixels it moves.
+      view: the center crop, which is the network's input.
+      label: the class whose probabilities these are.
+      probability: of the unchanged view, 0 to 1.
+      map: probability with the square centered on each cell of `stride` × `stride` pixels.
+      patch: side of the square in pixels.
+      stride: pixels from one position to the next.
     """
 
     view: UInt8[np.ndarray, "C C 3"]
@@ -45,15 +44,15 @@ class Occlusion(NamedTuple):
     stride: int
 
     def largest_change(self) -> tuple[float, int, int]:
-        """Returns the probability that is farthest from the whole image's.
+        """Returns the probability that differs most from that of the unchanged view.
 
-        And the row and column of the square's centre, in the view.
+        Also returns the row and column of the square's center in the view.
         """
-        place = np.abs(self.map - self.probability).argmax()
+        index = np.abs(self.map - self.probability).argmax()
         row, column = (
-            _center(int(cell), self.stride) for cell in np.unravel_index(place, self.map.shape)
+            _center(int(cell), self.stride) for cell in np.unravel_index(index, self.map.shape)
         )
-        return float(self.map.flat[place]), row, column
+        return float(self.map.flat[index]), row, column
 
 
 def occlude(
@@ -63,17 +62,19 @@ def occlude(
     patch: int | None = None,
     stride: int | None = None,
 ) -> Occlusion:
-    """Slides a square over an image's centre crop, clipped at its edges.
+    """Slides a square over an image's center crop and returns the occlusion map.
 
-    The square shows the pixels' mean, which is zero to the network.
+    The square is filled with the training mean, which is zero to the network, and is clipped at
+    the edges of the crop.
 
     Args:
-      image: S is the config's image_size.
-      label: by default the class that the network answers.
-      patch: the square's side in pixels, by default a quarter of the crop's.
-      stride: pixels from place to place, by default a 28th of the crop's side.
+      image: S is the config's `image_size`.
+      label: the class; by default the most probable one.
+      patch: side of the square in pixels; by default a quarter of the crop's side.
+      stride: pixels from one position to the next; by default 1/28 of the crop's side.
 
-    Raises UserError if not 1 <= stride <= patch <= the crop's side.
+    Raises:
+      UserError: not 1 <= stride <= patch <= side of the crop.
     """
     size = network.config.augment.crop_size
     patch = max(1, size // 4) if patch is None else patch
@@ -83,33 +84,33 @@ def occlude(
             f"a patch of {patch} and a stride of {stride} pixels do not fit: "
             f"choose 1 <= stride <= patch <= {size}"
         )
-    extract = trained.feature_extractor(network, ["fc8"])
+    log_probs = inference.classifier(network, "center")
     side = math.ceil(size / stride)
     count = 1 + side**2
     found = []
-    batches = occluded(network, image, patch, stride)
+    batches = occluded_batches(network, image, patch, stride)
     for batch in tqdm(batches, total=math.ceil(count / BATCH), unit="batch", disable=None):
-        probabilities = np.asarray(jax.nn.softmax(extract(batch)["fc8"]))
+        probabilities = np.exp(np.asarray(log_probs(batch)))
         label = int(probabilities[0].argmax()) if label is None else label
         found.append(probabilities[:, label])
-    assert label is not None  # since there is a first batch
-    whole, *hidden = np.concatenate(found)[:count]
+    assert label is not None  # there is at least one batch
+    whole, *occluded = np.concatenate(found)[:count]
     return Occlusion(
         view=augment.center_window(image, size),
         label=label,
         probability=float(whole),
-        map=np.reshape(hidden, (side, side)),
+        map=np.reshape(occluded, (side, side)),
         patch=patch,
         stride=stride,
     )
 
 
-def occluded(
+def occluded_batches(
     network: Trained, image: UInt8[np.ndarray, "S S 3"], patch: int, stride: int
 ) -> Iterator[UInt8[np.ndarray, "BATCH S S 3"]]:
-    """Yields the image, then the same with the square at each place by rows.
+    """Yields the image, then the image with the square at each position, row by row.
 
-    The last batch is filled up with the image.
+    The last batch is padded with the image.
     """
     config = network.config
     size = config.augment.crop_size
@@ -125,40 +126,43 @@ def occluded(
         yield batch
 
 
-def occlusion_figure(found: Occlusion, class_name: str) -> "Figure":
-    """Draws the image, the map, and the map over the image."""
+def occlusion_figure(occlusion: Occlusion, class_name: str) -> "Figure":
+    """Returns a figure of the image, the map, and the map over the image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12.8, 4.6), dpi=100, layout="constrained")
-    image, heat, both = figure.subplots(1, 3)
-    side = len(found.map) * found.stride
-    most = max(found.probability, found.map.max())
-    style = {"cmap": "viridis", "vmin": 0, "vmax": most, "extent": (0, side, side, 0)}
-    whole = {"extent": (0, len(found.view), len(found.view), 0)}
-    image.imshow(found.view, **whole)
-    image.add_patch(_square_of_largest_change(found))
-    drawn = heat.imshow(found.map, interpolation="nearest", **style)
-    both.imshow(found.view.mean(axis=2), cmap="gray", **whole)
-    both.imshow(found.map, interpolation="bilinear", alpha=0.5, **style)
-    image.set_title("image; red: the square that changes it most")
-    heat.set_title("probability, by the square's centre")
-    both.set_title("one over the other")
-    for axes in (image, heat, both):
-        axes.set(xlim=(0, len(found.view)), ylim=(len(found.view), 0), xticks=[], yticks=[])
-    figure.colorbar(drawn, ax=both, shrink=0.85)
+    image, heat, overlay = figure.subplots(1, 3)
+    size = len(occlusion.view)
+    side = len(occlusion.map) * occlusion.stride
+    highest = max(occlusion.probability, occlusion.map.max())
+    style = {"cmap": "viridis", "vmin": 0, "vmax": highest, "extent": (0, side, side, 0)}
+    whole = {"extent": (0, size, size, 0)}
+    image.imshow(occlusion.view, **whole)
+    image.add_patch(_square_of_largest_change(occlusion))
+    drawn = heat.imshow(occlusion.map, interpolation="nearest", **style)
+    overlay.imshow(occlusion.view.mean(axis=2), cmap="gray", **whole)
+    overlay.imshow(occlusion.map, interpolation="bilinear", alpha=0.5, **style)
+    image.set_title("image; red: the square with the largest change")
+    heat.set_title("probability by the center of the square")
+    overlay.set_title("both")
+    for axes in (image, heat, overlay):
+        axes.set(xlim=(0, size), ylim=(size, 0), xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=overlay, shrink=0.85)
     name = textwrap.shorten(class_name, 40, placeholder="…")
     figure.suptitle(
-        f"{name}: probability {found.probability:.3f} with all in view; behind a grey square of "
-        f"{found.patch}×{found.patch} pixels, in steps of {found.stride}, as the map shows"
+        f"{name}: probability {occlusion.probability:.3f} for the whole image; the map is for a "
+        f"gray square of {occlusion.patch}×{occlusion.patch} pixels, stride {occlusion.stride}"
     )
     return figure
 
 
-def _square_of_largest_change(found: Occlusion) -> "Rectangle":
+def _square_of_largest_change(occlusion: Occlusion) -> "Rectangle":
     from matplotlib.patches import Rectangle
 
-    _, row, column = found.largest_change()
-    rows, columns = (_span(center, found.patch, 0, len(found.view)) for center in (row, column))
+    _, row, column = occlusion.largest_change()
+    rows, columns = (
+        _span(center, occlusion.patch, 0, len(occlusion.view)) for center in (row, column)
+    )
     size = columns.stop - columns.start, rows.stop - rows.start
     return Rectangle((columns.start, rows.start), *size, fill=False, edgecolor="red", linewidth=2)
 
@@ -168,5 +172,6 @@ def _center(cell: int, stride: int) -> int:
 
 
 def _span(center: int, patch: int, start: int, size: int) -> slice:
+    """Returns the pixels of a square along one axis, clipped to the crop [start, start + size)."""
     low = center - patch // 2
     return slice(start + max(0, low), start + min(size, low + patch))

@@ -105,8 +105,8 @@ def predict_files(
             if fault is not None:
                 yield Skipped(path, fault)
             else:
-                probabilities, top5, image = next(rows)
-                yield Prediction(path, top5, probabilities, image)
+                probabilities, best, image = next(rows)
+                yield Prediction(path, best, probabilities, image)
 
     for decoded, images in _batches(files, network.config.image_size, batch_size):
         pending.append((decoded, images, classify(images)))
