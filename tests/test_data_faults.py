@@ -218,7 +218,7 @@ def test_deleting_a_store_during_training_loses_no_step(undisturbed, digits, tmp
     (tmp_path / "away").rename(test_store.parent)
     ran = train(data_dir, workdir, *OFTEN)
     assert ran.returncode == 0, ran.stderr
-    assert "going on from step 20" in ran.stdout
+    assert "resuming from step 20" in ran.stdout
     np.testing.assert_array_equal(
         saved_state(workdir)[1]["params"]["fc8"]["kernel"],
         saved_state(undisturbed[0])[1]["params"]["fc8"]["kernel"],
