@@ -1,11 +1,12 @@
-"""Several processes of this machine as the hosts of one run, to try what a cluster does.
+"""Runs several processes on this machine as the hosts of one run, to try what a cluster does.
 
     python -m alexnet_jax.launch --processes 2 -- \\
         -m alexnet_jax.train --config configs/quickstart.py
 
-Process i takes GPU i where there are GPUs. Lines of all but the first process begin with [i].
-Ctrl-C and SIGTERM reach the processes, which save and stop together. On a cluster its own launcher
-takes this one's place: see docs/pods.md.
+Process i uses GPU i if there are GPUs. Output lines of process i > 0 start with [i]. Ctrl-C and
+SIGTERM stop all processes after the same step. The exit code is that of the process that failed
+first, or 76 if it was killed and the others ended because they lost it. A cluster has its own
+launcher: see docs/pods.md.
 """
 
 import argparse
@@ -17,10 +18,9 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
-from alexnet_jax.utils import distributed as hosts
-from alexnet_jax.utils.errors import UserError, exits_cleanly
+from alexnet_jax.utils import distributed
+from alexnet_jax.utils.errors import EXIT_PEER_LOST, UserError, exits_cleanly
 
 
 def start(
@@ -29,11 +29,12 @@ def start(
     environment: Mapping[str, str] = os.environ,
     folder: Path | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """Starts a Python command so many times, as the processes of one run.
+    """Starts a Python command `count` times, as the processes of one run.
 
     Args:
-      environment: beside what tells each its place.
-      folder: where they start, by default here.
+      command: arguments of the Python interpreter.
+      environment: variables, besides those that place each process in the run.
+      folder: working directory.
     """
     address = f"127.0.0.1:{_free_port()}"
     return [
@@ -41,9 +42,9 @@ def start(
             [sys.executable, *command],
             env={
                 **environment,
-                hosts.ADDRESS: address,
-                hosts.COUNT: str(count),
-                hosts.INDEX: str(index),
+                distributed.ADDRESS: address,
+                distributed.COUNT: str(count),
+                distributed.INDEX: str(index),
                 "JAX_LOCAL_DEVICE_IDS": str(index),
             },
             cwd=folder,
@@ -63,15 +64,40 @@ def _free_port() -> int:
         return port
 
 
-def _pass_on(lines: IO[str], prefix: str) -> None:
-    for line in lines:
+def _print_output(process: subprocess.Popen[str], prefix: str) -> None:
+    for line in process.stdout or ():
         sys.stdout.write(prefix + line)
         sys.stdout.flush()
 
 
+def _exit_code(failures: list[tuple[int, int]]) -> int:
+    """Returns the exit code for the (index, exit code) of failed processes, the first one first.
+
+    A process whose peer is lost is ended by JAX (see `distributed.joined`), so only the first
+    failure has a cause of its own. Prints which one that was if others failed after it.
+    """
+    if not failures:
+        return 0
+    (index, code), *later = failures
+    if code < 0 and later:
+        name = signal.Signals(-code).name
+        print(
+            f"error: process {index} was killed by {name}, and the others ended because they lost "
+            f"it; {distributed.RESTART_HINT}",
+            file=sys.stderr,
+        )
+        return EXIT_PEER_LOST
+    if any(other != code for _, other in later):
+        print(
+            f"error: process {index} failed first, with exit code {code}; its output says why",
+            file=sys.stderr,
+        )
+    return 128 - code if code < 0 else code
+
+
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Returns the first exit code that is not 0, in the processes' order."""
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alexnet_jax.launch",
         description=__doc__,
@@ -83,18 +109,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.processes < 1:
         raise UserError(f"--processes={args.processes} must be at least 1")
     processes = start(args.command, args.processes)
-    signal.signal(signal.SIGINT, lambda *_: None)  # of a terminal they all get it themselves
+    signal.signal(signal.SIGINT, lambda *_: None)  # a terminal sends it to all processes itself
     signal.signal(signal.SIGTERM, lambda *_: processes[0].terminate())
-    threads = [
-        threading.Thread(target=_pass_on, args=(process.stdout, f"[{index}] " if index else ""))
-        for index, process in enumerate(processes)
-    ]
+
+    failures: list[tuple[int, int]] = []  # in the order in which the processes ended
+
+    def wait(index: int) -> None:
+        code = processes[index].wait()
+        if code:
+            failures.append((index, code))
+
+    threads = []
+    for index, process in enumerate(processes):
+        prefix = f"[{index}] " if index else ""
+        threads.append(threading.Thread(target=_print_output, args=(process, prefix)))
+        threads.append(threading.Thread(target=wait, args=(index,)))
     for thread in threads:
         thread.start()
-    codes = [process.wait() for process in processes]
     for thread in threads:
         thread.join()
-    return next((128 - code if code < 0 else code for code in codes if code), 0)
+    return _exit_code(failures)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,27 @@
-"""How a command ends: with a sentence what the user can mend, with a traceback what we must."""
+"""How commands end: one line for errors that the user can fix, a traceback for bugs."""
 
+import errno
+import os
+import resource
 import sys
 
+import numpy as np
 import pytest
+import tensorstore
+from PIL import Image
 
 from alexnet_jax.utils import errors
+from alexnet_jax.utils.files import DISK_FULL, atomic_write, explain_write_errors
 
 
 @pytest.fixture
-def ends(monkeypatch, capsys):
-    """Runs a command that does something; returns its exit code and what it printed on stderr."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a command sets
+def run_command(monkeypatch, capsys):
+    """Runs a function as a command; returns its exit code and what it printed on stderr."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # commands replace it
 
-    def run(act):
+    def run(main):
         with pytest.raises(SystemExit) as ended:
-            errors.exits_cleanly(act)()
+            errors.exits_cleanly(main)()
         return ended.value.code, capsys.readouterr().err
 
     return run
@@ -24,26 +31,25 @@ def raises(error):
     raise error
 
 
-def test_bad_input_and_ctrl_c_are_told_in_a_line(ends):
-    assert ends(lambda: raises(errors.UserError("no such file"))) == (2, "error: no such file\n")
-    assert ends(lambda: raises(KeyboardInterrupt)) == (130, "interrupted\n")
+def test_user_error_and_ctrl_c_are_one_line(run_command):
+    user_error = errors.UserError("no such file")
+    assert run_command(lambda: raises(user_error)) == (2, "error: no such file\n")
+    assert run_command(lambda: raises(KeyboardInterrupt)) == (130, "interrupted\n")
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(ends):
-    code, told = ends(lambda: raises(RuntimeError("what now")))
+def test_bug_keeps_its_traceback(run_command):
+    code, stderr = run_command(lambda: raises(RuntimeError("what now")))
     assert code == 1
-    assert told.startswith("Traceback (most recent call last):")
-    assert told.endswith("RuntimeError: what now\n")
+    assert stderr.startswith("Traceback (most recent call last):")
+    assert stderr.endswith("RuntimeError: what now\n")
 
 
-def test_what_a_command_returns_is_its_exit_code(ends):
-    assert ends(lambda: 75) == (75, "")
-    assert ends(lambda: None) == (None, "")  # which is 0 to the system
+def test_return_value_is_the_exit_code(run_command):
+    assert run_command(lambda: 75) == (75, "")
+    assert run_command(lambda: None) == (None, "")  # 0 for the system
 
 
-class Late:
-    """Fails when nobody is there any more to catch it."""
-
+class FailsWhenDeleted:
     def __init__(self, text):
         self.text = text
 
@@ -52,6 +58,84 @@ class Late:
 
 
 @pytest.mark.parametrize("text", ["Event loop is closed", "something else"])
-def test_of_faults_that_nobody_can_catch_those_after_a_failed_write_alone_are_silent(text, ends):
-    _, told = ends(lambda: Late(text) and None)
-    assert ("RuntimeError" in told) == (text == "something else")
+def test_unraisable_errors_are_printed_except_after_a_failed_write(text, run_command):
+    _, stderr = run_command(lambda: FailsWhenDeleted(text) and None)
+    assert ("RuntimeError" in stderr) == (text == "something else")
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (100, 100, 3)).astype(np.uint8)
+
+
+def write_tensorstore(path):
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    metadata = {"shape": NOISE.shape, "data_type": "uint8"}
+    tensorstore.open({**spec, "metadata": metadata}, create=True).result().write(NOISE).result()
+
+
+WRITERS = {
+    "file": lambda path: path.write_bytes(NOISE.tobytes()),
+    "numpy": lambda path: np.savez(path, NOISE),
+    "pillow": lambda path: Image.fromarray(NOISE).save(path, "PNG"),
+    "tensorstore": write_tensorstore,
+}
+
+
+@pytest.mark.parametrize("library", WRITERS)
+def test_file_size_limit_is_explained(library, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with (
+            pytest.raises(errors.UserError, match="cannot write .*: file too large; make room or"),
+            explain_write_errors(tmp_path, "another folder"),
+        ):
+            WRITERS[library](tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("library", WRITERS)
+def test_file_in_place_of_a_folder_is_explained(library, tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(errors.UserError, match="not a directory; choose another folder"),
+        explain_write_errors(tmp_path, "another folder"),
+    ):
+        WRITERS[library](tmp_path / "file" / "new")
+
+
+def test_write_error_is_found_among_the_causes(tmp_path):
+    with (
+        pytest.raises(errors.UserError, match=f"cannot write {tmp_path}: no space left on device"),
+        explain_write_errors(tmp_path, "another folder", DISK_FULL),
+    ):
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RuntimeError("saving failed") from error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)),
+        PermissionError(errno.EACCES, os.strerror(errno.EACCES)),  # not in DISK_FULL
+        ValueError("negative size"),
+    ],
+)
+def test_other_errors_pass_unchanged(error, tmp_path):
+    with pytest.raises(type(error)), explain_write_errors(tmp_path, "another folder", DISK_FULL):
+        raise error
+
+
+def test_failed_atomic_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as new:
+        new.write_text("half")
+        raise KeyboardInterrupt
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file.txt", "old")]
+    with atomic_write(path) as new:
+        assert new.suffix == ".txt"
+        new.write_text("new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file.txt", "new")]

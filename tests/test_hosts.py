@@ -1,8 +1,9 @@
-"""Several real processes on loopback as the hosts of one run: what joins, agrees, dies, goes on."""
+"""Runs of several real processes on this machine: they join, agree, are killed and resume."""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,13 +14,13 @@ import pytest
 from commands import FEW, ROOT, SMALL, flags_of_devices, run, saved_state, saved_steps, train
 
 from alexnet_jax import launch
-from alexnet_jax.utils import distributed as hosts
-from alexnet_jax.utils.errors import EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USER_ERROR
+from alexnet_jax.utils.distributed import ADDRESS, COUNT, INDEX
+from alexnet_jax.utils.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
-DEVICES = 4  # of all processes together
+DEVICES = 4  # in all processes together
 STEPS = 20
-NOTICED_WITHIN_S = hosts.HEARTBEAT_S + 10
-# At the quickstart's learning rate rounding grows tenfold at each step, and no losses stay close.
+PEER_LOST_WITHIN_S = 130  # JAX's default heartbeat timeout is 100 s
+# At the quickstart's learning rate rounding errors grow tenfold in each step, so losses diverge.
 EVERY_7 = (
     *FEW,
     "--config.num_epochs=1",
@@ -29,7 +30,7 @@ EVERY_7 = (
 
 
 class Cluster:
-    """So many processes of train.py, that share DEVICES devices and one workdir."""
+    """`count` processes of train.py with DEVICES devices in all, and one workdir."""
 
     def __init__(self, count, data_dir, workdir, *more):
         where = (f"--config.data_dir={data_dir}", f"--workdir={workdir}")
@@ -40,7 +41,7 @@ class Cluster:
         self.outputs = [""] * count
 
     def signal_at(self, line, index, number):
-        """Sends one of them a signal once the first has printed a line that starts so."""
+        """Sends a signal to one process when process 0 has printed a line that starts with this."""
         self.read_to(line)
         self.processes[index].send_signal(number)
 
@@ -53,7 +54,7 @@ class Cluster:
             raise AssertionError(self.outputs[0])
 
     def end(self, within=240):
-        """Waits for all, and returns their exit codes."""
+        """Waits for all processes and returns their exit codes."""
         until = time.monotonic() + within
         for index, process in enumerate(self.processes):
             try:
@@ -97,12 +98,12 @@ def assert_close_losses(workdir, other):
 
 @pytest.fixture(scope="module")
 def undisturbed(digits, tmp_path_factory):
-    """A whole run of two processes."""
+    """The workdir and the processes of an undisturbed run of two processes."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "two"
     return workdir, trained(2, digits, workdir)
 
 
-def test_the_first_process_alone_reports_and_every_step_once(undisturbed):
+def test_only_process_0_reports_and_each_step_once(undisturbed):
     workdir, cluster = undisturbed
     expected = [("train", step) for step in range(1, STEPS + 1)] + [("eval", STEPS)]
     assert [(split, step) for split, step, _ in losses(workdir)] == expected
@@ -112,29 +113,27 @@ def test_the_first_process_alone_reports_and_every_step_once(undisturbed):
 
 
 @pytest.mark.pods
-def test_two_processes_train_as_one_does(undisturbed, digits, tmp_path, monkeypatch):
+def test_two_processes_train_like_one(undisturbed, digits, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags_of_devices(DEVICES))
     done = train(digits, tmp_path, *EVERY_7)
     assert done.returncode == 0, done.stderr
     assert_close_losses(undisturbed[0], tmp_path)
 
 
-def assert_others_end_with_one_sentence(cluster, killed):
+def assert_others_end(cluster, killed):
+    """Kills one process. The other must end by JAX's SIGABRT or by an error of Gloo."""
     cluster.signal_at("step     10", killed, signal.SIGKILL)
-    codes = cluster.end(within=NOTICED_WITHIN_S)
+    codes = cluster.end(within=PEER_LOST_WITHIN_S)
     assert codes[killed] == -signal.SIGKILL
-    assert codes[1 - killed] == EXIT_PEER_LOST
-    lines = cluster.outputs[1 - killed].splitlines()
-    assert lines[-1] == hosts.PEER_LOST
-    noise = [line for line in lines[:-1] if line.startswith(("E", "F", "W", "Tra", "error"))]
-    assert noise == []
+    assert codes[1 - killed] in (-signal.SIGABRT, 1)
+    by_jax = "JAX distributed service detected fatal errors"
+    by_gloo = "If another process of this run has ended, its own output says why."
+    assert (by_jax if codes[1 - killed] < 0 else by_gloo) in cluster.outputs[1 - killed]
 
 
 @pytest.mark.slow
-def test_if_the_coordinator_is_killed_a_restart_goes_on_to_the_same_bits(
-    undisturbed, digits, tmp_path
-):
-    assert_others_end_with_one_sentence(Cluster(2, digits, tmp_path), killed=0)
+def test_restart_after_killed_coordinator_is_bit_identical(undisturbed, digits, tmp_path):
+    assert_others_end(Cluster(2, digits, tmp_path), killed=0)
     last = saved_steps(tmp_path)[-1]
     again = trained(2, digits, tmp_path)
     assert f"going on from step {last} of {STEPS}" in again.outputs[0]
@@ -142,10 +141,10 @@ def test_if_the_coordinator_is_killed_a_restart_goes_on_to_the_same_bits(
 
 
 @pytest.mark.pods
-def test_if_another_is_killed_four_processes_go_on_with_the_same_examples(
+def test_restart_after_killed_process_on_four_processes_uses_the_same_examples(
     undisturbed, digits, tmp_path
 ):
-    assert_others_end_with_one_sentence(Cluster(2, digits, tmp_path), killed=1)
+    assert_others_end(Cluster(2, digits, tmp_path), killed=1)
     last = saved_steps(tmp_path)[-1]
     four = trained(4, digits, tmp_path)
     assert f"going on from step {last} of {STEPS}" in four.outputs[0]
@@ -162,10 +161,10 @@ def test_if_another_is_killed_four_processes_go_on_with_the_same_examples(
         (signal.SIGINT, "mesh.zero"),
     ],
 )
-def test_a_notice_to_any_one_process_stops_all_at_the_same_saved_step(
+def test_signal_to_one_process_stops_all_at_the_same_saved_step(
     number, kind, undisturbed, digits, tmp_path
 ):
-    """Of mesh.zero each process saves what the others do not have."""
+    """With mesh.zero each process saves shards that the others do not have."""
     more = (f"--config.parallel={kind}",)
     cluster = Cluster(2, digits, tmp_path, *more)
     cluster.signal_at("step      8", 1, number)
@@ -181,8 +180,8 @@ def test_a_notice_to_any_one_process_stops_all_at_the_same_saved_step(
 
 PRINTS_METRICS = """
 import sys, jax, test_step as t
-from alexnet_jax import hosts
-with hosts.joined():
+from alexnet_jax.utils import distributed
+with distributed.joined():
     fields = {"optimizer.gradient_dtype": "bfloat16", "optimizer.clip_norm": 1.0}
     c = t.config("bn", chance=True, **fields)
     c.parallel = "mesh.data"
@@ -195,7 +194,7 @@ with hosts.joined():
 
 
 @pytest.mark.pods
-def test_loss_and_gradient_norm_are_the_same_on_every_process(tmp_path, monkeypatch):
+def test_loss_and_gradient_norm_are_equal_on_all_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     monkeypatch.setenv("XLA_FLAGS", flags_of_devices(2))
     processes = launch.start(("-c", PRINTS_METRICS), 2)
@@ -204,10 +203,10 @@ def test_loss_and_gradient_norm_are_the_same_on_every_process(tmp_path, monkeypa
     assert printed[0] == printed[1]
 
 
-PRINTS_COUNT = """
+PRINTS_INDEX = """
 import jax
-from alexnet_jax import hosts
-with hosts.joined():
+from alexnet_jax.utils import distributed
+with distributed.joined():
     print(jax.process_index(), "of", jax.process_count())
 """
 
@@ -222,52 +221,81 @@ def python(code, **variables):
     )
 
 
-def test_tasks_of_a_slurm_step_find_each_other():
+def test_slurm_tasks_find_each_other():
     slurm = {
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_NTASKS": "2",
     }
-    tasks = [python(PRINTS_COUNT, **slurm, SLURM_PROCID=i, SLURM_LOCALID=i) for i in "01"]
+    tasks = [python(PRINTS_INDEX, **slurm, SLURM_PROCID=i, SLURM_LOCALID=i) for i in "01"]
     outputs = [task.communicate(timeout=120)[0] for task in tasks]
     assert [output.splitlines()[-1] for output in outputs] == ["0 of 2", "1 of 2"]
 
 
-def test_without_a_cluster_a_process_runs_alone():
-    output, _ = python(PRINTS_COUNT).communicate(timeout=120)
+def test_process_without_a_cluster_runs_alone():
+    output, _ = python(PRINTS_INDEX).communicate(timeout=120)
     assert output.splitlines()[-1] == "0 of 1"
 
 
 @pytest.mark.parametrize(
     "variables",
     [
-        {hosts.ADDRESS: "127.0.0.1:4000", hosts.COUNT: "2"},
-        {hosts.ADDRESS: "127.0.0.1:4000", hosts.COUNT: "2", hosts.INDEX: "2"},
-        {hosts.COUNT: "2", hosts.INDEX: "0"},
-        {hosts.ADDRESS: "127.0.0.1:4000", hosts.COUNT: "two", hosts.INDEX: "0"},
+        {ADDRESS: "127.0.0.1:4000", COUNT: "2"},
+        {ADDRESS: "127.0.0.1:4000", COUNT: "2", INDEX: "2"},
+        {
+            ADDRESS: "127.0.0.1",
+            COUNT: "2",
+            INDEX: "0",
+        },  # no port
+        {COUNT: "2", INDEX: "0"},
+        {ADDRESS: "127.0.0.1:4000", COUNT: "two", INDEX: "0"},
     ],
 )
-def test_variables_that_name_no_place_in_a_cluster_are_refused(variables, digits, tmp_path):
+def test_inconsistent_variables_are_rejected(variables, digits, tmp_path):
     done = train(digits, tmp_path, env={**os.environ, **variables})
     assert done.returncode == EXIT_USER_ERROR
     assert "JAX_PROCESS_ID=" in done.stderr and "HOST:PORT of process 0" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_process_whose_peers_do_not_come_says_so():
-    code = f"from alexnet_jax import errors, hosts\nhosts.JOIN_S = 3\n{PRINTS_COUNT.strip()}"
-    code = code.replace("with hosts", "@errors.exits_cleanly\ndef main():\n  with hosts")
-    code = code.replace("    print", "      print") + "\nmain()"
-    address = f"127.0.0.1:{launch._free_port()}"
-    alone = python(code, **{hosts.ADDRESS: address, hosts.COUNT: "2", hosts.INDEX: "0"})
+JOINS = """
+from alexnet_jax.utils import distributed, errors
+distributed.JOIN_TIMEOUT_S = 3
+@errors.exits_cleanly
+def main():
+    with distributed.joined():
+        pass
+main()
+"""
+
+
+@pytest.mark.parametrize("host, index", [("127.0.0.1", 0), ("127.0.0.1", 1), ("no.invalid", 1)])
+def test_process_that_waits_in_vain_exits_with_one_line(host, index):
+    """Process 1 does not come; process 0 does not come; its address cannot be resolved."""
+    address = f"{host}:{launch._free_port()}"
+    alone = python(
+        JOINS,
+        **{ADDRESS: address, COUNT: "2", INDEX: str(index)},
+    )
     output, _ = alone.communicate(timeout=120)
     assert alone.returncode == EXIT_USER_ERROR, output
     (line,) = output.splitlines()
-    assert line.startswith("error: cannot join the run at 127.0.0.1")
+    assert line.startswith(f"error: cannot join the run at {address}: not all of its processes")
     assert "within 3 s" in line
 
 
-def test_processes_with_other_configs_than_each_other_are_refused(digits, tmp_path, monkeypatch):
+def test_used_port_is_reported():
+    with socket.create_server(("::", 0), family=socket.AF_INET6) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        place = {ADDRESS: address, COUNT: "2", INDEX: "0"}
+        first = python(JOINS, **place)
+        output, _ = first.communicate(timeout=120)
+    assert first.returncode == EXIT_USER_ERROR, output
+    assert f"error: cannot join the run at {address}: " in output.splitlines()[-1]
+    assert "check that its port is free" in output.splitlines()[-1]
+
+
+def test_processes_with_different_configs_are_rejected(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     address = f"127.0.0.1:{launch._free_port()}"
     monkeypatch.chdir(ROOT)
@@ -278,9 +306,9 @@ def test_processes_with_other_configs_than_each_other_are_refused(digits, tmp_pa
             env={
                 **os.environ,
                 "XLA_FLAGS": "",
-                hosts.ADDRESS: address,
-                hosts.COUNT: "2",
-                hosts.INDEX: str(index),
+                ADDRESS: address,
+                COUNT: "2",
+                INDEX: str(index),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -297,8 +325,8 @@ def test_processes_with_other_configs_than_each_other_are_refused(digits, tmp_pa
 
 
 @pytest.mark.pods
-def test_the_other_commands_work_over_processes_too(digits, tmp_path):
-    """Each prepares what it has to; what is told or drawn is so once."""
+def test_other_commands_run_on_several_processes(digits, tmp_path):
+    """Each process prepares its part of the data; process 0 prints and draws."""
     of_quickstart = ("--config", "configs/quickstart.py", f"--config.data_dir={tmp_path}")
     command = (sys.executable, "-m", "alexnet_jax.launch", "--processes=2", "--")
     prepared = run(*command, "-m", "alexnet_jax.store", "prepare", *of_quickstart)

@@ -1,157 +1,162 @@
-"""The processes of one run, on one or more hosts: how they join, agree, and learn of a loss.
+"""Runs of several processes: how they join, agree on values and report from process 0.
 
-A process finds the others by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or as
-JAX does on TPU pods, under Slurm, Open MPI and Kubernetes; without any of these it runs alone.
+Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each process. On TPU pods and
+under Slurm, Open MPI and Kubernetes, JAX finds these values itself. Without them a process runs
+alone.
 """
 
 import contextlib
-import ctypes
-import functools
 import os
-import sys
+import re
 import threading
 import zlib
 from collections.abc import Iterator
-from typing import Any, NoReturn
-from unittest import mock
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxlib import _jax
 
-from alexnet_jax.utils.errors import EXIT_PEER_LOST, UserError, one_line
+from alexnet_jax.utils.errors import EXIT_USER_ERROR, UserError, exit_now, one_line
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
-# A process that is killed or hangs is missed after so many seconds, the coordinator at once.
-HEARTBEAT_S = 20
-JOIN_S = 300
-PEER_LOST = (
-    "error: another process of this run has ended or does not answer (its own output may say why); "
-    "start the same command again on all hosts: it goes on from the newest checkpoint"
-)
+JOIN_TIMEOUT_S = 300
 
-_speaking = threading.Lock()
+RESTART_HINT = (
+    "start the same command again on all hosts: training resumes from the newest checkpoint"
+)
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Joins the run's other processes, if there are any, for as long as the context lasts.
+    """Joins the other processes of the run, if there are any. Call it before JAX computes anything.
 
-    If one of them is lost, this process prints one sentence and exits with EXIT_PEER_LOST, within
-    HEARTBEAT_S and a few seconds.
+    JAX itself handles a process that ends or stops responding: its coordination service, which
+    runs in process 0, sends heartbeats, and aborts every other process (SIGABRT) with a message
+    that starts with "Terminating process because the JAX distributed service detected fatal
+    errors". This happens immediately if process 0 is lost, and otherwise after 100 s, JAX's
+    default. On CPUs the collectives (Gloo) usually raise JaxRuntimeError before that.
 
-    Raises UserError if they cannot be joined.
+    Raises:
+      UserError: the variables are inconsistent, or process 0 cannot open its port.
     """
     _join()
     try:
         yield
-    except Exception as error:
-        # XLA's collectives on CPU notice at once that a peer is gone, but not always.
-        if jax.distributed.is_initialized() and "Gloo" in str(error):
-            _end_as_peer_lost()
+    except jax.errors.JaxRuntimeError as error:
+        # JAX has no exception type for a lost peer, so this is a hint and not a diagnosis.
+        if is_multi_process():
+            error.add_note(
+                "If another process of this run has ended, its own output says why. In that case "
+                f"{RESTART_HINT}."
+            )
         raise
 
 
 def is_multi_process() -> bool:
-    """Whether this process has joined others; asked without starting JAX's backends."""
+    """Returns whether this run has several processes. Does not start JAX's backends if not."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def part() -> tuple[int, int]:
-    """Returns which of how many parts of a job this process does, counted from 1."""
+    """Returns (i, n): this process does part i of n parts of a job, counted from 1."""
     return (jax.process_index() + 1, jax.process_count()) if is_multi_process() else (1, 1)
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints, and writes what there is but once."""
+    """Returns True on process 0, which logs and writes shared files."""
     return part()[0] == 1
 
 
 def say(text: str) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line on process 0."""
     if is_first():
         print(text, flush=True)
 
 
 def any_process(flag: bool) -> bool:
-    """Returns whether the flag is set on any process; all call it together."""
-    return (
-        bool(multihost_utils.process_allgather(np.array(flag)).any())
-        if is_multi_process()
-        else flag
-    )
+    """Returns whether the flag is True on any process. All processes must call it together."""
+    if not is_multi_process():
+        return flag
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def wait_for_all(name: str) -> None:
-    """Returns once all processes have called it with that name."""
+    """Blocks until all processes have called this with the same name."""
     if is_multi_process():
         multihost_utils.sync_global_devices(name)
 
 
 def check_same(what: str, fields: dict[str, Any]) -> None:
-    """Raises UserError on every process, with the fields in question, if two have other values."""
+    """Checks that all processes have the same values. All processes must call it together.
+
+    Raises UserError on every process if any of them differs, with the names of the fields.
+    """
     if not is_multi_process():
         return
-    digests = np.array([_digest(value) for value in fields.values()], np.uint32)
-    differs = (multihost_utils.process_allgather(digests) != digests).any(axis=0)
-    others = multihost_utils.process_allgather(differs).any(axis=0)
-    wrong = [
-        f"{name} ({fields[name]} here)"
-        for name, is_wrong in zip(fields, others, strict=True)
-        if is_wrong
-    ]
-    if wrong:
+    # Collectives cannot send text, so processes compare a CRC of each value.
+    crcs = np.array([zlib.crc32(repr(value).encode()) for value in fields.values()], np.uint32)
+    differs_here = (multihost_utils.process_allgather(crcs) != crcs).any(axis=0)
+    differs = multihost_utils.process_allgather(differs_here).any(axis=0)
+    if differs.any():
+        names = [
+            f"{name} ({value} here)"
+            for (name, value), wrong in zip(fields.items(), differs, strict=True)
+            if wrong
+        ]
         raise UserError(
-            f"the processes of this run do not have the same {what}: {', '.join(wrong)}; start "
+            f"the processes of this run do not have the same {what}: {', '.join(names)}; start "
             "the same command with the same files on every host"
         )
 
 
-def _digest(value: Any) -> int:
-    return zlib.crc32(repr(value).encode())
-
-
 def _join() -> None:
-    given = {name: os.environ.get(name) for name in (ADDRESS, COUNT, INDEX)}
-    explicit = {}
-    if given[COUNT] or given[INDEX]:
-        explicit = _explicit(given)
-    _end_by_our_sentence()
-    client = functools.partial(
-        _jax.get_distributed_runtime_client, missed_heartbeat_callback=_end_as_peer_lost
+    explicit = _explicit_arguments()
+    address = os.environ.get(ADDRESS, "the coordinator")
+    # If the coordinator does not answer, or a process does not come, JAX aborts with a stack trace
+    # instead of raising an exception. This timer exits first.
+    timer = threading.Timer(
+        JOIN_TIMEOUT_S,
+        exit_now,
+        (
+            EXIT_USER_ERROR,
+            f"error: cannot join the run at {address}: not all of its processes came within "
+            f"{JOIN_TIMEOUT_S} s; check that each process runs, that it can reach this address, "
+            f"and that each has a different {INDEX}",
+        ),
     )
+    timer.daemon = True
+    timer.start()
     try:
-        with mock.patch.object(_jax, "get_distributed_runtime_client", client):
-            jax.distributed.initialize(
-                **explicit,
-                initialization_timeout=JOIN_S,
-                heartbeat_timeout_seconds=HEARTBEAT_S,
-            )
+        jax.distributed.initialize(**explicit, initialization_timeout=JOIN_TIMEOUT_S + 60)
     except ValueError as error:
+        # JAX has no function that tells whether there is a cluster, and no type for this error.
         if explicit or "coordinator_address should be defined" not in str(error):
             raise
-    except RuntimeError as error:
-        # What a callback of ours makes of a failure to connect: see _end_by_our_sentence.
-        late = f"not all of its processes came within {JOIN_S} s"
-        told = late if "bad_cast" in str(error) else one_line(error)
+    except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"cannot join the run at {given[ADDRESS] or 'the coordinator'}: {told}; see that each "
-            f"process runs and has an {INDEX} of its own, and that the port is free"
+            f"cannot join the run at {address}: {one_line(error)}; check that its port is free on "
+            "process 0"
         ) from error
+    finally:
+        timer.cancel()
 
 
-def _explicit(given: dict[str, str | None]) -> dict[str, Any]:
+def _explicit_arguments() -> dict[str, Any]:
+    """Returns the arguments of jax.distributed.initialize, {} if JAX has to find them itself."""
+    given = {name: os.environ.get(name, "") for name in (ADDRESS, COUNT, INDEX)}
+    if not (given[COUNT] or given[INDEX]):
+        return {}
     try:
-        count, index = int(given[COUNT] or ""), int(given[INDEX] or "")
+        count, index = int(given[COUNT]), int(given[INDEX])
     except ValueError:
         count = index = -1
-    if not (given[ADDRESS] and 0 <= index < count):
+    if not (re.search(r".:\d+$", given[ADDRESS]) and 0 <= index < count):
         told = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UserError(
             f"{told}: set the first to HOST:PORT of process 0, the second to the number of "
-            "processes, and the third to this one's, counted from 0; or none of them"
+            "processes, and the third to the number of this process, counted from 0; or unset all"
         )
     return {
         "coordinator_address": given[ADDRESS],
@@ -159,24 +164,3 @@ def _explicit(given: dict[str, str | None]) -> dict[str, Any]:
         "process_id": index,
         "cluster_detection_method": "deactivate",
     }
-
-
-def _end_as_peer_lost(*_: Any) -> NoReturn:
-    """Several threads may find out at the same time; one of them speaks, and ends all."""
-    _speaking.acquire()
-    sys.stdout.flush()
-    os.write(sys.stderr.fileno(), f"{PEER_LOST}\n".encode())
-    os._exit(EXIT_PEER_LOST)
-
-
-_on_terminate = ctypes.CFUNCTYPE(None)(_end_as_peer_lost)
-
-
-def _end_by_our_sentence() -> None:
-    """JAX ends a process whose peer is lost by abort(), with a stack of its own functions.
-
-    jaxlib takes a Python callback instead, but cannot convert the callback's argument (0.10.2:
-    std::bad_cast), which ends in std::terminate; so that is set to the same function.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # without libstdc++ it ends all the same
-        ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_on_terminate)

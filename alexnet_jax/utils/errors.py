@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how a command shows them."""
+"""How commands end: exit codes, and one-line messages for errors that the user can fix."""
 
 import functools
 import logging
@@ -9,66 +9,65 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 EXIT_USER_ERROR = 2
-EXIT_STOPPED = 75  # BSD's EX_TEMPFAIL: saved on request, run the same command to go on
-EXIT_PEER_LOST = 76  # another process of the run is gone: run the same command on all to go on
-EXIT_KILLED_BY_CTRL_C = 130
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request; the same command resumes
+EXIT_PEER_LOST = 76  # launch: a process was killed, so the others ended; the same command resumes
+EXIT_KILLED_BY_CTRL_C = 130  # 128 + SIGINT, as shells report it
 
 
 class UserError(Exception):
-    """Bad input. Its text is one sentence that names the thing at fault and the mend."""
+    """An error that the user can fix. Its text says what is wrong, then how to fix it."""
 
 
 def one_line(error: Exception) -> str:
-    """Returns an error's text with its line breaks and runs of spaces made single spaces."""
+    """Returns an error's text on one line."""
     return " ".join(str(error).split())
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
-    """Wraps a command's `main`: a `UserError` becomes one line on stderr and exit code 2.
+    """Decorates a command's `main`: prints a `UserError` as one line and exits with code 2.
 
-    Ctrl-C outside the training loop exits with 130. Any other exception keeps its traceback,
-    since it is a fault of the program.
+    Ctrl-C outside of training exits with 130. All other exceptions are bugs: they keep their
+    traceback and exit with 1. `main` returns the exit code; None means 0.
     """
 
     @functools.wraps(main)
     def command(*args: Any, **kwargs: Any) -> None:
-        _quiet_libraries()
+        # Orbax and tfds log errors that they also raise.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.unraisablehook = _ignore_errors_after_failed_write
         try:
             sys.exit(main(*args, **kwargs))
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            _leave(EXIT_USER_ERROR)
+            _exit(EXIT_USER_ERROR, f"error: {error}")
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            _leave(EXIT_KILLED_BY_CTRL_C)
+            _exit(EXIT_KILLED_BY_CTRL_C, "interrupted")
         except Exception:
-            traceback.print_exc()
-            _leave(1)
+            _exit(1, traceback.format_exc().rstrip())
 
     return command
 
 
-def _leave(code: int) -> NoReturn:
-    """At a usual exit JAX would wait for the run's other processes, which wait for this one."""
+def exit_now(code: int, message: str) -> NoReturn:
+    """Prints a message on stderr and ends the process, without cleaning up. Works in any thread."""
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _exit(code: int, message: str) -> NoReturn:
     import jax
 
     if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        # A normal exit waits until all processes of the run exit, but they wait for this one.
+        exit_now(code, message)
+    print(message, file=sys.stderr)
     sys.exit(code)
 
 
-def _quiet_libraries() -> None:
-    """What Orbax and tfds log they also raise."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_late_writes
-
-
-def _without_late_writes(fault: Any) -> None:
-    """Once one write of a checkpoint has failed, Orbax closes the loop that the others report to.
-
-    TensorStore then prints a fault of its own threads, beside the error that we raise.
-    """
-    if "Event loop is closed" not in str(fault.exc_value):
-        sys.__unraisablehook__(fault)
+def _ignore_errors_after_failed_write(unraisable: Any) -> None:
+    # When one write of a checkpoint fails, Orbax raises its error and closes its event loop. The
+    # other writes of TensorStore then fail in threads that can only print. asyncio raises a plain
+    # RuntimeError here, so the text is the only way to recognize it.
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)

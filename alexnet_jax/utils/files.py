@@ -1,28 +1,23 @@
-"""Writing files: whole or not at all, and what the user is told where it fails."""
+"""Writing files: atomically, and with one-line messages if the file system refuses."""
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from alexnet_jax.utils.errors import UserError
 
-DISK_FULL = (
-    *(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
-    "Not enough disk space",  # tfds, when it foresees it
-)
-NO_ACCESS = tuple(
-    os.strerror(code)
-    for code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-)
+# errno values.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a path of the same suffix to write to, which then takes the place of `path`.
+    """Yields a temporary path to write to, with the suffix of `path`, that then replaces `path`.
 
-    If the writing fails, `path` stays what it was, and nothing else is left.
+    If the write fails, `path` keeps its content and the temporary file is removed.
     """
     new = path.with_name(f".{path.stem}.new{path.suffix}")
     try:
@@ -34,32 +29,44 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def explain_write_errors(
-    folder: str | Path, other: str, texts: tuple[str, ...] = (*DISK_FULL, *NO_ACCESS)
+    folder: str | Path, other: str, codes: Collection[int] = (*DISK_FULL, *NO_ACCESS)
 ) -> Iterator[None]:
-    """Turns a full disk, missing rights and the like, on writing a folder, into a UserError.
-
-    TensorStore, Orbax, TensorFlow, tfds and Python raise different exceptions, all with the
-    system's own texts in them or in their causes.
+    """Raises UserError instead of the errors of a full disk or missing permissions.
 
     Args:
+      folder: where the block writes.
       other: what to choose instead, e.g. "another --workdir".
-      texts: those to explain. All else keeps its traceback.
+      codes: errno values to explain. Other exceptions pass unchanged.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        told = _chain(error)
-        for text in texts:
-            if text in told:
-                full = f"make room or choose {other}, and run the same command again: it goes on"
-                mend = full if text in DISK_FULL else f"choose {other}"
-                where = getattr(error, "filename", None) or folder
-                raise UserError(f"cannot write {where}: {text.lower()}; {mend}") from error
-        raise
+        code = _find_errno(error, codes)
+        if code is None:
+            raise
+        fix = f"choose {other}"
+        if code in DISK_FULL:
+            fix = f"make room or {fix}, and run the same command again"
+        where = getattr(error, "filename", None) or folder
+        raise UserError(f"cannot write {where}: {os.strerror(code).lower()}; {fix}") from error
 
 
-def _chain(error: BaseException | None) -> str:
-    """The texts of an error and of what caused it."""
-    return f"{error}\n{_chain(error.__cause__ or error.__context__)}" if error else ""
+def _find_errno(error: BaseException | None, codes: Collection[int]) -> int | None:
+    """Returns the first of these errno values in an error and its causes."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in codes:
+            return error.errno
+        # TensorStore, and Orbax when it writes arrays by TensorStore, raise ValueError;
+        # TensorFlow raises exceptions of its own. None of them has an errno. All of them quote the
+        # system's text.
+        for code in codes:
+            if os.strerror(code) in str(error):
+                return code
+        # tfds compares a dataset's size with the free space before it writes. Its OSError has no
+        # errno.
+        if errno.ENOSPC in codes and "Not enough disk space" in str(error):
+            return errno.ENOSPC
+        error = error.__cause__ or error.__context__
+    return None

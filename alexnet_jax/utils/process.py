@@ -1,4 +1,4 @@
-"""What the process is told before JAX starts its backends: none of it changes what is computed."""
+"""Process setup: compiler options, the compilation cache and signals."""
 
 import os
 import signal
@@ -18,92 +18,98 @@ from alexnet_jax.utils.errors import EXIT_KILLED_BY_CTRL_C
 # twice the memory and is no faster (docs/performance.md).
 CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
-# Of a program that runs once, the initial state's, LLVM's full optimization takes longer than it
-# gives back; the values are the same to the last bit.
+# For a program that runs once, such as the one that makes the initial state, LLVM's full
+# optimization takes longer than it saves. The results are bit-identical.
 RUN_ONCE_CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 
-# More of a TPU's vector memory for one fusion than the 16 MiB that it gets by default: the
-# compiler then overlaps more of it with transfers (docs/performance.md).
+# The vector memory that one fusion may use on a TPU, 16 MiB by default. With more of it the
+# compiler overlaps more of the work with transfers (docs/performance.md).
 TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
 
 
 def set_up() -> None:
-    """Sets all of it up. Call it before anything is computed."""
-    _keep_compiled_programs()
-    _add_options("XLA_FLAGS", CPU_OPTIONS)
-    _add_options("LIBTPU_INIT_ARGS", TPU_OPTIONS)
+    """Sets compiler options and the compilation cache. Call it before JAX computes anything.
+
+    The options change speed and memory, not results. The user's own settings take precedence.
+    """
+    _enable_compilation_cache()
+    _prepend_options("XLA_FLAGS", CPU_OPTIONS)
+    _prepend_options("LIBTPU_INIT_ARGS", TPU_OPTIONS)
 
 
 def run_once(function: Callable[[], Any], **options: Any) -> Any:
-    """Returns what a function without arguments returns when it is compiled, soon rather than well.
+    """Compiles a function without arguments for a short compilation time, and calls it.
 
     Args:
-      options: of `jax.jit`.
+      options: arguments of `jax.jit`.
     """
     quick = RUN_ONCE_CPU_OPTIONS if jax.default_backend() == "cpu" else {}
     return jax.jit(function, compiler_options=quick, **options)()
 
 
-def _keep_compiled_programs() -> None:
-    """In ~/.cache/alexnet_jax those that took 0.2 s, if JAX's own variables say nothing else."""
-    folder = Path("~/.cache/alexnet_jax").expanduser()
+def _enable_compilation_cache() -> None:
     for name, value in {
-        "jax_compilation_cache_dir": str(folder),
+        "jax_compilation_cache_dir": str(Path("~/.cache/alexnet_jax").expanduser()),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
     }.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
 
 
-def _add_options(variable: str, options: dict[str, str]) -> None:
-    """Puts them first, so that what the user has there counts."""
-    own = " ".join(f"--{name}={value}" for name, value in options.items())
-    os.environ[variable] = f"{own} {os.environ.get(variable, '')}"
+def _prepend_options(variable: str, options: dict[str, str]) -> None:
+    # Of two values for the same option the last one counts, so the user's come last.
+    ours = " ".join(f"--{name}={value}" for name, value in options.items())
+    os.environ[variable] = f"{ours} {os.environ.get(variable, '')}"
 
 
 class StopRequest:
-    """A context in which SIGINT and SIGTERM ask for a stop, and a second one leaves at once.
+    """Context manager that turns SIGINT and SIGTERM into a request to save and stop.
 
-    Python runs its signal handlers between two bytecodes only, which may be minutes away while
-    XLA compiles. So a thread hears of signals by the wakeup socket, which the interpreter's own C
-    handler writes to.
+    A second signal ends the process immediately.
 
-    Of several processes JAX's own handler takes SIGTERM, and lets all of them know; SIGINT is sent
-    on as that. A second SIGTERM is then the same as the first.
+    Python calls its signal handlers between two bytecodes, which can take minutes while XLA
+    compiles. So a thread receives the signals through the wakeup socket, to which the
+    interpreter's C handler writes.
+
+    In a run of several processes, JAX's preemption service handles SIGTERM: it tells all processes
+    and they agree on a step to stop at. SIGINT is forwarded as SIGTERM, and a second SIGTERM has no
+    further effect.
     """
 
     def __init__(self) -> None:
-        self._several = jax.distributed.is_initialized()
-        self._signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+        self._is_multi_process = jax.distributed.is_initialized()
+        self._signals = [signal.SIGINT]
+        if not self._is_multi_process:
+            self._signals.append(signal.SIGTERM)
         self._received = threading.Event()
-        self._asked = 0
+        self._calls = 0
         self._agreed = False
 
     def requested(self) -> bool:
-        """Whether the run should save and stop.
+        """Returns whether the run should save and stop.
 
-        The processes of a run call it equally often, and get the same answer to the same call.
+        All processes must call it equally often. The same call returns the same answer on each.
         """
-        if not self._several:
+        if not self._is_multi_process:
             return self._received.is_set()
         if not self._agreed:
-            self._asked += 1  # JAX wants consecutive numbers
-            self._agreed = multihost_utils.reached_preemption_sync_point(self._asked)
+            self._calls += 1  # JAX expects consecutive numbers
+            self._agreed = multihost_utils.reached_preemption_sync_point(self._calls)
         return self._agreed
 
     def __enter__(self) -> "StopRequest":
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno())
-        self._handlers_before = [signal.signal(s, lambda *_: None) for s in self._signals]
+        self._previous_wakeup_fd = signal.set_wakeup_fd(self._writer.fileno())
+        self._previous_handlers = [signal.signal(s, lambda *_: None) for s in self._signals]
         threading.Thread(target=self._listen, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in zip(self._signals, self._handlers_before, strict=True):
+        for number, handler in zip(self._signals, self._previous_handlers, strict=True):
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        self._writer.close()
+        signal.set_wakeup_fd(self._previous_wakeup_fd)
+        self._writer.close()  # ends the thread
 
     def _listen(self) -> None:
         while received := self._reader.recv(1):
@@ -112,10 +118,11 @@ class StopRequest:
             if self._received.is_set():
                 os._exit(EXIT_KILLED_BY_CTRL_C)
             self._received.set()
-            if self._several:
+            if self._is_multi_process:
                 os.kill(os.getpid(), signal.SIGTERM)
             print(
-                "\nstopping: the step is finished and saved first; once more leaves at once",
+                "\nstopping: training finishes this step and saves a checkpoint first; repeat the "
+                "signal to exit immediately",
                 file=sys.stderr,
             )
         self._reader.close()
