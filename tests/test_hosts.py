@@ -25,7 +25,7 @@ EVERY_7 = (
     *FEW,
     "--config.num_epochs=1",
     "--config.checkpoint.every_steps=7",
-    "--config.learning_rate=0.001",
+    "--config.learning_rate=0.0002",
 )
 
 
@@ -107,7 +107,7 @@ def test_only_process_0_reports_and_each_step_once(undisturbed):
     workdir, cluster = undisturbed
     expected = [("train", step) for step in range(1, STEPS + 1)] + [("eval", STEPS)]
     assert [(split, step) for split, step, _ in losses(workdir)] == expected
-    assert "on 4 cpu device(s) of 2 processes, compiled by mesh.data" in cluster.outputs[0]
+    assert "on 4 cpu device(s) of 2 processes, parallel=mesh.data" in cluster.outputs[0]
     assert cluster.outputs[0].count("evaluation: loss") == 1
     assert "step" not in cluster.outputs[1]
 
@@ -136,7 +136,7 @@ def test_restart_after_killed_coordinator_is_bit_identical(undisturbed, digits, 
     assert_others_end(Cluster(2, digits, tmp_path), killed=0)
     last = saved_steps(tmp_path)[-1]
     again = trained(2, digits, tmp_path)
-    assert f"going on from step {last} of {STEPS}" in again.outputs[0]
+    assert f"resuming from step {last} of {STEPS}" in again.outputs[0]
     assert_same_bits(tmp_path, undisturbed[0])
 
 
@@ -147,7 +147,7 @@ def test_restart_after_killed_process_on_four_processes_uses_the_same_examples(
     assert_others_end(Cluster(2, digits, tmp_path), killed=1)
     last = saved_steps(tmp_path)[-1]
     four = trained(4, digits, tmp_path)
-    assert f"going on from step {last} of {STEPS}" in four.outputs[0]
+    assert f"resuming from step {last} of {STEPS}" in four.outputs[0]
     assert "of 4 processes" in four.outputs[0]
     assert_close_losses(tmp_path, undisturbed[0])
 
@@ -179,17 +179,37 @@ def test_signal_to_one_process_stops_all_at_the_same_saved_step(
 
 
 PRINTS_METRICS = """
-import sys, jax, test_step as t
+import jax
+import numpy as np
+from alexnet_jax.config import default_config
+from alexnet_jax.data.augment import make_augment
+from alexnet_jax.models.alexnet import build_model
+from alexnet_jax.training.optimizer import make_optimizer
+from alexnet_jax.training.sharding import make_parallel
+from alexnet_jax.training.train_step import init_state, make_train_step
 from alexnet_jax.utils import distributed
+
+config = default_config()
+config.model.update({"variant": "bn", "num_classes": 10, "width": 0.1})
+config.optimizer.update({"gradient_dtype": "bfloat16", "clip_norm": 1.0})
+config.image_size, config.augment.crop_size = 72, 64
+random = np.random.default_rng(0)
+images = random.integers(0, 256, (16, 72, 72, 3), np.uint8)
+labels = random.integers(0, 10, 16).astype(np.int32)
 with distributed.joined():
-    fields = {"optimizer.gradient_dtype": "bfloat16", "optimizer.clip_norm": 1.0}
-    c = t.config("bn", chance=True, **fields)
-    c.parallel = "mesh.data"
-    steps, _, state = t.compiled(c, c.parallel)
-    batch = {k: v[steps.own_places] for k, v in t.batch().items()}
+    parallel = make_parallel("mesh.data")
+    model = build_model(config, **parallel.model_options())
+    tx = make_optimizer(config, steps_per_epoch=10.0)
+    initial = lambda: init_state(model, tx, 0, (64, 64, 3))
+    shapes = jax.eval_shape(initial)
+    train_step = make_train_step(model, tx, make_augment(config), log_grad_norm=True)
+    train_step = parallel.compile_train_step(train_step, shapes)
+    state = jax.jit(initial, out_shardings=parallel.state_shardings(shapes))()
+    rows = parallel.local_rows(16)
+    batch = parallel.put_batch({"image": images[rows], "label": labels[rows]}, 16)
     for _ in range(2):
-        state, metrics = steps.train_step(state, steps.place_batch(batch))
-    print({k: float(v) for k, v in steps.unplace(metrics).items()})
+        state, metrics = train_step(state, batch)
+    print({name: float(value) for name, value in metrics.items()})
 """
 
 
@@ -285,7 +305,7 @@ def test_process_that_waits_in_vain_exits_with_one_line(host, index):
 
 
 def test_used_port_is_reported():
-    with socket.create_server(("::", 0), family=socket.AF_INET6) as server:
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         place = {ADDRESS: address, COUNT: "2", INDEX: "0"}
         first = python(JOINS, **place)
