@@ -1,11 +1,12 @@
-"""Kills a run of several processes at random moments, and compares what it saves bit by bit.
+"""Kills processes of a run at random moments and compares its checkpoints bit by bit.
 
     python tests/soak.py --kills 20
 
-Each round starts the same command again and kills one of its processes by SIGKILL at a random
-moment after they have met; the others must end by themselves, and what was saved until then must
-equal what a run that nothing disturbed had at that step. After the last kill the run is let to its
-end, and compared whole. It takes about half a minute a kill, and exits with 1 if anything differs.
+Each round starts the same command again and kills one of its processes with SIGKILL at a random
+moment after they have joined. The others must end by themselves, and the newest checkpoint must
+equal that of an undisturbed run at the same step. After the last kill the run continues to its end
+and is compared again. A kill takes about half a minute, up to two if process 0 is left waiting for
+JAX's heartbeat timeout. The exit code is 1 if anything differs.
 """
 
 import argparse
@@ -25,14 +26,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 from commands import saved_state, saved_steps  # noqa: E402
-from test_hosts import Cluster, losses  # noqa: E402
-
-from alexnet_jax.utils import distributed as hosts  # noqa: E402
-from alexnet_jax.utils.errors import EXIT_PEER_LOST  # noqa: E402
+from test_hosts import PEER_LOST_CODES, PEER_LOST_WITHIN_S, Cluster, losses  # noqa: E402
 
 EPOCHS = 10
-LATEST_S = 20  # after the processes have met
-LIMIT_S = hosts.HEARTBEAT_S + 15
+LATEST_KILL_S = 20  # after the processes have joined
 
 
 def run_of(workdir: Path, data_dir: Path, processes: int) -> Cluster:
@@ -46,7 +43,7 @@ def run_of(workdir: Path, data_dir: Path, processes: int) -> Cluster:
 
 
 def kill_one(cluster: Cluster, after: float, random_: random.Random) -> str:
-    """Returns what came of it: "ended before", or who was killed when the others ended well."""
+    """Kills a process after some seconds; returns a report, or "ended before" if it came too late."""
     cluster.read_to("AlexNet, variant")
     time.sleep(after)
     victim = random_.randrange(len(cluster.processes))
@@ -55,19 +52,16 @@ def kill_one(cluster: Cluster, after: float, random_: random.Random) -> str:
         return "ended before"
     cluster.processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    codes = cluster.end(within=LIMIT_S)
+    codes = cluster.end(within=PEER_LOST_WITHIN_S)
     for index, code in enumerate(codes):
-        assert code == (-signal.SIGKILL if index == victim else EXIT_PEER_LOST), (
-            index,
-            codes,
-            cluster.outputs[index],
-        )
+        expected = (-signal.SIGKILL,) if index == victim else PEER_LOST_CODES
+        assert code in expected, (index, codes, cluster.outputs[index])
     noticed = time.monotonic() - killed
     return f"process {victim} killed after {after:4.1f} s, the others ended {noticed:4.1f} s later"
 
 
 def equals(workdir: Path, undisturbed: Path) -> str:
-    """Compares the newest checkpoint; returns what differs, nothing if all is the same."""
+    """Compares the newest checkpoint; returns the difference, or "" if there is none."""
     step, state = saved_state(workdir)
     _, expected = saved_state(undisturbed, step)
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
@@ -93,7 +87,7 @@ def main() -> int:
     kills, faults = 0, []
     while kills < args.kills:
         cluster = run_of(killed, data, args.processes)
-        told = kill_one(cluster, random_.uniform(0, LATEST_S), random_)
+        told = kill_one(cluster, random_.uniform(0, LATEST_KILL_S), random_)
         if told == "ended before":
             raise SystemExit(f"the run was over after {kills} kills; raise EPOCHS")
         kills += 1
