@@ -1,6 +1,5 @@
 """Layers against float64 loops written from the formulas, and against known values."""
 
-import functools
 import re
 
 import jax
@@ -11,18 +10,16 @@ from flax import linen as nn
 from gradients import output_and_gradients
 
 from alexnet_jax.models.layers import (
+    adaptive_avg_pool,
     ceil_padding,
     channel_sum_by_matrix,
     channel_sum_by_slices,
     conv,
-    dot_general,
+    dense,
+    dropout,
     dropout_mask,
-    inverted_dropout,
     local_response_norm,
     max_pool,
-    paper_dropout,
-    split_dot_general,
-    to_rows_of_group,
     within_map_norm,
 )
 
@@ -55,7 +52,7 @@ def lrn_by_loops(a: np.ndarray, k: float, alpha: float, groups: int) -> np.ndarr
     [(2.0, 1e-4, 1), (2.0, 2e-5, 2), (1.0, 2e-5, 1)],
     ids=["paper", "original", "caffenet"],
 )
-def test_lrn_is_the_formula(float64, k, alpha, groups):
+def test_lrn_matches_loops_over_the_formula(float64, k, alpha, groups):
     a = activations((2, 3, 3, 12))
     got = local_response_norm(jnp.asarray(a), k=k, alpha=alpha, groups=groups)
     np.testing.assert_allclose(got, lrn_by_loops(a, k, alpha, groups), rtol=1e-12)
@@ -76,7 +73,7 @@ def test_lrn_of_ones_counts_the_channels_in_its_window(
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_both_sums_over_channels_are_the_same(float64, groups):
+def test_channel_sums_by_slices_and_by_matrix_agree(float64, groups):
     a = jnp.asarray(activations((2, 3, 3, 12)))
     by_slices, by_matrix = (f(a, 5, groups) for f in (channel_sum_by_slices, channel_sum_by_matrix))
     np.testing.assert_allclose(by_matrix, by_slices, rtol=1e-12, atol=1e-9)
@@ -84,7 +81,7 @@ def test_both_sums_over_channels_are_the_same(float64, groups):
 
 @pytest.mark.parametrize("beta", [0.75, 0.5])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_gradient_of_lrn_is_that_of_the_formula(float64, beta, groups):
+def test_lrn_gradient_matches_autodiff_of_the_formula(float64, beta, groups):
     a = jnp.asarray(activations((2, 3, 3, 12)))
     dy = jnp.asarray(activations((2, 3, 3, 12), scale=1.0)[::-1])
 
@@ -100,7 +97,7 @@ def test_the_gradient_of_lrn_is_that_of_the_formula(float64, beta, groups):
     np.testing.assert_allclose(vjp(dy)[0], jax.vjp(formula, a)[1](dy)[0], rtol=1e-9, atol=1e-12)
 
 
-def test_within_map_norm_is_the_formula(float64):
+def test_within_map_norm_matches_loops_over_the_formula(float64):
     a = activations((2, 7, 6, 3), scale=500.0)
     want = np.zeros_like(a)
     for b, y, x, c in np.ndindex(a.shape):
@@ -118,7 +115,7 @@ def test_within_map_norm_of_ones_counts_the_pixels_in_its_window(float64):
 @pytest.mark.parametrize(
     "norm", [lambda a: local_response_norm(a, k=2.0, alpha=1e-4), within_map_norm]
 )
-def test_norms_in_bfloat16_round_only_their_result(norm):
+def test_norms_in_bfloat16_round_only_the_result(norm):
     a = jnp.asarray(activations((2, 7, 7, 16)), jnp.bfloat16)
     got = norm(a)
     assert got.dtype == jnp.bfloat16
@@ -129,11 +126,11 @@ def test_norms_in_bfloat16_round_only_their_result(norm):
     ("length", "pooled"),
     [(55, 27), (27, 13), (13, 6), (32, 16), (16, 8), (8, 4), (24, 12), (12, 6), (14, 7), (3, 1)],
 )
-def test_pooling_rounds_sizes_up(length, pooled):
+def test_max_pool_rounds_sizes_up(length, pooled):
     assert max_pool(jnp.zeros((1, length, length, 1))).shape == (1, pooled, pooled, 1)
 
 
-def test_pooling_clips_its_windows_at_the_edge():
+def test_max_pool_clips_windows_at_the_edge():
     a = activations((2, 8, 7, 3)).astype(np.float32) - 1000  # a padding of zeros would win
     got = np.asarray(max_pool(jnp.asarray(a)))
     assert got.shape == (2, 4, 3, 3)
@@ -142,21 +139,22 @@ def test_pooling_clips_its_windows_at_the_edge():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ceil", [True, False])
 @pytest.mark.parametrize("shape", [(2, 55, 55, 3), (2, 13, 13, 8), (3, 8, 7, 2), (1, 6, 10, 1)])
-def test_pooling_and_its_gradient_are_flax_s_to_the_bit(shape, dtype):
-    """Of few different whole numbers, so that ties are many and sums exact in any order."""
+def test_max_pool_and_its_gradient_match_flax_bitwise(shape, dtype, ceil):
+    """On few distinct integers, so that there are many ties and sums are exact in any order."""
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.randint(keys[0], shape, -2, 3).astype(dtype)
-    pads = [ceil_padding(length, 3, 2) for length in shape[1:3]]
+    pads = [ceil_padding(length, 3, 2) if ceil else (0, 0) for length in shape[1:3]]
     want, flax_vjp = jax.vjp(lambda x: nn.max_pool(x, (3, 3), (2, 2), pads), x)
-    got, vjp = jax.vjp(max_pool, x)
+    got, vjp = jax.vjp(lambda x: max_pool(x, ceil=ceil), x)
     dy = jax.random.randint(keys[1], want.shape, -8, 9).astype(dtype)
     for ours, flax in ((got, want), (*vjp(dy), *flax_vjp(dy))):
         assert ours.dtype == flax.dtype
         assert jnp.array_equal(ours, flax)
 
 
-def test_pooling_elsewhere_than_on_a_cpu_is_flaxs_own():
+def test_max_pool_on_other_backends_is_flax_s():
     def windows(f):
         program = jax.jit(f).trace(jnp.zeros((2, 8, 7, 3))).lower(lowering_platforms=("cuda",))
         return re.findall(r"reduce_window.*<{(.*)}>", program.as_text())
@@ -179,7 +177,7 @@ def test_pooling_elsewhere_than_on_a_cpu_is_flaxs_own():
     ],
     ids=str,
 )
-def test_convolutions_are_jax_s(shape, kernel, stride, padding, groups):
+def test_conv_and_its_gradients_match_jax(shape, kernel, stride, padding, groups):
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, kernel))
 
@@ -206,7 +204,7 @@ def test_convolutions_are_jax_s(shape, kernel, stride, padding, groups):
         *[(3, 35, 4, 1, True), (3, 34, 4, 1, False)],
     ],
 )
-def test_convolutions_of_few_channels_in_a_group_stay_plain(
+def test_conv_with_few_channels_in_a_group_does_not_use_winograd(
     inputs, outputs, stride, groups, by_winograd
 ):
     """Where inputs times outputs are less than 20 times their sum; a stride makes more inputs."""
@@ -216,46 +214,63 @@ def test_convolutions_of_few_channels_in_a_group_stay_plain(
     assert ("stablehlo.convolution" in program.lower(x, kernel).as_text()) != by_winograd
 
 
-def of_columns(product, x, kernel):
-    """A product as `flax.linen.Dense` asks for it."""
-    return product(x, kernel, (((1,), (0,)), ((), ())))
-
-
 @pytest.mark.parametrize(
     ("dtype", "digits", "of_first_input"),
     [("float32", 1e-6, 1.0), ("bfloat16", 1e-2, 1.0), ("float32", 1e-6, 0.0)],
 )
-def test_products_are_jax_s(dtype, digits, of_first_input):
-    """Where nothing comes of the first input too, so that its gradient is zero."""
+def test_dense_and_its_gradients_match_jax(dtype, digits, of_first_input):
+    """Also if the first input contributes nothing, so that its gradient is zero."""
     x, kernel = activations((6, 5), 1.0).astype(dtype), np.float32(activations((5, 4), 1.0))
     kernel[0] *= of_first_input
-    ours, plain = (
-        output_and_gradients(functools.partial(of_columns, product), x, kernel)
-        for product in (
-            dot_general,
-            lambda x, *of: jax.lax.dot_general(x.astype("float32"), *of).astype(x.dtype),
-        )
+    ours = output_and_gradients(dense, x, kernel)
+    plain = output_and_gradients(
+        lambda x, kernel: (x.astype("float32") @ kernel).astype(x.dtype), x, kernel
     )
     assert [part.dtype for part in ours] == [dtype, dtype, "float32"]
     for part, wanted in zip(map(np.float32, ours), map(np.float32, plain), strict=True):
         np.testing.assert_allclose(part, wanted, rtol=0, atol=digits * np.abs(wanted).max())
 
 
-def test_devices_of_a_group_exchange_their_rows_for_columns():
-    rows = jnp.arange(24.0).reshape(2, 3, 4)
-    columns = jax.vmap(lambda x: to_rows_of_group(x, "group"), axis_name="group")(rows)
-    np.testing.assert_array_equal(columns, jnp.stack(jnp.split(rows.reshape(6, 4), 2, axis=1)))
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gradient_dtype", ["float32", "bfloat16"])
+def test_accelerators_compute_kernel_gradients_in_the_dtype_asked_for(
+    platform, dtype, gradient_dtype
+):
+    """Devices add up gradients in the dtype of the product that computes them."""
+
+    def loss(kernels, x):
+        settings = {"feature_group_count": 1, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        y = conv(x, kernels[0], (1, 1), [(1, 1)] * 2, gradient_dtype=gradient_dtype, **settings)
+        return dense(y.reshape(2, -1), kernels[1], gradient_dtype=gradient_dtype).sum()
+
+    kernels = jnp.zeros((3, 3, 4, 6)), jnp.zeros((8 * 8 * 6, 5))
+    x = jnp.zeros((2, 8, 8, 4), dtype)
+    traced = jax.jit(jax.grad(loss)).trace(kernels, x)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    short = {"float32": "f32", "bfloat16": "bf16"}[gradient_dtype]
+    assert re.search(rf"stablehlo.convolution.*-> tensor<3x3x4x6x{short}>", text)
+    assert re.search(rf"stablehlo.dot_general.*-> tensor<(384x5|5x384)x{short}>", text)
 
 
-@pytest.mark.parametrize("scatter", [0, 1])
-def test_products_of_shares_add_up_to_that_of_the_whole(scatter):
-    x, kernel = (jnp.asarray(activations(shape, 1.0), "float32") for shape in ((6, 4), (4, 8)))
-    product = functools.partial(split_dot_general, axis="group", scatter=scatter)
-    shares = jax.vmap(functools.partial(of_columns, product), axis_name="group")(
-        jnp.stack(jnp.split(x, 2, axis=1)), jnp.stack(jnp.split(kernel, 2))
-    )
-    whole = jnp.stack(jnp.split(x @ kernel, 2, axis=scatter))
-    np.testing.assert_allclose(shares, whole, rtol=1e-5, atol=1e-5)
+# Adaptive average pooling
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (7, 13), (15, 12), (5, 1), (3, 4)])
+def test_adaptive_avg_pool_averages_the_cells_of_the_formula(float64, shape):
+    """Cell i covers floor(i H / 6) to ceil((i + 1) H / 6); below 6 rows, cells repeat."""
+    a = activations((2, *shape, 3))
+    want = np.zeros((2, 6, 6, 3))
+    for i, j in np.ndindex(6, 6):
+        rows, columns = (
+            slice(k * n // 6, -(-(k + 1) * n // 6)) for k, n in zip((i, j), shape, strict=True)
+        )
+        want[:, i, j] = a[:, rows, columns].mean(axis=(1, 2))
+    got = adaptive_avg_pool(jnp.asarray(a), 6)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+# Padding and dropout
 
 
 @pytest.mark.parametrize(
@@ -266,22 +281,23 @@ def test_ceil_padding_is_at_the_end_only(length, size, stride, end):
     assert ceil_padding(length, size, stride) == (0, end)
 
 
-def test_paper_dropout_zeroes_without_rescaling():
+def test_dropout_of_the_paper_zeros_units_without_rescaling():
     a = jnp.asarray(activations((100, 100)), jnp.float32)
     kept = dropout_mask(jax.random.key(0), 0.3, 0, a.shape)
-    assert jnp.array_equal(paper_dropout(a, 0.3, kept), jnp.where(kept, a, 0))
+    assert jnp.array_equal(dropout(a, 0.3, kept, inverted=False), jnp.where(kept, a, 0))
     assert float(kept.mean()) == pytest.approx(0.7, abs=0.02)
 
 
-def test_inverted_dropout_is_flaxs():
+def test_inverted_dropout_matches_flax():
     a = jnp.asarray(activations((4, 5)), jnp.float32)
     kept = dropout_mask(jax.random.key(0), 0.3, 0, a.shape)
-    np.testing.assert_allclose(inverted_dropout(a, 0.3, kept), jnp.where(kept, a / 0.7, 0))
-    assert inverted_dropout(a, 0.3, None) is a
+    got = dropout(a, 0.3, kept, inverted=True)
+    np.testing.assert_allclose(got, jnp.where(kept, a / 0.7, 0))
+    assert dropout(a, 0.3, None, inverted=True) is a
     ours, flaxs = (
         np.asarray(drop(jnp.ones((300, 300))))
         for drop in (
-            lambda x: inverted_dropout(x, 0.3, dropout_mask(jax.random.key(1), 0.3, 0, x.shape)),
+            lambda x: dropout(x, 0.3, dropout_mask(jax.random.key(1), 0.3, 0, x.shape), True),
             lambda x: nn.Dropout(0.3).apply({}, x, False, rngs={"dropout": jax.random.key(1)}),
         )
     )
@@ -289,7 +305,7 @@ def test_inverted_dropout_is_flaxs():
     assert ours.mean() == pytest.approx(flaxs.mean(), abs=0.01)
 
 
-def test_dropout_draws_go_by_an_images_place_and_differ_between_images():
+def test_dropout_masks_depend_on_the_index_of_an_image_and_differ():
     key = jax.random.key(0)
     whole = dropout_mask(key, 0.5, 0, (8, 64))
     shares = [dropout_mask(key, 0.5, first, (2, 64)) for first in range(0, 8, 2)]
@@ -297,14 +313,14 @@ def test_dropout_draws_go_by_an_images_place_and_differ_between_images():
     assert len(np.unique(whole, axis=0)) == 8
 
 
-def test_paper_dropout_scales_at_test():
+def test_dropout_of_the_paper_scales_at_test_time():
     a = jnp.asarray(activations((4, 5)), jnp.float32)
-    np.testing.assert_allclose(paper_dropout(a, 0.3, None), a * 0.7, rtol=1e-6)
+    np.testing.assert_allclose(dropout(a, 0.3, None, inverted=False), a * 0.7, rtol=1e-6)
 
 
-def test_paper_dropout_of_rate_zero_changes_nothing():
+def test_dropout_with_rate_zero_changes_nothing():
     a = jnp.asarray(activations((4, 5)), jnp.float32)
-    assert jnp.array_equal(paper_dropout(a, 0.0, None), a)
+    assert jnp.array_equal(dropout(a, 0.0, None, inverted=False), a)
     assert jnp.array_equal(
-        paper_dropout(a, 0.0, dropout_mask(jax.random.key(0), 0.0, 0, a.shape)), a
+        dropout(a, 0.0, dropout_mask(jax.random.key(0), 0.0, 0, a.shape), inverted=False), a
     )

@@ -8,7 +8,7 @@ from alexnet_jax.models.alexnet import AlexNet
 
 FACTS = (
     "conv1 reaches past the bottom and right edges",
-    "block 1 normalises before its ReLU",
+    "block 1 normalizes before its ReLU",
     "lrn divides alpha by n",
     "lrn sees one tower",
     "within-map norm after conv2",
@@ -44,7 +44,7 @@ def within_map(a: np.ndarray) -> np.ndarray:
 
 
 def run_145(params: dict, x: np.ndarray, undone: str = "") -> np.ndarray:
-    """Test-time logits as layers-145.cfg and layer.py compute them, but for the fact undone."""
+    """Test-time logits as layers-145.cfg and layer.py compute them, but without the fact `undone`."""
     facts = {fact: fact != undone for fact in FACTS}
     reaches_past, lrn_first, divides, per_tower, within, halved = (facts[f] for f in FACTS)
     weights = {n: np.asarray(p["kernel"], np.float64) for n, p in params.items()}
@@ -95,7 +95,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
-def test_original_is_run_145(original):
+def test_original_matches_run_145(original):
     params, x, logits = original
     assert relative_error(logits, run_145(params, x)) < 1e-5
 

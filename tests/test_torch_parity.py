@@ -1,4 +1,4 @@
-"""The same weights and images in PyTorch give the same logits, gradients and training curve."""
+"""`paper` and `owt` in PyTorch, layer by layer: the same logits, gradients and training curves."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from alexnet_jax.config import default_config
-from alexnet_jax.models.alexnet import LAYERS, AlexNet
-from alexnet_jax.training import optimizer as optim
+from alexnet_jax.models.alexnet import AlexNet, kernel_layers
+from alexnet_jax.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.torch
 torch = pytest.importorskip(
@@ -22,13 +22,11 @@ TOLERANCE = 1e-4
 STEPS = 20
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 
-# Conv padding of conv1 by image size; the other layers' geometry is the same in both variants.
-CONV1_PADDING = {224: 2, 63: 0}
 GROUPS = {"owt": (1, 1, 1, 1, 1), "paper": (1, 2, 1, 2, 2)}
 
 
 def random_params(model: AlexNet, x: np.ndarray) -> dict:
-    """Weights that keep the scale of what they are given, and biases that are not 0."""
+    """Weights that preserve the scale of their inputs, and biases other than 0."""
     rng = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -49,7 +47,7 @@ def random_batch(size: int, batch: int, classes: int, seed: int) -> tuple[np.nda
 def to_torch(params: dict, pooled: int) -> dict:
     """HWIO -> OIHW; [in, out] -> [out, in], with fc6's inputs from (H, W, C) to (C, H, W)."""
     tensors = {}
-    for name in LAYERS:
+    for name in kernel_layers("paper"):
         kernel = np.asarray(params[name]["kernel"])
         if name == "fc6":
             maps = kernel.reshape(pooled, pooled, -1, kernel.shape[-1])
@@ -63,7 +61,7 @@ def to_torch(params: dict, pooled: int) -> dict:
 def torch_loss(variant: str, tensors: dict, x: np.ndarray, labels: np.ndarray):
     """Logits and mean cross-entropy; x as the JAX model takes it, NHWC."""
     a = torch.from_numpy(x).permute(0, 3, 1, 2)
-    geometry = [(4, CONV1_PADDING[x.shape[1]]), (1, 2), (1, 1), (1, 1), (1, 1)]
+    geometry = [(4, 2), (1, 2), (1, 1), (1, 1), (1, 1)]
     for n, ((stride, padding), groups) in enumerate(
         zip(geometry, GROUPS[variant], strict=True), start=1
     ):
@@ -73,7 +71,9 @@ def torch_loss(variant: str, tensors: dict, x: np.ndarray, labels: np.ndarray):
             # PyTorch divides alpha by n = 5, the paper does not.
             a = F.local_response_norm(a, 5, alpha=5 * 1e-4, beta=0.75, k=2.0)
         if n in (1, 2, 5):
-            a = F.max_pool2d(a, 3, 2, ceil_mode=True)
+            a = F.max_pool2d(a, 3, 2, ceil_mode=variant == "paper")
+    if variant == "owt":
+        a = F.adaptive_avg_pool2d(a, 6)
     a = a.flatten(1)
     for name in ("fc6", "fc7", "fc8"):
         a = F.linear(a, tensors[name, "kernel"], tensors[name, "bias"])
@@ -93,12 +93,12 @@ def relative_error(got, want) -> float:
 
 
 def least_error(error_of_seed: Callable[[int], float]) -> float:
-    """The error with the first seed that meets the tolerance, or the least of five.
+    """Returns the error of the first seed that meets the tolerance, or the least of five.
 
-    Where two values in a pooling window, or a value and the 0 of ReLU, are nearer to each other
-    than float32 rounding, the gradient takes one path here and another there. One such tie
-    moves the gradients of the layers below it by about 1e-3, and a batch in three has one. A
-    wrong formula shows with every seed, so one seed without a tie decides.
+    If two values in a pooling window, or a value and ReLU's 0, differ by less than float32
+    rounding, the gradient takes different paths in the two programs. One such tie changes the
+    gradients of the layers below it by about 1e-3, and one batch in three has one. A wrong formula
+    fails for every seed, so one seed without a tie decides.
     """
     errors = []
     for seed in range(5):
@@ -120,7 +120,7 @@ def test_logits_loss_and_gradients(variant):
         want_logits, want_loss = torch_loss(variant, tensors, x, labels)
         want_loss.backward()
         (loss, logits), gradients = differentiate(params, x, labels)
-        # These have no ties, so every seed must agree.
+        # There are no ties in the forward pass, so every seed must agree.
         assert relative_error(logits, want_logits.detach()) < TOLERANCE
         assert relative_error(loss, want_loss.detach()) < TOLERANCE
         got = to_torch(gradients, pooled=6)
@@ -129,16 +129,17 @@ def test_logits_loss_and_gradients(variant):
     assert least_error(gradient_error) < TOLERANCE
 
 
-# At small images a net takes a rate at which the weight decay shows; at the paper's a low rate,
-# since higher ones make its loss leap, and every leap enlarges the differences of rounding.
+# At 63 pixels the rate is high enough for weight decay to matter. At 224 it is low, because jumps
+# of the loss would amplify differences of rounding.
 CURVES = [("owt", 0.25, 63, 5e-3), ("paper", 0.25, 63, 5e-3), ("owt", 0.25, 224, 2e-4)]
 CURVES += [("paper", 0.25, 224, 1e-3)]
 
 
 @pytest.mark.parametrize(("variant", "width", "size", "rate"), CURVES)
 def test_loss_curve_of_twenty_steps_of_sgd(variant, width, size, rate):
-    """PyTorch keeps the rate out of its velocity; with a constant rate the updates are equal."""
-    classes, pooled = {63: (10, 1), 224: (1000, 6)}[size]
+    """PyTorch's velocity excludes the rate. At a constant rate the updates are equal."""
+    classes = {63: 10, 224: 1000}[size]
+    pooled = 6 if size == 224 or variant == "owt" else 1
     model = AlexNet(variant, num_classes=classes, dropout=0.0, width=width)
     optimizer, step = jax_optimizer_and_step(model, rate)
 
@@ -158,7 +159,7 @@ def torch_curve(
 ) -> np.ndarray:
     sgd = torch.optim.SGD(
         tensors.values(), lr=rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True
-    )  # fused: without a copy of all parameters for each term
+    )  # fused: no copies of all parameters
     losses = []
     for _ in range(STEPS):
         sgd.zero_grad()
@@ -173,15 +174,14 @@ def jax_optimizer_and_step(model: AlexNet, rate: float):
     config = default_config()
     config.learning_rate, config.optimizer.momentum = rate, MOMENTUM
     config.optimizer.weight_decay = config.optimizer.bias_weight_decay = WEIGHT_DECAY
-    optimizer = optim.sgd(config)
-    rates = optim.make_schedule(config, steps_per_epoch=1.0)(0, 1.0).rates
+    optimizer = make_optimizer(config, steps_per_epoch=1.0)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, x, labels):
         (loss, _), gradients = jax.value_and_grad(partial(jax_loss, model), has_aux=True)(
             params, x, labels
         )
-        updates, state = optimizer.update(gradients, state, params, rates=rates)
+        updates, state = optimizer.update(gradients, state, params, step=0, plateau_scale=1.0)
         return optax.apply_updates(params, updates), state, loss
 
     return optimizer, step

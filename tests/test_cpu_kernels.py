@@ -1,4 +1,4 @@
-"""Winograd's convolution against the plain one, in values, gradients, digits and products."""
+"""Winograd's convolution against the direct one: values, gradients, accuracy and cost."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def relative_error(got, want):
 
 @pytest.mark.parametrize("taps", range(1, MAX_TAPS + 1))
 @pytest.mark.parametrize("length", [1, 2, 3, 13, 27, 55])
-def test_a_tiling_covers_its_axis_and_filters_exactly(length, taps):
+def test_tiling_covers_its_axis_and_filters_exactly(length, taps):
     axis = tiling(length, taps)
     assert (axis.tiles - 1) * axis.outputs < length <= axis.tiles * axis.outputs
     rng = np.random.default_rng(0)
@@ -55,13 +55,13 @@ def test_a_tiling_covers_its_axis_and_filters_exactly(length, taps):
 @pytest.mark.parametrize(
     ("length", "taps", "products"), [(13, 3, 21), (27, 5, 63), (55, 3, 77), (3, 3, 5)]
 )
-def test_products_along_an_axis(length, taps, products):
+def test_number_of_products_along_an_axis(length, taps, products):
     axis = tiling(length, taps)
     assert axis.tiles * (axis.outputs + taps - 1) == products
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_are_those_of_the_plain_convolution(shape):
+def test_winograd_matches_the_direct_convolution(shape):
     x, kernel, padding = operands(*shape)
     for ours, plain in zip(
         *(with_gradients(conv, x, kernel, padding) for conv in (winograd_conv, plain_conv)),
@@ -71,8 +71,9 @@ def test_values_and_gradients_are_those_of_the_plain_convolution(shape):
         assert relative_error(ours, plain) < 2e-5
 
 
-def test_a_batch_of_several_parts_is_like_its_parts():
-    x, kernel, padding = operands(5, 5, 2, 3, 3, 1, batch=PART + 3)
+@pytest.mark.parametrize("batch", [PART, PART + 3, 2 * PART, 3 * PART + 1])
+def test_winograd_in_parts_of_the_batch_matches_the_direct_convolution(batch):
+    x, kernel, padding = operands(5, 5, 2, 3, 3, 1, batch=batch)
     for ours, plain in zip(
         *(with_gradients(conv, x, kernel, padding) for conv in (winograd_conv, plain_conv)),
         strict=True,
@@ -80,7 +81,7 @@ def test_a_batch_of_several_parts_is_like_its_parts():
         assert relative_error(ours, plain) < 2e-5
 
 
-def test_a_program_for_every_batch_size_is_exported():
+def test_winograd_can_be_exported_for_every_batch_size():
     x, kernel, padding = operands(5, 5, 2, 3, 3, 1, batch=PART + 3)
     (batch,) = jax.export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
@@ -90,14 +91,14 @@ def test_a_program_for_every_batch_size_is_exported():
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_digits_lost_against_float64(shape):
+def test_winograd_error_against_float64(shape):
     x, kernel, padding = operands(*shape)
     with jax.enable_x64(True):
         exact = plain_conv(x.astype(jnp.float64), kernel.astype(jnp.float64), padding)
     assert relative_error(winograd_conv(x, kernel, padding), exact) < 1e-5
 
 
-def test_bfloat16_is_read_and_nothing_is_rounded_to_it():
+def test_winograd_reads_bfloat16_and_computes_in_float32():
     x, kernel, padding = operands(*SHAPES[0], dtype=jnp.bfloat16)
     got, *gradients = with_gradients(winograd_conv, x, kernel, padding)
     assert got.dtype == jnp.float32
@@ -106,7 +107,7 @@ def test_bfloat16_is_read_and_nothing_is_rounded_to_it():
     assert [gradient.dtype for gradient in gradients] == [x.dtype, kernel.dtype]
 
 
-def test_it_takes_far_fewer_operations_than_the_plain_convolution():
+def test_winograd_needs_a_third_of_the_operations():
     x, kernel, padding = operands(27, 27, 64, 192, 5, 2)
     ours, plain = (
         jax.jit(conv, static_argnums=2).lower(x, kernel, padding).cost_analysis()["flops"]
