@@ -1,4 +1,4 @@
-"""The README and docs hold to what there is: commands, configs, variants, counts and pictures."""
+"""Commands, config fields, variants, files and links in the README and docs exist."""
 
 import re
 import shlex
@@ -7,49 +7,65 @@ from pathlib import Path
 
 import pytest
 
+from alexnet_jax import VARIANTS, AlexNet, layer_table
 from alexnet_jax import config as configs
-from alexnet_jax.models.alexnet import VARIANTS, AlexNet, layer_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXT = "\n".join(page.read_text() for page in PAGES)
 README = PAGES[0].read_text()
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 COMMANDS = [
     line.replace("\\\n", " ")
-    for block in re.findall(r"```(?:bash|console)\n(.*?)```", TEXT, re.S)
+    for page in PAGES
+    for block in re.findall(r"```(?:bash|console)\n(.*?)```", page.read_text(), re.S)
     for line in re.split(r"(?<!\\)\n|&&", block)
-    if "--config" in line
+    if re.search(r"alexnet[_-]|train\.py", line)
 ]
+SOURCE_FILE = re.compile(r"`((?:alexnet_jax|benchmarks|configs|tests)/[\w/.-]+\.\w+)`")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_shown_names_a_config_and_fields_that_exist(command):
+def test_command_names_existing_modules_configs_and_fields(command):
     words = shlex.split(command, comments=True)
-    start = next(i for i, word in enumerate(words) if word.endswith("python") or word in SCRIPTS)
+    start = next(
+        (i for i, word in enumerate(words) if word.endswith("python") or word in SCRIPTS), None
+    )
+    if start is None:
+        return  # pip, gcloud
     if words[start] not in SCRIPTS:
-        assert words[start + 1] == "train.py" or words[start + 1] == "-m"
-        if words[start + 1] == "-m":
-            assert (ROOT / (words[start + 2].replace(".", "/") + ".py")).is_file()
-    config = words[words.index("--config") + 1]
-    fields = [w.removeprefix("--config.").split("=", 1) for w in words if w.startswith("--config.")]
-    configs.load(str(ROOT / config), [tuple(field) for field in fields])
+        module = words[start + 2] if words[start + 1] == "-m" else words[start + 1]
+        path = ROOT / module.removesuffix(".py").replace(".", "/")
+        assert path.with_suffix(".py").is_file() or module in ("pytest", "-c")
+    if "--config" in words:
+        path = words[words.index("--config") + 1]
+        fields = [word.removeprefix("--config.") for word in words if word.startswith("--config.")]
+        configs.load(str(ROOT / path), [tuple(field.split("=", 1)) for field in fields])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_table_of_variants_gives_the_parameters_counted(variant):
+def test_variant_table_has_the_number_of_parameters(variant):
     total = sum(row.params for row in layer_table(AlexNet(variant), (224, 224, 3)))
     (row,) = re.findall(rf"^\| `{variant}` \|.*$", README, re.M)
     assert f"{total:,}" in row
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
-def test_every_config_is_told_of(path):
+def test_config_table_has_the_config(path):
     assert f"`configs/{path.name}`" in README
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links_to_files_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+def test_linked_and_named_files_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert "://" in target or (page.parent / target).exists(), target
+    for name in SOURCE_FILE.findall(text):
+        assert (ROOT / name).exists(), name
+
+
+def test_python_example_in_the_readme_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(example, names)
+    assert names["logits"].shape == (8, 10)
+    assert set(names["features"]) == {"conv1", "fc7"}
