@@ -369,22 +369,22 @@ def from_saved(saved: Any, origin: str) -> ConfigDict:
     if not isinstance(saved, dict):
         raise UserError(f"{origin} is damaged: it holds no config; put back a copy of it")
     config = default_config()
-    for name, value in flat(ConfigDict(_as_in_0_2(saved))).items():
+    fields = flat(ConfigDict(saved))
+    for name, value in fields.items():
         _set(config, name, _with_tuples(value), origin)
+    if "model.conv1_padding" not in fields:
+        config.model.conv1_padding = _conv1_padding_in_0_1(flat(config))
     return config
 
 
-def _as_in_0_2(saved: dict[str, Any]) -> dict[str, Any]:
-    """Adds model.conv1_padding to a config of version 0.1, which had no such field.
+def _conv1_padding_in_0_1(fields: dict[str, Any]) -> int:
+    """Returns model.conv1_padding of a config of version 0.1, which had no such field.
 
     conv1 had no padding then wherever its windows fit the input evenly, as at 227 pixels.
     """
-    model = saved.get("model")
-    if not isinstance(model, dict) or "conv1_padding" in model:
-        return saved
-    size = saved.get("augment", {}).get("crop_size", FIELDS["augment.crop_size"].default)
-    fits = (size - 11) % 4 == 0 and model.get("variant") not in ("original", "owt")
-    return {**saved, "model": {**model, "conv1_padding": 0 if fits else -1}}
+    size, variant = fields["augment.crop_size"], fields["model.variant"]
+    fits = isinstance(size, int) and (size - 11) % 4 == 0
+    return 0 if fits and variant not in ("original", "owt") else -1
 
 
 def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
@@ -395,7 +395,10 @@ def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
     """
     now = flat(ConfigDict(json.loads(to_json(config))))
     defaults = json.loads(to_json(default_config()))
-    before = flat(ConfigDict(defaults)) | flat(ConfigDict(_as_in_0_2(saved)))
+    there = flat(ConfigDict(saved))
+    before = flat(ConfigDict(defaults)) | there
+    if "model.conv1_padding" not in there:
+        before["model.conv1_padding"] = _conv1_padding_in_0_1(before)
     free = {"name", *(name for name, field in FIELDS.items() if field.free)}
     return [
         f"{name} ({before.get(name, 'absent')} there, {now.get(name, 'absent')} here)"
