@@ -93,11 +93,15 @@ def load(workdir: str | Path, step: int | None = None) -> Trained:
         raise UserError(f"{workdir} has no checkpoint yet; train longer or name another workdir")
     model = build_model(config)
     here = SingleDeviceSharding(jax.local_devices()[0])
-    like = jax.tree.map(lambda x: x.update(sharding=here), state_shapes(config, model))
-    with contextlib.closing(Checkpoints(workdir, config, read_only=True)) as checkpoints:
+    shapes = state_shapes(config, model)
+    like = jax.tree.map(
+        lambda x: x.update(sharding=here),
+        {"params": shapes.params, "batch_stats": shapes.batch_stats},
+    )
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         step = _chosen_step(workdir, checkpoints, step)
         try:
-            state = checkpoints.restore(step, like).state
+            variables = checkpoints.restore_variables(step, like)
         except ValueError as error:
             raise UserError(
                 f"the checkpoint of step {step} in {workdir} cannot be read "
@@ -108,7 +112,7 @@ def load(workdir: str | Path, step: int | None = None) -> Trained:
     return Trained(
         config,
         model,
-        {"params": state.params, "batch_stats": state.batch_stats},
+        variables,
         stats,
         (*class_names, *others),
         step,
@@ -156,7 +160,7 @@ def create(
         shutil.rmtree(part, ignore_errors=True)  # of one that was killed
         try:
             part.mkdir(parents=True)
-            with contextlib.closing(Checkpoints(part, config)) as checkpoints:
+            with contextlib.closing(Checkpoints(part, configs.to_json(config))) as checkpoints:
                 checkpoints.save(state, position=None)
             save_statistics(part, stats, class_names)
             (part / "config.json").write_text(configs.to_json(config) + "\n")

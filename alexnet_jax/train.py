@@ -157,7 +157,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 
         # ---- Restore the newest checkpoint, or initialize --------------------------------------
         stop = resources.enter_context(process.StopRequest())
-        checkpoints = resources.enter_context(closing(Checkpoints(workdir, config)))
+        checkpoints = resources.enter_context(
+            closing(Checkpoints(workdir, configs.to_json(config), config.checkpoint.keep))
+        )
         like = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
         restored = checkpoints.restore_latest(like)
         if restored:

@@ -43,7 +43,7 @@ def run_of(workdir: Path, data_dir: Path, processes: int) -> Cluster:
 
 
 def kill_one(cluster: Cluster, after: float, random_: random.Random) -> str:
-    """Kills a process after some seconds; returns a report, or "ended before" if it came too late."""
+    """Kills a process after some seconds. Returns a report, or "ended before" if too late."""
     cluster.read_to("AlexNet, variant")
     time.sleep(after)
     victim = random_.randrange(len(cluster.processes))

@@ -1,4 +1,16 @@
-"""Orbax checkpoints: everything a run needs to go on, saved while it runs."""
+"""Checkpoints: the training state and the position in the data, written by Orbax during training.
+
+A checkpoint is the folder `checkpoints/<step>` of the workdir with four items:
+
+    state      the arrays of the TrainState
+    progress   JSON: the data position, and a checksum of each array
+    config     JSON: the run's config
+    metrics    JSON: the top-1 accuracy, if this state was evaluated
+
+Orbax writes in background threads while training continues, and renames the folder when it is
+complete, so that a killed run leaves no partial checkpoint under a valid name. In a run of several
+processes each one writes the shards that it holds.
+"""
 
 import functools
 import json
@@ -11,24 +23,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
-from alexnet_jax import config as configs
 from alexnet_jax.training.train_step import TrainState
-from alexnet_jax.utils import distributed as hosts
+from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError, one_line
 
-# Of an array that is the same on several devices Orbax has each write a share, for which it
-# compiles a program a device: seconds at the first save, which only large shares give back.
-LEAST_SHARE_BYTES = 2**20
+# Orbax lets each device write a part of a replicated array, for which it compiles one program per
+# device. At the first save this takes seconds, which only pays off for large parts.
+MIN_PART_BYTES = 2**20
 
 
 class Restored(NamedTuple):
-    """A checkpoint's content.
+    """The content of a checkpoint.
 
     Attributes:
-      state: at rest, not yet placed (see `parallel.Compiled`).
-      position: the Grain iterator's state; None in a network that was not trained here.
+      state: the saved state, with the shardings that were asked for.
+      position: state of the Grain iterator. None: the start of the data.
     """
 
     state: TrainState
@@ -36,161 +46,199 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest `config.checkpoint.keep`, and the best by top-1.
+    """The checkpoints of one run.
 
-    Writing goes on beside the training; `wait` and `close` return when all is on disk. Each
-    checkpoint is a folder that gets its final name only when it is whole. All hosts of a run call
-    the same methods in the same order; each writes the shards that it alone has. With `read_only`
-    nothing is ever written, so that a run may be looked at while it trains.
+    All processes of a run must call the same methods in the same order. `wait` and `close` return
+    when everything is on disk.
 
-    Raises UserError if the workdir cannot be written or holds a run of another config.
+    Args:
+      workdir: folder of the run.
+      config_json: the run's config, which is stored with each checkpoint. None opens the
+        checkpoints read-only, for example those of a run that is still training.
+      keep: number of latest checkpoints to keep. The one with the best top-1 is kept as well.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict, read_only: bool = False):
-        _share_large_arrays_only()
+    def __init__(self, workdir: Path, config_json: str | None = None, keep: int = 1):
         self._folder = workdir.absolute() / "checkpoints"
-        self._config = config
-        policy = ocp.checkpoint_managers
+        self._config_json = config_json
+        _write_small_arrays_once()
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(n=1, get_metric_fn=_top1, keep_checkpoints_without_metrics=False)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy.AnyPreservationPolicy(
-                    [
-                        policy.LatestN(config.checkpoint.keep),
-                        policy.BestN(
-                            n=1, get_metric_fn=_top1, keep_checkpoints_without_metrics=False
-                        ),
-                    ]
-                ),
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 best_fn=_top1,
                 enable_async_checkpointing=True,
-                read_only=read_only,
-                create=not read_only,
+                read_only=config_json is None,
+                create=config_json is not None,
             ),
         )
 
     @property
+    def all_steps(self) -> list[int]:
+        """The steps of all checkpoints, in ascending order."""
+        return sorted(self._manager.all_steps())
+
+    @property
     def latest_step(self) -> int | None:
-        """Number of updates made in the newest checkpoint."""
+        """The step of the newest checkpoint, None if there is none."""
         step: int | None = self._manager.latest_step()
         return step
 
     @property
-    def all_steps(self) -> list[int]:
-        """Number of updates made in each checkpoint, rising."""
-        return sorted(self._manager.all_steps())
-
-    @property
     def best_step(self) -> int | None:
-        """Number of updates made in the checkpoint of the highest evaluated top-1."""
+        """The step of the checkpoint with the best top-1, None if none was evaluated."""
         step: int | None = self._manager.best_step()
         return step
 
     def was_evaluated(self, step: int) -> bool:
-        """Whether the checkpoint of this step was saved with an evaluation of its state."""
+        """Returns whether there is a checkpoint of this step with an evaluation of its state."""
         return step in self._manager.all_steps() and self._manager.metrics(step) is not None
 
     def save(
         self, state: TrainState, position: dict[str, Any] | None, top1: float | None = None
     ) -> None:
-        """Starts saving; the arrays are copied before this returns.
+        """Starts to save a checkpoint. The arrays are copied before this returns.
 
         Args:
-          state: at rest, as `Compiled.unplace` gives it.
-          position: the Grain iterator's state after the batch of the state's last step; None: at
-            the start.
-          top1: of an evaluation of this very state, 0 to 1.
+          state: the state to save, named by its step.
+          position: state of the Grain iterator after this step's batch. None: the start.
+          top1: accuracy of exactly this state, 0 to 1.
         """
+        assert self._config_json is not None, "opened read-only"
         step = int(state.step)
         if step in self._manager.all_steps():
             if top1 is None or self.was_evaluated(step):
                 return
-            self._manager.delete(step)  # saved when the run was stopped before this evaluation
+            # The run was stopped before it evaluated this step. Save it again with the result, or
+            # it could not be the best one.
+            self._manager.delete(step)
+        progress = {"position": position, "checksums": _checksums(state)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                progress=ocp.args.JsonSave({"position": position, "checksums": _checksums(state)}),
-                config=ocp.args.JsonSave(json.loads(configs.to_json(self._config))),
+                progress=ocp.args.JsonSave(progress),
+                config=ocp.args.JsonSave(json.loads(self._config_json)),
             ),
             metrics=None if top1 is None else {"top1": top1},
         )
 
     def restore_latest(
-        self, like: TrainState, warn: Callable[[str], None] = hosts.say
+        self, like: TrainState, warn: Callable[[str], None] = distributed.say
     ) -> Restored | None:
         """Returns the newest checkpoint that can be read, None if the run has none.
 
-        Those that cannot be read are said so, and moved to `damaged/` in the workdir once an older
-        one was read. Raises UserError, and moves nothing, if there are some and none can be read.
+        Losing the steps since an older checkpoint is better than losing the run. So a damaged
+        checkpoint is moved to `damaged/` in the workdir with a warning, but only after an older
+        one was read: if none can be read, the fault may be ours or the file system's.
+
+        Raises UserError, and moves nothing, if there are checkpoints but none can be read.
         """
         damaged = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.all_steps):
             try:
                 restored = self.restore(step, like)
             except ValueError as error:
                 damaged[step] = one_line(error)[:200]
                 continue
             for damaged_step, reason in damaged.items():
-                where = self._set_aside(damaged_step)
+                where = self._move_to_damaged(damaged_step)
                 warn(f"checkpoint of step {damaged_step} is damaged, moved to {where}: {reason}")
             return restored
         if damaged:
             step, reason = next(iter(damaged.items()))
             raise UserError(
                 f"no checkpoint in {self._folder} can be read (step {step}: {reason}); put back a "
-                "copy of one, or begin again in another --workdir"
+                "copy of one, or start again in another --workdir"
             )
         return None
 
     def restore(self, step: int, like: TrainState) -> Restored:
-        """Returns the checkpoint of one step; `like` gives shapes, dtypes and shardings.
+        """Returns the checkpoint of one step.
 
-        Raises ValueError, on all hosts, if one of them cannot read it or the arrays are not those
-        that were saved.
+        Args:
+          like: shapes, dtypes and shardings of the state.
+
+        Raises ValueError, on all processes, if one of them cannot read it or an array is not what
+        was saved.
         """
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
+        state, progress = self._read(step, ocp.args.StandardRestore(like))
+        if _checksums(state) != progress.get("checksums"):
+            raise ValueError(DIFFERENT_CHECKSUM)
+        return Restored(state, progress["position"])
+
+    def restore_variables(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Returns only {"params": …, "batch_stats": …} of one step, for inference.
+
+        This reads half of the bytes, since the velocity is as large as the parameters, and does
+        not depend on the optimizer.
+
+        Args:
+          like: shapes, dtypes and shardings, as `model.init` would return them.
+
+        Raises ValueError as `restore` does.
+        """
+        like = {"params": like["params"], "batch_stats": like.get("batch_stats", {})}
+        args = ocp.args.PyTreeRestore(
+            like,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            partial_restore=True,
         )
-        restored: Any = None
-        fault: Exception | None = None
-        try:
-            restored = self._manager.restore(step, args=items)
-        except Exception as error:  # whatever Orbax or TensorStore make of the damage
-            fault = error
-        if hosts.any_process(fault is not None):
-            raise ValueError(one_line(fault) if fault else "another host cannot read it") from fault
-        if _checksums(restored["state"]) != restored["progress"].get("checksums"):
-            raise ValueError("its checksum is not that of what was saved")
-        return Restored(restored["state"], restored["progress"]["position"])
+        variables, progress = self._read(step, args)
+        for path, leaf in jax.tree.leaves_with_path(variables):
+            if not isinstance(leaf, jax.Array):  # Orbax leaves what is not there as it was
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise ValueError(f"it has no {name}")
+        # The checksums are in the order of TrainState's leaves: step, params, batch_stats, ….
+        checksums = _checksums(variables["params"]) + _checksums(variables["batch_stats"])
+        if checksums != (progress.get("checksums") or [])[1 : 1 + len(checksums)]:
+            raise ValueError(DIFFERENT_CHECKSUM)
+        return dict(variables)
 
     def wait(self) -> None:
-        """Returns when everything that `save` was given is on disk."""
+        """Returns when all saved checkpoints are on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then frees the threads."""
+        """Waits, then ends the background threads."""
         self._manager.close()
 
-    def _set_aside(self, step: int) -> Path:
-        place = self._folder.parent / "damaged" / str(step)
-        if hosts.is_first():
-            place.parent.mkdir(exist_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
-            (self._folder / str(step)).rename(place)
-        hosts.wait_for_all(f"set aside {step}")
+    def _read(self, step: int, state_args: Any) -> tuple[Any, dict[str, Any]]:
+        restored: Any = None
+        failure: Exception | None = None
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=state_args, progress=ocp.args.JsonRestore())
+            )
+        except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+            failure = error
+        # All processes must fall back to the same checkpoint.
+        if distributed.any_process(failure is not None):
+            reason = one_line(failure) if failure else "another process cannot read it"
+            raise ValueError(reason) from failure
+        return restored["state"], restored["progress"]
+
+    def _move_to_damaged(self, step: int) -> Path:
+        target = self._folder.parent / "damaged" / str(step)
+        if distributed.is_first():
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            (self._folder / str(step)).rename(target)
+        distributed.wait_for_all(f"moved checkpoint {step}")
         self._manager.reload()
-        return place
+        return target
 
 
 @functools.cache
-def _share_large_arrays_only() -> None:
+def _write_small_arrays_once() -> None:
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # Orbax warns that this takes its own handler's place
+    logger.setLevel(logging.ERROR)  # Orbax warns that this replaces its own handler
     ocp.type_handlers.register_type_handler(
         jax.Array,
-        ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=LEAST_SHARE_BYTES),
+        ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_PART_BYTES),
         override=True,
     )
     logger.setLevel(level)
@@ -200,24 +248,31 @@ def _top1(metrics: dict[str, float]) -> float:
     return metrics["top1"]
 
 
-def _checksums(state: TrainState) -> list[int]:
-    """TensorStore reads a flipped bit of a parameter back without a word, so we look ourselves."""
-    return [int(checksum) for checksum in jax.tree.leaves(_checksum_leaves(state))]
+# TensorStore does not detect a flipped bit in an uncompressed array: in a test it returned the
+# changed parameters without an error. So we save a checksum of each array and compare it.
+DIFFERENT_CHECKSUM = "its checksum is not that of what was saved"
+
+
+def _checksums(tree: Any) -> list[int]:
+    """Returns one checksum per array, in the order of `jax.tree.leaves`."""
+    return [int(checksum) for checksum in jax.tree.leaves(_checksum_tree(tree))]
 
 
 @jax.jit
-def _checksum_leaves(state: TrainState) -> Any:
-    """Sums of whole numbers are the same in any order, so for any sharding of the arrays.
+def _checksum_tree(tree: Any) -> Any:
+    """Returns the checksum of each array, computed on its devices.
 
-    Each 32-bit word is multiplied by an odd number of its place's own, so that no change of one
-    word, nor two words in each other's places, go unseen.
+    A sum of integers modulo 2^32 does not depend on the order of its terms, and so not on the
+    sharding. Each 32-bit word is multiplied by an odd number that depends on its index in the
+    array. Multiplying by an odd number is invertible, so any change of a single word changes the
+    sum; the index makes swapped words change it too.
     """
 
-    def of_leaf(x: jax.Array) -> jax.Array:
+    def checksum(x: jax.Array) -> jax.Array:
         words = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
+        index = jnp.zeros(x.shape, jnp.uint32)  # in row-major order
         for axis, length in enumerate(x.shape):
-            place = place * length + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(words * (place * jnp.uint32(2654435769) * 2 + 1), dtype=jnp.uint32)
+            index = index * length + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(words * (index * jnp.uint32(2654435769) * 2 + 1), dtype=jnp.uint32)
 
-    return jax.tree.map(of_leaf, state)
+    return jax.tree.map(checksum, tree)

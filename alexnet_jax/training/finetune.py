@@ -41,7 +41,7 @@ def load_source(config: ConfigDict, model: AlexNet, workdir: Path) -> Trained | 
             f"init_from={config.init_from} is the workdir of this very run; choose another "
             "--workdir, or leave init_from out to resume the run that is there"
         )
-    source = None if _has_checkpoint(config, workdir) else inference.load(origin)
+    source = None if _has_checkpoint(workdir) else inference.load(origin)
     distributed.check_same("init_from", {"step": source and source.step})
     if source:
         _check_fits(config, model, source)
@@ -115,10 +115,10 @@ def describe_source(config: ConfigDict, source: Trained) -> str:
     return f"starting from {config.init_from}, step {source.step}; {classes}"
 
 
-def _has_checkpoint(config: ConfigDict, workdir: Path) -> bool:
+def _has_checkpoint(workdir: Path) -> bool:
     if not (workdir / "checkpoints").is_dir():
         return False
-    with closing(Checkpoints(workdir, config, read_only=True)) as checkpoints:
+    with closing(Checkpoints(workdir)) as checkpoints:
         return checkpoints.latest_step is not None
 
 
