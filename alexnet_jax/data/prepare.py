@@ -57,6 +57,7 @@ from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import explain_write_errors
 
 CORRUPT_KEY = "corrupt.log"
+RECORD_KEY, SUM_KEY = "parts/{}.json", "parts/{}.npy"
 RECORDS = ts.KvStore.KeyRange("parts/", "parts0")  # keys that begin with parts/
 DECODES_AHEAD = 256  # images; keeps the decoders busy while a shard is written
 ALL = (1, 1)  # the only part of one
@@ -119,20 +120,15 @@ def prepare_splits(
     with explain_write_errors(parent, "another data_dir"), lock(during_all_work=True):
         with lock(during_all_work=False):
             # Both sources are opened before any work: a typo in eval_split must not cost hours.
-            jobs = [
-                _Job(
-                    open_source(
-                        config["dataset"], config["data_dir"], split, config["train_split"]
-                    ),
-                    path,
-                    config["image_size"],
-                    config["storage"],
-                    config["max_corrupt"],
-                    part,
+            sources = {
+                path: open_source(
+                    config["dataset"], config["data_dir"], split, config["train_split"]
                 )
                 for path, split in splits.items()
                 if needs_preparation(path)
-            ]
+            }
+            fields = (config["image_size"], config["storage"], config["max_corrupt"], part)
+            jobs = [_Job(source, path, *fields) for path, source in sources.items()]
             for job in jobs:
                 _begin(job)
         for job in jobs:
@@ -379,8 +375,8 @@ def _check_label(source: Source, example: Example) -> None:
         )
 
 
-def _check_corrupt(job: _Job, records: Mapping[int, _Record], seen: int) -> None:
-    """Writes the log of corrupt images and raises UserError if there are too many."""
+def _check_corrupt(job: _Job, records: Mapping[int, _Record], seen: int) -> list[str]:
+    """Returns a line per corrupt image. If there are too many, logs them and raises UserError."""
     lines = [line for _, record in sorted(records.items()) for line in record.corrupt]
     limit = int(job.max_corrupt * job.source.num_examples + 1e-9)  # 0.29 * 100 is 28.999…
     if len(lines) > limit:
@@ -390,6 +386,7 @@ def _check_corrupt(job: _Job, records: Mapping[int, _Record], seen: int) -> None
             f"decoded, more than max_corrupt allows ({limit} of {job.source.num_examples}); "
             f"{job.path}/{CORRUPT_KEY} names them: repair them, or raise --config.max_corrupt"
         )
+    return lines
 
 
 def _write_corrupt_log(job: _Job, lines: list[str]) -> None:
@@ -427,15 +424,15 @@ def _complete(job: _Job) -> None:
     ordered = [records[shard] for shard in range(job.num_shards)]
     labels = np.array([label for record in ordered for label in record.labels], np.int32)
     num_examples = int((labels != CORRUPT_LABEL).sum())
-    _check_corrupt(job, records, seen=labels.size)  # the other hosts' corrupt images count, too
-    _write_corrupt_log(job, [line for record in ordered for line in record.corrupt])
+    # Once more, because the corrupt images of all hosts count.
+    _write_corrupt_log(job, _check_corrupt(job, records, seen=labels.size))
     if not num_examples:
         raise UserError(
             f"no image of {job.source.name} can be decoded; see {job.path}/{CORRUPT_KEY}"
         )
     image_sum = np.zeros((job.image_size, job.image_size, 3), np.int64)
     for shard in range(job.num_shards):
-        image_sum += np.load(io.BytesIO(job.root[_sum_key(shard)]))
+        image_sum += np.load(io.BytesIO(job.root[SUM_KEY.format(shard)]))
     outer_sum = np.sum([record.outer_sum for record in ordered], axis=0)
     mean_image, statistics = _statistics(num_examples, image_sum, outer_sum)
     write_image_metadata(job.root, job.image_size, job.source.num_examples, job.storage)
@@ -458,14 +455,6 @@ def _complete(job: _Job) -> None:
 # Records of finished shards
 
 
-def _record_key(shard: int) -> str:
-    return f"parts/{shard}.json"
-
-
-def _sum_key(shard: int) -> str:
-    return f"parts/{shard}.npy"
-
-
 def _write_shard(
     job: _Job, shard: int, record: _Record, image_sum: np.ndarray, pieces: Pieces
 ) -> None:
@@ -476,17 +465,17 @@ def _write_shard(
         write_local(f"{job.path}/{shard_key(shard)}", pieces, scratch=f"{job.path}/parts")
     buffer = io.BytesIO()
     np.save(buffer, image_sum.astype(np.uint32))
-    job.root.write(_sum_key(shard), buffer.getvalue()).result()
+    job.root.write(SUM_KEY.format(shard), buffer.getvalue()).result()
     content = vars(record) | {"outer_sum": record.outer_sum.tolist()}
-    job.root.write(_record_key(shard), json.dumps(content).encode()).result()
+    job.root.write(RECORD_KEY.format(shard), json.dumps(content).encode()).result()
 
 
 def _read_records(job: _Job) -> dict[int, _Record]:
     found = {key.decode() for key in job.root.list(RECORDS).result()}
     requests = {
-        shard: job.root.read(_record_key(shard))
+        shard: job.root.read(RECORD_KEY.format(shard))
         for shard in range(job.num_shards)
-        if _record_key(shard) in found
+        if RECORD_KEY.format(shard) in found
     }
     contents = {shard: json.loads(request.result().value) for shard, request in requests.items()}
     return {
