@@ -1,17 +1,17 @@
-"""Small images, and the config and statistics to augment them by."""
+"""Small images, and the config and statistics to augment them with."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from alexnet_jax.config import default_config
-from alexnet_jax.data import augment
+from alexnet_jax.data.augment import Statistics, make_augment
 
 SIZE, CROP = 40, 32
 BORDER = SIZE - CROP
 
 
 def config(**fields):
+    """Random crops only, unless fields of `config.augment` say otherwise."""
     c = default_config()
     c.image_size = SIZE
     c.augment.crop_size = CROP
@@ -24,12 +24,13 @@ def images(count=1, seed=0, size=SIZE):
 
 
 def stats(mean=None, basis=None):
-    return augment.Statistics(
+    return Statistics(
         np.zeros((SIZE, SIZE, 3), np.float32) if mean is None else np.float32(mean),
         np.zeros((3, 3), np.float32) if basis is None else np.float32(basis),
     )
 
 
-def run(batch, c, s, noise=0.0, seed=0):
+def run(batch, c, s, seed=0):
+    """Returns a batch augmented with a key for each image."""
     keys = jax.random.split(jax.random.PRNGKey(seed), len(batch))
-    return np.asarray(jax.jit(lambda b: augment.augment(b, keys, jnp.float32(noise), s, c))(batch))
+    return np.asarray(jax.jit(make_augment(c, s))(batch, keys))

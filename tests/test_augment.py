@@ -1,18 +1,17 @@
-"""Augmentation is the paper's section 4.1, and where asked, run #145's or the inception crop."""
+"""Augmentation as the paper describes it (§4.1) and as run #145 computed it."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from augmenting import BORDER, CROP, SIZE, config, images, run, stats
 
 from alexnet_jax import config as configs
-from alexnet_jax.data import augment
+from alexnet_jax.data.augment import make_augment, statistics
 from alexnet_jax.utils.errors import UserError
 
 
-def where_from(crop, image):
-    """The (y, x, flipped) at which a crop was taken out of an image."""
+def find_crop(crop, image):
+    """Returns the (y, x, flipped) with which a crop was cut out of an image."""
     for y in range(BORDER + 1):
         for x in range(BORDER + 1):
             window = image[y : y + CROP, x : x + CROP]
@@ -23,9 +22,9 @@ def where_from(crop, image):
     raise AssertionError("not a crop of the image")
 
 
-def test_crops_reach_every_offset_and_both_mirrorings_about_equally():
+def test_crops_are_uniform_over_offsets_and_flips():
     batch = np.repeat(images(), 2000, axis=0)
-    found = [where_from(crop, batch[0]) for crop in run(batch, config(flip=True), stats())]
+    found = [find_crop(crop, batch[0]) for crop in run(batch, config(flip=True), stats())]
     ys, xs, flips = (np.array(values) for values in zip(*found, strict=True))
     for offsets in (ys, xs):
         counts = np.bincount(offsets, minlength=BORDER + 1)
@@ -36,26 +35,26 @@ def test_crops_reach_every_offset_and_both_mirrorings_about_equally():
     assert abs(np.corrcoef(ys, xs)[0, 1]) < 0.08
 
 
-def test_without_flip_none_is_mirrored():
+def test_no_image_is_flipped_without_augment_flip():
     batch = np.repeat(images(), 64, axis=0)
-    assert not any(where_from(crop, batch[0])[2] for crop in run(batch, config(), stats()))
+    assert not any(find_crop(crop, batch[0])[2] for crop in run(batch, config(), stats()))
 
 
-def test_mean_image_is_subtracted_pixel_for_pixel_before_the_crop():
+def test_mean_image_is_subtracted_from_each_pixel_before_the_crop():
     mean = images(seed=1)[0]
     batch = images(16)
     crops = run(batch, config(mean="image", flip=True), stats(mean))
     whole = batch.astype(np.float32) - mean
-    assert len({where_from(c, w) for c, w in zip(crops, whole, strict=True)}) > 4
+    assert len({find_crop(c, w) for c, w in zip(crops, whole, strict=True)}) > 4
 
 
-def test_image_center_subtracts_the_central_window_wherever_the_crop_was():
+def test_image_center_subtracts_the_center_of_the_mean_image_from_every_crop():
     mean = images(seed=1)[0].astype(np.float32)
     center = mean[BORDER // 2 : -BORDER // 2, BORDER // 2 : -BORDER // 2]
     batch = images(8)
     crops = run(batch, config(mean="image_center"), stats(mean))
     for crop, image in zip(crops, batch, strict=True):
-        where_from(crop + center, image)
+        find_crop(crop + center, image)
 
 
 def test_channel_mean_is_subtracted_from_each_channel():
@@ -63,62 +62,91 @@ def test_channel_mean_is_subtracted_from_each_channel():
     mean = np.float32([1, 2, 3])
     crops = run(batch, config(mean="channel"), stats(mean))
     for crop, image in zip(crops, batch, strict=True):
-        where_from(crop + mean, image)
+        find_crop(crop + mean, image)
 
 
-def test_colour_noise_is_one_colour_for_each_image_with_the_facts_covariance():
-    """Before the 1/1.1, the added term's covariance is 0.01 · V diag(s²) Vᵀ."""
+def test_color_noise_adds_one_color_per_image_with_the_covariance_of_the_paper():
+    """The covariance of the added color is 0.1² · V diag(s²) Vᵀ."""
     basis = np.float32([[5, 1, 0], [4, -1, 2], [3, 0, -3]])
-    batch = np.repeat(images(), 20_000, axis=0)[:, :, :, :]
-    c = config(mean="channel")
-    c.augment.crop_size = SIZE
-    noisy = run(batch[:, :, :], c, stats(np.zeros(3), basis), noise=0.1)
-    added = noisy - batch
+    batch = np.repeat(images(), 20_000, axis=0)
+    c = config(mean="channel", color_noise=0.1, crop_size=SIZE)
+    added = run(batch, c, stats(np.zeros(3), basis)) - batch
     assert np.abs(added - added[:, :1, :1]).max() < 1e-4
-    colours = added[:, 0, 0].astype(np.float64)
-    np.testing.assert_allclose(np.cov(colours.T), 0.01 * basis @ basis.T, rtol=0.06, atol=0.01)
-    np.testing.assert_allclose(colours.mean(0), 0, atol=0.02)
+    colors = added[:, 0, 0].astype(np.float64)
+    np.testing.assert_allclose(np.cov(colors.T), 0.01 * basis @ basis.T, rtol=0.06, atol=0.01)
+    np.testing.assert_allclose(colors.mean(0), 0, atol=0.02)
 
 
 @pytest.mark.parametrize(
     ("scale", "expected"), [("eigenvalue", (400.0 / 255, 100.0 / 255)), ("std", (20.0, 10.0))]
 )
-def test_noise_is_scaled_by_eigenvalues_of_unit_pixels_or_by_standard_deviations(scale, expected):
-    class TrainSplit:
+def test_color_noise_is_scaled_by_eigenvalues_of_unit_pixels_or_standard_deviations(
+    scale, expected
+):
+    class TrainStore:
         mean_image = np.zeros((SIZE, SIZE, 3), np.float32)
         eigenvalues = np.float32([400, 100, -1e-7])  # as rounding may leave one of 0
         eigenvectors = np.eye(3, dtype=np.float32)
 
-    basis = augment.statistics(TrainSplit, config(color_noise_scale=scale)).noise_basis
+    basis = statistics(TrainStore, config(color_noise_scale=scale)).noise_basis
     np.testing.assert_allclose(np.diag(basis), [*expected, 0], rtol=1e-6, atol=1e-9)
 
 
-def test_run_145_divides_the_noisy_image_by_1_1_and_only_while_there_is_noise():
+def test_run_145_divides_the_image_by_1_1_while_there_is_color_noise():
     batch = images(3)
     plain = run(batch, config(), stats())
-    shrunk = run(batch, config(color_noise_shrink=True), stats(), noise=0.1)
+    shrunk = run(batch, config(color_noise_shrink=True, color_noise=0.1), stats())
     np.testing.assert_allclose(shrunk, plain / 1.1, rtol=1e-6)
     np.testing.assert_array_equal(run(batch, config(color_noise_shrink=True), stats()), plain)
 
 
-def test_each_image_is_augmented_by_its_own_key_alone():
+def test_color_noise_changes_at_the_steps_of_the_schedule():
+    c = config(mean="channel", color_noise=0.25)
+    c.schedule.changes = (
+        (1.5, "data", "color_noise", 0.5),
+        (2.0, "all", "learning_rate", 9.0),
+        (3.0, "data", "color_noise", 0.0),
+    )
+    s, batch = stats(np.zeros(3), np.eye(3)), images(2)
+    keys = jax.random.split(jax.random.PRNGKey(0), 2)
+    augment = make_augment(c, s, steps_per_epoch=10.1)
+    colors = {
+        step: augment(batch, keys, step) - run(batch, config(), s) for step in (0, 15, 16, 31)
+    }
+    for step, factor in {0: 1.0, 15: 1.0, 16: 2.0, 31: 0.0}.items():
+        np.testing.assert_allclose(colors[step], factor * colors[0], rtol=0, atol=1e-4)
+    assert np.abs(colors[0]).max() > 0.01
+    unscheduled = make_augment(c, s)  # as for evaluation
+    np.testing.assert_array_equal(unscheduled(batch, keys, 31), augment(batch, keys, 0))
+
+
+def test_augmentation_of_an_image_depends_on_its_own_key_only():
     batch = images(6)
     keys = jax.random.split(jax.random.PRNGKey(0), 6)
-    c, s = config(flip=True), stats(basis=np.eye(3))
-    whole = augment.augment(batch, keys, jnp.float32(5), s, c)
-    part = augment.augment(batch[4:], keys[4:], jnp.float32(5), s, c)
-    np.testing.assert_array_equal(whole[4:], part)
+    augment = make_augment(config(flip=True, color_noise=5.0), stats(basis=np.eye(3)))
+    np.testing.assert_array_equal(augment(batch, keys)[4:], augment(batch[4:], keys[4:]))
+
+
+@pytest.mark.parametrize("mean", ["image", "image_center", "channel"])
+def test_without_statistics_the_mean_is_zero_and_there_is_no_color_noise(mean):
+    batch = images(4)
+    augment = make_augment(config(mean=mean, color_noise=0.1))
+    crops = np.asarray(augment(batch, jax.random.split(jax.random.PRNGKey(0), 4)))
+    for crop, image in zip(crops, batch, strict=True):
+        find_crop(crop, image)
+    middle = np.s_[:, BORDER // 2 : -BORDER // 2, BORDER // 2 : -BORDER // 2]
+    np.testing.assert_array_equal(augment.center(batch), batch[middle])
 
 
 @pytest.mark.parametrize("text", ["0.2,1.0", "(0.2, 1)", "[0.2, 1.0]"])
-def test_a_range_is_set_on_the_command_line(text):
+def test_range_is_set_on_the_command_line(text):
     c = configs.load("configs/quickstart.py", [("augment.crop_area", text)])
     assert c.augment.crop_area == (0.2, 1.0)
-    augment.check(c)
+    make_augment(c)
 
 
 @pytest.mark.parametrize(
-    ("field", "values", "told"),
+    ("field", "values", "message"),
     [
         ("crop_area", (0.0, 1.0), "0 < low <= high <= 1"),
         ("crop_area", (0.5, 0.4), "0 < low <= high <= 1"),
@@ -131,25 +159,25 @@ def test_a_range_is_set_on_the_command_line(text):
         ("crop_aspect", (4 / 3, 3 / 4), "0 < low <= high"),
     ],
 )
-def test_a_range_that_makes_no_sense_is_refused_by_name(field, values, told):
-    with pytest.raises(UserError, match=f"augment.{field}=.*{told}"):
-        augment.check(config(**{field: values}))
+def test_invalid_range_is_rejected(field, values, message):
+    with pytest.raises(UserError, match=f"augment.{field}=.*{message}"):
+        make_augment(config(**{field: values}))
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [("crop_size", 1), ("crop_size", SIZE), ("crop_area", (1.0, 1.0)), ("crop_aspect", (2, 2))],
 )
-def test_a_range_includes_its_ends(field, value):
-    augment.check(config(**{field: value}))
+def test_ranges_include_their_ends(field, value):
+    make_augment(config(**{field: value}))
 
 
-def test_ten_views_are_corners_and_centre_then_their_mirrors():
-    c = config(mean="channel")
-    c.image_size, c.augment.crop_size = 256, 224
-    image = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
-    views = np.asarray(augment.ten_views(image, stats(np.zeros(3)), c))
-    assert len(views) == augment.TEN_VIEWS
+def test_ten_views_are_corners_and_center_then_their_mirror_images():
+    c = config(mean="channel", crop_size=224)
+    c.image_size = 256
+    image = images(size=256)
+    views = np.asarray(make_augment(c, stats(np.zeros(3))).ten(image))
+    assert views.shape == (10, 1, 224, 224, 3)
     offsets = [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
     for place, (y, x) in enumerate(offsets):
         window = image[0, y : y + 224, x : x + 224]
@@ -158,8 +186,7 @@ def test_ten_views_are_corners_and_centre_then_their_mirrors():
 
 
 @pytest.mark.parametrize("mean", ["image", "image_center", "channel"])
-def test_views_are_less_the_mean_and_the_third_is_the_centre_crop(mean):
-    c = config(mean=mean)
+def test_views_subtract_the_mean_and_the_third_of_ten_is_the_center_crop(mean):
     s = stats(np.float32([1, 2, 3]) if mean == "channel" else images(seed=1)[0])
     batch = images(2)
     corner, center = (
@@ -170,23 +197,35 @@ def test_views_are_less_the_mean_and_the_third_is_the_centre_crop(mean):
         "image_center": lambda: (s.mean[center], s.mean[center]),
         "channel": lambda: (s.mean, s.mean),
     }[mean]()
-    views = augment.ten_views(batch, s, c)
+    augment = make_augment(config(mean=mean), s)
+    views = augment.ten(batch)
     np.testing.assert_array_equal(views[0], batch[:, *corner] - of_corner)
     np.testing.assert_array_equal(views[2], batch[:, *center] - of_center)
-    np.testing.assert_array_equal(augment.center_crop(batch, s, c), views[2])
+    np.testing.assert_array_equal(augment.center(batch), views[2])
 
 
-def test_pixel_scale_multiplies_what_training_and_evaluation_see():
+@pytest.mark.parametrize(("eval_views", "count"), [("center", 1), ("ten", 10)])
+def test_eval_views_decides_which_views_are_evaluated(eval_views, count):
+    c, batch = config(), images(2)
+    c.eval.views = eval_views
+    augment = make_augment(c, stats())
+    views = augment.views(batch)
+    assert views.shape == (count, 2, CROP, CROP, 3)
+    expected = augment.ten(batch) if count == 10 else augment.center(batch)[None]
+    np.testing.assert_array_equal(views, expected)
+
+
+def test_pixel_and_channel_scale_multiply_inputs_of_training_and_evaluation():
     batch, s = images(2), stats(np.full((SIZE, SIZE, 3), 7))
-    scaled, times = config(pixel_scale=0.5, channel_scale=(1.0, 2.0, 4.0)), np.float32([0.5, 1, 2])
-    np.testing.assert_array_equal(run(batch, scaled, s), run(batch, config(), s) * times)
-    np.testing.assert_array_equal(
-        augment.center_crop(batch, s, scaled), augment.center_crop(batch, s, config()) * times
-    )
+    scaled, factor = config(pixel_scale=0.5, channel_scale=(1.0, 2.0, 4.0)), np.float32([0.5, 1, 2])
+    np.testing.assert_array_equal(run(batch, scaled, s), run(batch, config(), s) * factor)
+    augment, unscaled = make_augment(scaled, s), make_augment(config(), s)
+    np.testing.assert_array_equal(augment.center(batch), unscaled.center(batch) * factor)
+    np.testing.assert_array_equal(augment.scale, factor)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "names"),
+    ("field", "value", "message"),
     [
         ("augment.crop", "five", "random, inception"),
         ("augment.mean", "median", "image, image_center, channel"),
@@ -199,10 +238,10 @@ def test_pixel_scale_multiplies_what_training_and_evaluation_see():
         ("augment.channel_scale", (1.0, 1.0, "x"), "three numbers"),
     ],
 )
-def test_a_value_that_does_not_exist_is_refused_by_name(field, value, names):
+def test_invalid_value_is_rejected(field, value, message):
     c = config()
     section, leaf = field.split(".")
     c[section][leaf] = value
-    with pytest.raises(UserError, match=field) as refused:
-        augment.check(c)
-    assert names in str(refused.value)
+    with pytest.raises(UserError, match=field) as raised:
+        make_augment(c)
+    assert message in str(raised.value)
