@@ -1,10 +1,10 @@
-"""A function's output and its gradients, compiled, since op by op Winograd's sums are slow."""
+"""Outputs and gradients of a function, compiled because Winograd's sums are slow op by op."""
 
 import jax
 
 
 def output_and_gradients(f, *inputs):
-    """The output, and the gradients of all inputs that belong to random ones of the output."""
+    """Returns the output and, for a random gradient of it, the gradients of all inputs."""
 
     @jax.jit
     def both(*inputs):

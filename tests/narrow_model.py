@@ -1,4 +1,4 @@
-"""Narrow networks, and variables and images for them."""
+"""Narrow networks with variables and images for them."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def apply(model: AlexNet, variables: dict, x: jax.Array, **kwargs):
 
 
 def random_variables(model: AlexNet, x: jax.Array) -> dict:
-    """Weights and biases large enough for every layer to tell in the logits."""
+    """Returns weights and biases so large that every layer shows in the logits."""
     rng = np.random.default_rng(3)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
