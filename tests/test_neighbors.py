@@ -76,11 +76,11 @@ def test_neighbors_in_a_store_equal_scikit_learn(network, digit_stores):
     split = digit_stores["eval"]
     queries = images.photograph(0, 72, 72)[None]
     found, distances = nearest_in_store(network, split, queries, 4)
-    extract = inference.feature_extractor(network, ["fc7"])
+    extract = inference.feature_extractor(network, ["relu7"])
     everything = split.read(np.arange(split.num_examples))["image"]
     reference = NearestNeighbors(n_neighbors=4, algorithm="brute")
-    reference.fit(np.asarray(extract(everything)["fc7"]))
-    distances_there, expected = reference.kneighbors(np.asarray(extract(queries)["fc7"]))
+    reference.fit(np.asarray(extract(everything)["relu7"]))
+    distances_there, expected = reference.kneighbors(np.asarray(extract(queries)["relu7"]))
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(distances, distances_there, rtol=1e-3)
 
@@ -94,8 +94,8 @@ def test_index_has_evenly_spaced_examples(network, digit_stores, index):
     split = digit_stores["train"]
     np.testing.assert_array_equal(np.unique(np.diff(index.rows)), [13, 14])  # 4,000 / 300
     assert index.rows[0] == 0 and index.rows[-1] >= split.num_examples - 14
-    expected = inference.feature_extractor(network, ["fc7"])(split.read(index.rows)["image"])
-    np.testing.assert_allclose(index.features, expected["fc7"], rtol=1e-4, atol=1e-4)
+    expected = inference.feature_extractor(network, ["relu7"])(split.read(index.rows)["image"])
+    np.testing.assert_allclose(index.features, expected["relu7"], rtol=1e-4, atol=1e-4)
 
 
 def test_index_of_a_small_store_has_all_examples(network, digit_stores):

@@ -120,8 +120,10 @@ def test_panel_has_a_red_bar_for_the_class_of_the_folder(
     examples, trained_run, folder, tmp_path, capsys
 ):
     named, unnamed = tmp_path / "named.png", tmp_path / "unnamed.png"
-    file = next(folder.rglob("00.*"))
-    elsewhere = tmp_path / "photo.webp"
+    predicted = probabilities(trained_run, examples["image"]).argmax(axis=1)
+    correct = np.flatnonzero(predicted == examples["label"])[0]  # a bar that is long enough
+    file = next(folder.rglob(f"{correct:02d}.*"))
+    elsewhere = tmp_path / f"photo{file.suffix}"
     elsewhere.write_bytes(file.read_bytes())
     assert run(capsys, trained_run, file, "--panel", named)[0] == 0
     assert run(capsys, trained_run, elsewhere, "--panel", unnamed)[0] == 0
