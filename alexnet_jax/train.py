@@ -75,7 +75,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     is_first = distributed.is_first()
     resources = contextlib.ExitStack()
     with resources:
-        # ---- Check the config, before anything slow or any file is touched --------------------
+        # ---- Check the config -----------------------------------------------------------------
+        # All of it now: a wrong field must not show after an hour of preparing data, nor leave a
+        # file behind. What is built here without data is built again below with it.
         configs.check_bounds(config)
         parallel = sharding.make_parallel(config.parallel, config.hybrid_group)
         sharding.check_batch_size(config.batch_size, config.optimizer.accumulate_steps, parallel)
@@ -88,7 +90,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         distributed.check_same("config", configs.flat(config))
         source = finetune.load_source(config, model, workdir)
 
-        # ---- Claim the workdir and open the data, which may have to be prepared first ----------
+        # ---- Claim the workdir, and open the data, which may have to be prepared first ---------
+        # The workdir first: two runs that write to one workdir would lose each other's work.
         resources.enter_context(explain_write_errors(workdir, "another --workdir", DISK_FULL))
         if is_first:
             resources.enter_context(claim_workdir(workdir, config))
@@ -105,16 +108,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             (workdir / "summary.txt").write_text(summary + "\n")
 
         # ---- Build what the config describes ---------------------------------------------------
+        # Batches run across the ends of epochs, so this need not be a whole number.
         steps_per_epoch = stores["train"].num_examples / config.batch_size
+        eval_steps = evaluation_steps(config, steps_per_epoch)
+        total_steps = max(eval_steps)
 
-        def step_at(epoch: float) -> int:
-            return math.ceil(epoch * float(steps_per_epoch) - 1e-9)
-
-        total_steps = step_at(config.num_epochs)
-        every = config.eval.every_epochs
-        count = math.ceil(config.num_epochs / every)
-        eval_steps = {step_at(every * i) for i in range(1, count)} | {total_steps}
-
+        # The mean and the color noise are part of the network's input, so they are saved with it.
         stats = statistics(stores["train"], config)
         stats = finetune.statistics(config, source, workdir, stats)
         if is_first:
@@ -141,7 +140,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
         eval_step = parallel.compile_eval_step(make_eval_step(model, augment), shapes)
 
-        # Batches are transferred by background threads, beside the running step.
+        # Background threads read the next batches and transfer them while a step runs.
         def place(batch: pipeline.Batch) -> dict[str, jax.Array]:
             return parallel.put_batch(batch, config.batch_size)
 
@@ -156,10 +155,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
 
         # ---- Restore the newest checkpoint, or initialize --------------------------------------
+        # From here on, a signal asks the loop to save and stop. Before, there is nothing to save.
         stop = resources.enter_context(process.StopRequest())
         checkpoints = resources.enter_context(
             closing(Checkpoints(workdir, configs.to_json(config), config.checkpoint.keep))
         )
+        # With shardings, each process reads only the parts that its devices hold.
         like = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
         restored = checkpoints.restore_latest(like)
         if restored:
@@ -187,14 +188,19 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             report = resources.enter_context(closing(Report(workdir, step, total_steps, evaluated)))
         meter = Meter(config.batch_size)
 
+        def rate_at(step: int) -> float:
+            """Returns the learning rate of the update that makes a step, counted from 1."""
+            return float(learning_rate("all", True, step - 1, plateau_scale))
+
         def log_train() -> None:
             """Fetches and reports the metrics of the steps since the last call."""
             steps, timing = meter.drain()
             for number, metrics in steps:
                 if not math.isfinite(metrics["loss"]):
-                    raise _not_finite(f"loss is {metrics['loss']}", number, checkpoints)
+                    what = f"loss is {metrics['loss']}"
+                    raise _not_finite(what, number, rate_at(number), checkpoints)
             if steps:
-                rate = float(learning_rate("all", True, steps[-1][0] - 1, plateau_scale))
+                rate = rate_at(steps[-1][0])
                 means = {k: float(np.mean([m[k] for _, m in steps])) for k in steps[-1][1]}
                 epoch = round(step / steps_per_epoch, 4)
                 row = {"step": step, "epoch": epoch, **means, "learning_rate": rate, **timing}
@@ -204,7 +210,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             # The loss of a step is still finite if its update is the first that is not, so the
             # parameters are checked too.
             if not _all_finite(state.params):
-                raise _not_finite("a parameter is not finite", step, checkpoints)
+                raise _not_finite("a parameter is not finite", step, rate_at(step), checkpoints)
             checkpoints.save(state, batches.get_state(), top1)
 
         try:
@@ -248,7 +254,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 if step == total_steps:
                     break
 
-                # One step. It is dispatched and not waited for.
+                # One step. It is dispatched and not waited for, so the loop runs ahead and the
+                # devices never wait for Python.
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked
@@ -286,6 +293,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         checkpoints.wait()
         report.say(f"finished at step {step}; best top-1 at step {checkpoints.best_step}")
         return state
+
+
+def evaluation_steps(config: ConfigDict, steps_per_epoch: float) -> set[int]:
+    """Returns the steps after which to evaluate; the last one ends the training."""
+
+    def step_at(epoch: float) -> int:
+        # Rounding errors, as in 3 * 0.1, must not add a step.
+        return math.ceil(epoch * steps_per_epoch - 1e-9)
+
+    every = config.eval.every_epochs
+    count = math.ceil(config.num_epochs / every)
+    return {step_at(every * i) for i in range(1, count)} | {step_at(config.num_epochs)}
 
 
 def evaluate(
@@ -374,11 +393,12 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _not_finite(what: str, step: int, checkpoints: Checkpoints) -> NotFinite:
+def _not_finite(what: str, step: int, rate: float, checkpoints: Checkpoints) -> NotFinite:
     good = checkpoints.latest_step
     saved = f"the last good checkpoint is of step {good}" if good is not None else "none was saved"
     return NotFinite(
-        f"{what} at step {step}; {saved}; a lower learning_rate or optimizer.clip_norm may help"
+        f"{what} at step {step} (learning rate {rate:.3g}); {saved}; a lower learning_rate or "
+        "optimizer.clip_norm may help"
     )
 
 
