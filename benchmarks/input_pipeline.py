@@ -1,134 +1,251 @@
-"""Images a second that reach the training loop: from JPEG by tf.data and PyTorch, from the store.
+"""How many images per second reach the training loop, beside tf.data and PyTorch's DataLoader?
 
-    python benchmarks/input_pipeline.py [--plot FILE.png]
+    python benchmarks/input_pipeline.py --images 8192 --seconds 3
 
-All read the same photographs, of ImageNet's size in pixels and bytes, out of the page cache.
-tf.data and PyTorch decode, crop and flip; the store holds decoded images, and cropping and
-flipping them is a part of the training step.
+All contenders read the same photographs, of ImageNet's size, from the page cache. tf.data and
+PyTorch decode, crop and flip JPEGs. Our store holds decoded images; cropping and flipping are part
+of the train step. "pread" reads the store's bytes and nothing else, which bounds what any reader
+could reach.
 """
 
-import argparse
-import sys
+import importlib.util
+import os
+import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from statistics import median
+from typing import NamedTuple
 
-import contenders
-from contenders import CHECKSUM, COPY_ALL, DEVICE, HOST, ON_ONE_CORE, PREAD, REFERENCES, TF_DATA
-from rows import options, row, write
-from turns import CORES, Turn, take_turns
+import numpy as np
+import photographs
+from harness import CORES, Make, Row, parser, ratio, row, show, take_turns, write
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+SIZE = 256  # pixels along a side of the stored images
+CROP = 224  # ... and of those that tf.data and PyTorch deliver
+IMAGE_BYTES = SIZE * SIZE * 3
+CLASSES = 10
+WARM_UP = max(8, 4 * CORES)  # more batches than any contender prefetches
+TF_THREADS = 48  # as in Flax's ImageNet example
 
-RATE, PER_CORE, RATIO = "images/s", "images/s/core", f"times {TF_DATA}"
-WORK, MEMORY = "cpu µs/image", "peak resident bytes"
-
-Found = Mapping[str, Sequence[Turn]]
-Series = Mapping[str, Sequence[float]]  # by unit; a value a round
-
-
-def main() -> None:
-    """Prints the table and what it says; writes rows and a plot if asked."""
-    args = parse_arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        data = contenders.write_data(Path(folder), args.images)
-        makers = contenders.makers(data, args.batch_size)
-        found = take_turns(makers, 2 if args.quick else 5, args.seconds)
-    table = {name: series(name, found) for name in found}
-    print_table(table)
-    print_sentences(found, data.store_bytes)
-    figures = [(name, unit, values[unit]) for name, values in table.items() for unit in values]
-    write([row(name, of, unit, args.batch_size) for name, unit, of in figures], args.json)
-    if args.plot:
-        save_plot(table, args.plot)
+TF_DATA, HOST, DEVICE = "tf.data, JPEG", "store, host batches", "store, device arrays"
+PREAD = "pread"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = options(__doc__, quick="less of everything")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw bars there")
-    parser.add_argument("--images", type=int, metavar="N", help="training images (4096)")
-    parser.add_argument("--batch-size", type=int, metavar="B", help="(128)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="of each turn (4)")
-    quick = parser.parse_known_args()[0].quick
-    sizes = (64, 8, 0.05) if quick else (4096, 128, 4.0)
-    parser.set_defaults(**dict(zip(("images", "batch_size", "seconds"), sizes, strict=True)))
-    return parser.parse_args()
+class Data(NamedTuple):
+    """The same photographs in three forms."""
+
+    jpegs: Path  # folder of JPEG files
+    store: str
+    jpeg_store: str  # with storage=jpeg
 
 
-def series(name: str, found: Found) -> Series:
-    """Returns all that the table tells of one contender."""
-    turns, cores = found[name], 1 if name in ON_ONE_CORE else CORES
-    values = {
-        RATE: [turn.rate for turn in turns],
-        PER_CORE: [turn.rate / cores for turn in turns],
-        RATIO: [turn.rate / base.rate for turn, base in zip(turns, found[TF_DATA], strict=True)],
-        WORK: [turn.user + turn.kernel for turn in turns],
+def write_data(root: Path, images: int) -> Data:
+    """Writes the JPEG files and prepares both stores."""
+    from alexnet_jax.config import default_config
+    from alexnet_jax.data.prepare import open_or_prepare
+
+    photographs.write_folder(root / "jpegs", {"train": images, "val": CLASSES}, CLASSES)
+    config = default_config()
+    config.dataset, config.data_dir = f"folder:{root / 'jpegs'}", str(root / "stores")
+    config.eval_split, config.image_size = "val", SIZE
+    store = open_or_prepare(config)["train"]
+    config.storage = "jpeg"
+    jpeg_store = open_or_prepare(config)["train"]
+    return Data(root / "jpegs/train", store.path, jpeg_store.path)
+
+
+def contenders(data: Data, batch_size: int) -> dict[str, Make]:
+    """Returns all contenders that are installed."""
+    jpeg_data = data._replace(store=data.jpeg_store)
+    found = {
+        TF_DATA: partial(tf_data, data, batch_size),
+        "PyTorch DataLoader, JPEG": partial(torch_loader, data, batch_size),
+        "jpeg store, host batches": partial(from_store, jpeg_data, batch_size, on_device=False),
+        "store through TensorStore": partial(tensorstore, data, batch_size),
+        HOST: partial(from_store, data, batch_size, on_device=False),
+        DEVICE: partial(from_store, data, batch_size, on_device=True),
+        PREAD: partial(pread, data, batch_size),
     }
-    if name not in REFERENCES:
-        values[MEMORY] = [turns[-1].peak_bytes]
-    return values
+    if not importlib.util.find_spec("torch"):
+        del found["PyTorch DataLoader, JPEG"]
+    return found
 
 
-def print_table(table: Mapping[str, Series]) -> None:
-    heads = f"{'images/s':>9} {'(min to max)':>18} {'/s/core':>8} {'ratio':>6} {'cpu µs':>7}"
-    print(f"\n{'':29} {heads} {'peak':>8}")
-    for name, values in table.items():
-        of = {unit: median(numbers) for unit, numbers in values.items()}
-        spread = f"({min(values[RATE]):.0f} to {max(values[RATE]):.0f})"
-        memory = f" {of[MEMORY] / 1e6:5.0f} MB" if MEMORY in of else ""
-        print(
-            f"{name:29} {of[RATE]:9.0f} {spread:>18} {of[PER_CORE]:8.0f} {of[RATIO]:6.1f} "
-            f"{of[WORK]:7.0f}{memory}"
-        )
-    print(f"(ratio: to {TF_DATA}, round by round; cpu µs: worked for an image, over all cores)")
+def tf_data(data: Data, batch_size: int) -> Generator[int]:
+    """Random-resized crops as in Flax's ImageNet example: uint8[B, 224, 224, 3] and labels."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import tensorflow as tf
 
-
-def print_sentences(found: Found, store_bytes: int) -> None:
-    """Says how far ours is from what the machine can do, and what takes the rest of the time."""
-    of = {name: Turn(*map(median, zip(*turns, strict=True))) for name, turns in found.items()}
-    ours = of[HOST]
-    print(
-        f"\nTo host batches: {ours.rate / of[COPY_ALL].rate:.0%} of memcpy's speed and "
-        f"{ours.rate / of[PREAD].rate:.0%} of pread's, with {ours.peak_bytes / 1e6:.0f} MB of "
-        f"memory for a store of {store_bytes / 1e6:.0f} MB."
+    tf.config.set_visible_devices([], "GPU")
+    files, labels = zip(*photographs.files_and_labels(data.jpegs), strict=True)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = TF_THREADS
+    batches = (
+        tf.data.Dataset.from_tensor_slices((list(map(str, files)), list(labels)))
+        .shuffle(len(files))
+        .repeat()
+        .map(_tf_random_crop, num_parallel_calls=tf.data.AUTOTUNE)
+        .batch(batch_size, drop_remainder=True)
+        .prefetch(2)  # AUTOTUNE would double the depth with every pause between turns
+        .with_options(options)
     )
-    whole, worked = 1e6 * CORES / ours.rate, ours.user + ours.kernel
-    read, checksum = of[PREAD].user + of[PREAD].kernel, of[CHECKSUM].user
-    parts = {
-        "as pread alone": read,
-        "other work of the kernel (memory, threads)": ours.kernel - read,
-        "checksum": checksum,
-        "other work": ours.user - checksum,
-        "waiting": whole - worked,
-    }
-    split = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())
-    print(f"An image takes {whole:.1f} µs of a core: {split}.")
-    less = (of[TF_DATA].user + of[TF_DATA].kernel) / worked
-    print(f"It is {less:.1f} times less work for the processor than in tf.data.")
+    for _, label in batches.as_numpy_iterator():
+        yield len(label)
 
 
-def save_plot(table: Mapping[str, Series], path: Path) -> None:
-    """Writes a bar for each contender, 900 pixels wide: median images a second, and their range."""
-    import matplotlib
+def _tf_random_crop(file, label):
+    """Decodes only the random part of a JPEG, resizes it and flips it."""
+    import tensorflow as tf
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    content = tf.io.read_file(file)
+    start, extent, _ = tf.image.sample_distorted_bounding_box(
+        tf.image.extract_jpeg_shape(content),
+        bounding_boxes=tf.zeros([1, 0, 4]),
+        area_range=(0.08, 1.0),
+        max_attempts=10,
+        use_image_if_no_bounding_boxes=True,
+    )
+    window = tf.concat([start[:2], extent[:2]], axis=0)
+    image = tf.io.decode_and_crop_jpeg(content, window, channels=3)
+    image = tf.image.resize(image, (CROP, CROP), method="bicubic")
+    image = tf.image.random_flip_left_right(tf.saturate_cast(tf.round(image), tf.uint8))
+    return image, label
 
-    rates = [values[RATE] for values in table.values()]
-    medians = list(map(median, rates))
-    ends = [[median(of) - min(of) for of in rates], [max(of) - median(of) for of in rates]]
-    figure, axes = plt.subplots(figsize=(9, 0.45 * len(table) + 0.8), layout="constrained")
-    colors = ["tab:blue" if name in (HOST, DEVICE) else "silver" for name in table]
-    bars = axes.barh(list(table), medians, xerr=ends, color=colors, ecolor="dimgray")
-    labels = [f"{median(of[RATE]):,.0f}  ({median(of[RATIO]):.1f}×)" for of in table.values()]
+
+def torch_loader(data: Data, batch_size: int) -> Generator[int]:
+    """Random-resized crops as in torchvision: uint8[B, 3, 224, 224] and labels."""
+    from torch.utils.data import DataLoader, RandomSampler
+
+    images = _TorchImages(photographs.files_and_labels(data.jpegs))
+    endless = RandomSampler(images, replacement=True, num_samples=2**40)
+    for _, label in DataLoader(images, batch_size, sampler=endless, num_workers=CORES):
+        yield len(label)
+
+
+class _TorchImages(list):
+    """A PyTorch dataset: torchvision's RandomResizedCrop, RandomHorizontalFlip, PILToTensor."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        file, label = super().__getitem__(index)
+        with Image.open(file) as picture:
+            picture = picture.convert("RGB")
+        picture = picture.crop(_torchvision_box(picture.width, picture.height))
+        picture = picture.resize((CROP, CROP), Image.Resampling.BILINEAR)  # antialiases
+        if random.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.array(picture).transpose(2, 0, 1), label
+
+
+def _torchvision_box(width: int, height: int) -> tuple[int, int, int, int]:
+    """Returns left, top, right, bottom: 8 to 100 % of the area, 3:4 to 4:3."""
+    for _ in range(10):
+        area = width * height * random.uniform(0.08, 1)
+        ratio = (4 / 3) ** random.uniform(-1, 1)
+        w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = random.randint(0, width - w), random.randint(0, height - h)
+            return left, top, left + w, top + h
+    return 0, 0, width, height  # no photograph here is wider than 4:3
+
+
+def from_store(data: Data, batch_size: int, on_device: bool) -> Generator[int]:
+    """Ours: uint8[B, 256, 256, 3] and labels, in host memory or on the first device."""
+    import jax
+
+    from alexnet_jax.data.pipeline import train_batches
+    from alexnet_jax.data.store import open_store
+
+    place = {"place": jax.device_put} if on_device else {}
+    for batch in train_batches(open_store(data.store), batch_size, 0, **place):
+        yield len(jax.block_until_ready(batch)["label"])
+
+
+def tensorstore(data: Data, batch_size: int) -> Generator[int]:
+    """Our store as any program can open it: one read per batch, four in flight."""
+    import tensorstore as ts
+
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{data.store}/image/"}}
+    images = ts.open(spec, open=True).result()
+    rng = np.random.default_rng(0)
+    reads = [images[rng.integers(images.shape[0], size=batch_size)].read() for _ in range(4)]
+    while True:
+        reads.append(images[rng.integers(images.shape[0], size=batch_size)].read())
+        yield len(reads.pop(0).result())
+
+
+def pread(data: Data, batch_size: int) -> Generator[int]:
+    """Reads random images' bytes from the shards into one reused batch, on all cores."""
+    from alexnet_jax.data.shards import CHECKSUM_BYTES, shard_key, slots_per_shard
+    from alexnet_jax.data.store import open_store
+
+    store = open_store(data.store)
+    shards = range(len(store.shard_bytes))
+    files = [os.open(Path(store.path, shard_key(shard)), os.O_RDONLY) for shard in shards]
+    buffer = np.empty((batch_size, IMAGE_BYTES), np.uint8)
+
+    def fill(images: np.ndarray, rng: random.Random) -> int:
+        for image in images:
+            shard, index = divmod(rng.randrange(store.num_examples), slots_per_shard(SIZE))
+            os.preadv(files[shard], [image], index * (IMAGE_BYTES + CHECKSUM_BYTES))
+        return len(images)
+
+    parts = np.array_split(buffer, CORES)
+    rngs = [random.Random(thread) for thread in range(CORES)]
+    with ThreadPoolExecutor(CORES) as pool:
+        while True:
+            yield sum(pool.map(fill, parts, rngs))
+
+
+def plot(rows: Sequence[Row], ratios: Mapping[str, Row], path: Path) -> None:
+    """Draws one bar per contender: median images per second, and their range."""
+    from matplotlib.figure import Figure
+
+    names, medians = [of["what"] for of in rows], [of["median"] for of in rows]
+    ends = [[abs(of["median"] - of[end]) for of in rows] for end in ("min", "max")]
+    figure = Figure(figsize=(9, 0.45 * len(rows) + 0.8), layout="constrained")
+    axes = figure.subplots()
+    colors = ["tab:blue" if name in (HOST, DEVICE) else "silver" for name in names]
+    bars = axes.barh(names, medians, xerr=ends, color=colors, ecolor="dimgray")
+    labels = [f"{of['median']:,.0f}  ({ratios[of['what']]['median']:.1f}×)" for of in rows]
     axes.bar_label(bars, labels, padding=6)
-    axes.invert_yaxis()  # the first on top, as in the table
+    axes.invert_yaxis()  # the first on top
     axes.set(xlabel=f"images/s on {CORES} cores  (× {TF_DATA})")
     axes.margins(x=0.28)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
+
+
+def main() -> None:
+    options = parser(__doc__, quick="few images, short turns")
+    options.add_argument("--plot", type=Path, metavar="FILE.png")
+    options.add_argument("--images", type=int, default=4096, help="default: 4096")
+    options.add_argument("--batch-size", type=int, default=128, help="default: 128")
+    options.add_argument("--seconds", type=float, default=4.0, help="of each turn; default: 4")
+    args = options.parse_args()
+    if args.quick:
+        args.images, args.batch_size, args.seconds = 64, 8, 0.05
+    with tempfile.TemporaryDirectory() as folder:
+        makers = contenders(write_data(Path(folder), args.images), args.batch_size)
+        rounds = 2 if args.quick else 5
+        turns = take_turns(makers, rounds, args.seconds, warm_up=WARM_UP, group=CORES)
+    fields = {"batch": args.batch_size, "dtype": "uint8"}
+    rates = {name: [turn.rate for turn in of] for name, of in turns.items()}
+    ratios = {
+        name: ratio(f"{name} / tf.data", rate, rates[TF_DATA], **fields)
+        for name, rate in rates.items()
+    }
+    speeds = [row(name, rate, "images/s", **fields) for name, rate in rates.items()]
+    rows = [*speeds, *ratios.values(), ratio("store / pread", rates[HOST], rates[PREAD], **fields)]
+    for name, of in turns.items():
+        rows.append(row(name, [turn.cpu for turn in of], "CPU µs/image", **fields))
+        rows.append(row(name, [of[-1].peak_bytes / 1e6], "MB at most", **fields))
+    show(rows)
+    write(rows, args.json)
+    if args.plot:
+        plot(speeds, ratios, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Lines of code that a training runs through: without blank lines, comments and docstrings.
+"""How much code and text is there?
 
-    python benchmarks/lines.py [FILE.py ...]
+    python benchmarks/lines.py
+    python benchmarks/lines.py train.py models.py
 
-Without files it counts this project's: the command and `configs/imagenet.py` with all modules of
-`alexnet_jax` that they import, what preparing the data imports besides, and the whole package.
+Lines of code are counted without blank lines, comments and docstrings, all lines for comparison.
 """
 
 import ast
@@ -11,23 +11,24 @@ import io
 import subprocess
 import sys
 import tokenize
+from collections.abc import Iterable
 from pathlib import Path
 
-from rows import options, row, write
+from harness import ROOT, Row, parser, row, show, write
 
-ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "alexnet_jax"
 LAYOUT = {
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
     *(tokenize.ENCODING, tokenize.ENDMARKER),
 }
-IMPORTED = (
-    "import sys, {}; print(*(m.__file__ for n, m in sys.modules.items() if n.startswith('{}.')))"
-)
-PACKAGE = "alexnet_jax"
+IMPORT = """
+import sys, alexnet_jax.{}
+print(*(m.__file__ for name, m in sys.modules.items() if name.startswith("alexnet_jax")))
+"""
 
 
 def code_lines(source: str) -> int:
-    """Returns how many lines of a Python source hold code."""
+    """Returns the number of lines of a Python source that hold code."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in LAYOUT:
@@ -39,39 +40,49 @@ def code_lines(source: str) -> int:
     return len(lines)
 
 
-def total(files: set[Path]) -> int:
-    return sum(code_lines(file.read_text()) for file in files)
-
-
-def imported_by(module: str) -> set[Path]:
-    """Returns the package's files that a new process has read after an import."""
-    command = [sys.executable, "-c", IMPORTED.format(f"{PACKAGE}.{module}", PACKAGE)]
+def imported_files(module: str) -> set[Path]:
+    """Returns the package's files that a new process reads to import one of its modules."""
+    command = [sys.executable, "-c", IMPORT.format(module)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return set(map(Path, done.stdout.split()))
 
 
-def ours(quick: bool) -> dict[str, set[Path]]:
-    """Returns this project's files by what they are for."""
-    commands = {ROOT / "train.py", ROOT / "configs" / "imagenet.py"}
-    if quick:
-        return {"command and config": commands}
-    training = commands | imported_by("train")
-    return {
-        "training": training,
-        "preparing data, besides": imported_by("prepare") - training,
-        "the whole package": set((ROOT / PACKAGE).rglob("*.py")),
-    }
+def count(what: str, files: Iterable[Path]) -> list[Row]:
+    """Returns the lines of code and all lines of Python files."""
+    sources = [file.read_text() for file in sorted(files)]
+    what = f"{what} ({len(sources)} files)"
+    return [
+        row(what, [sum(map(code_lines, sources))], "lines of code"),
+        row(what, [sum(len(source.splitlines()) for source in sources)], "lines"),
+    ]
+
+
+def words(what: str, files: Iterable[Path]) -> Row:
+    return row(what, [sum(len(file.read_text().split()) for file in files)], "words")
+
+
+def project() -> list[Row]:
+    """Returns all counts of this checkout."""
+    training = {ROOT / "train.py", ROOT / "configs/imagenet.py", *imported_files("train")}
+    preparation = imported_files("data.prepare") - training
+    return [
+        *count("package", PACKAGE.rglob("*.py")),
+        *count("tests", (ROOT / "tests").rglob("*.py")),
+        *count("benchmarks", (ROOT / "benchmarks").rglob("*.py")),
+        *count("training loop, train.py", [PACKAGE / "train.py"]),
+        *count("imported to train with configs/imagenet.py", training),
+        *count("imported besides to prepare data", preparation),
+        words("README", [ROOT / "README.md"]),
+        words("docs/*.md", (ROOT / "docs").glob("*.md")),
+    ]
 
 
 def main() -> None:
-    """Prints the lines, and writes them as rows if asked."""
-    parser = options(__doc__, quick="the command and its config alone")
-    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.py", help="default: ours")
-    args = parser.parse_args()
-    files = {"these files": set(args.files)} if args.files else ours(args.quick)
-    rows = [row(what, [total(of)], "lines", batch=1, dtype="-") for what, of in files.items()]
-    for of, paths in zip(rows, files.values(), strict=True):
-        print(f"{of['what']:24} {of['value']:6,} lines of code in {len(paths)} files")
+    options = parser(__doc__, quick="the same")
+    options.add_argument("files", nargs="*", type=Path, metavar="FILE.py", help="default: ours")
+    args = options.parse_args()
+    rows = count("these files", args.files) if args.files else project()
+    show(rows)
     write(rows, args.json)
 
 

@@ -1,36 +1,35 @@
-"""JPEGs of ImageNet's own statistics: 500x375 pixels, about 110 KB, parts of real photographs."""
+"""JPEGs like ImageNet's: 500x375 pixels, about 110 KB, cut from two real photographs."""
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-LONG_SIDE, SHORT_SIDE = 500, 375  # pixels
+LONG_SIDE, SHORT_SIDE = 500, 375
 PORTRAIT_EVERY = 5
-PHOTOGRAPHS = ("china.jpg", "flower.jpg")
-QUALITIES = (99, 98, 98, 98, 98)  # in turn; 110 KB in the mean
-LEAST_PART = 0.8  # of the largest rectangle that the photograph holds, along a side
-RECORD_FILES = 16
-POOL = 256  # distinct JPEGs behind a folder of any size
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")  # in scikit-learn
+QUALITIES = (99, 98, 98, 98, 98)  # in turn, which gives 110 KB on average
+LEAST_ZOOM = 0.8  # smallest part, as a share of the largest rectangle's side
+POOL = 256  # distinct JPEGs in a folder
 
 
 def jpegs(count: int, seed: int = 0) -> list[bytes]:
-    """Returns JPEG files, the same for the same seed; every fifth stands upright (375x500).
+    """Returns JPEG files; the same seed gives the same files. Every fifth is 375x500.
 
-    They are parts of scikit-learn's two photographs, zoomed, flipped and of other brightness.
+    Each is a random part of a photograph, randomly flipped and brightened.
     """
     rng = np.random.default_rng(seed)
     return [_jpeg(number, rng) for number in range(count)]
 
 
 def write_folder(root: Path, split_counts: Mapping[str, int], classes: int = 10) -> None:
-    """Writes `root/SPLIT/classK/NNNNNN.jpg` for every split, which the store prepares.
+    """Writes `root/SPLIT/classK/NNNNNN.jpg` for every split, as `folder:` datasets have them.
 
-    Beyond POOL images their content repeats; every file has bytes of its own on the disk.
+    Content repeats after POOL images, but each is a file of its own.
     """
     pool = jpegs(min(POOL, max(split_counts.values())))
     for split, count in split_counts.items():
@@ -42,37 +41,14 @@ def write_folder(root: Path, split_counts: Mapping[str, int], classes: int = 10)
 
 
 def files_and_labels(split: Path) -> list[tuple[Path, int]]:
-    """Returns every image file below `SPLIT/classK`, and its K."""
+    """Returns every image file below `SPLIT/classK`, and K."""
     files = sorted(split.rglob("*.jpg"))
     return [(file, int(file.parent.name.removeprefix("class"))) for file in files]
 
 
-def write_records(files: Sequence[tuple[Path, int]], root: Path) -> list[Path]:
-    """Writes image files and labels as tfds does: shuffled tf.train.Examples in several TFRecords.
-
-    Their features are `image`, the encoded bytes, and `label`. Returns the TFRecord files.
-    """
-    import tensorflow as tf
-
-    root.mkdir()
-    order = np.random.default_rng(0).permutation(len(files))
-    records = [root / f"{part:05}.tfrecord" for part in range(RECORD_FILES)]
-    for part, record in enumerate(records):
-        with tf.io.TFRecordWriter(str(record)) as writer:
-            for file, label in (files[number] for number in order[part::RECORD_FILES]):
-                image = tf.train.BytesList(value=[file.read_bytes()])
-                feature = {
-                    "image": tf.train.Feature(bytes_list=image),
-                    "label": tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
-                }
-                example = tf.train.Example(features=tf.train.Features(feature=feature))
-                writer.write(example.SerializeToString())
-    return records
-
-
 def _jpeg(number: int, rng: np.random.Generator) -> bytes:
-    upright = number % PORTRAIT_EVERY == PORTRAIT_EVERY - 1
-    size = (SHORT_SIDE, LONG_SIDE) if upright else (LONG_SIDE, SHORT_SIDE)
+    portrait = number % PORTRAIT_EVERY == PORTRAIT_EVERY - 1
+    size = (SHORT_SIDE, LONG_SIDE) if portrait else (LONG_SIDE, SHORT_SIDE)
     whole = _photograph(PHOTOGRAPHS[number % 2])
     picture = whole.resize(size, Image.Resampling.BICUBIC, box=_random_box(whole, size, rng))
     if rng.random() < 0.5:
@@ -87,9 +63,9 @@ def _jpeg(number: int, rng: np.random.Generator) -> bytes:
 def _random_box(
     whole: Image.Image, size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """Returns left, top, right, bottom of a part that has the proportions of `size`."""
+    """Returns left, top, right and bottom of a part with the aspect ratio of `size`."""
     largest = min(whole.width / size[0], whole.height / size[1])
-    scale = largest * math.exp(rng.uniform(math.log(LEAST_PART), 0))
+    scale = largest * math.exp(rng.uniform(math.log(LEAST_ZOOM), 0))
     width, height = size[0] * scale, size[1] * scale
     left, top = rng.uniform(0, whole.width - width), rng.uniform(0, whole.height - height)
     return left, top, left + width, top + height

@@ -1,9 +1,9 @@
-"""Seconds of the imports, and from there to the first finished step, with and without the cache.
+"""How long until the first training step, with and without the cache of compiled programs?
 
     python benchmarks/start_up.py
 
-Trains one epoch of the quickstart in processes of their own, turn by turn with an empty and with
-a filled compilation cache. The data is prepared before.
+Trains the quickstart for one epoch, alternately with an empty and a filled cache. The data is
+prepared before. "First step" starts after the imports, which are measured separately.
 """
 
 import os
@@ -14,55 +14,49 @@ import tempfile
 import time
 from pathlib import Path
 
-from rows import options, row, write
+from harness import ROOT, parser, ratio, row, show, write
 
-ROOT = Path(__file__).parent.parent
+ROUNDS = 3
 
 
-def first_step_after(data_dir: Path, cache: Path) -> float:
-    """Returns the seconds that the program itself tells."""
+def first_step_seconds(folder: Path, cache: str) -> float:
+    """Returns the seconds to the first finished step, as train.py prints them."""
     with tempfile.TemporaryDirectory() as workdir:
+        command = [
+            *(sys.executable, "train.py", "--config=configs/quickstart.py"),
+            *(f"--config.data_dir={folder}/data", "--config.num_epochs=1", f"--workdir={workdir}"),
+        ]
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / cache)}
         done = subprocess.run(
-            [
-                *(sys.executable, "train.py", "--config", "configs/quickstart.py"),
-                *(f"--config.data_dir={data_dir}", f"--workdir={workdir}"),
-                "--config.num_epochs=1",
-            ],
-            cwd=ROOT,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
-            check=True,
-            capture_output=True,
-            text=True,
+            command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True
         )
     return float(re.search(r"first step after ([\d.]+) s", done.stdout)[1])
 
 
 def import_seconds() -> float:
-    """Returns how long a new process takes to import what training imports, and to end."""
+    """Returns the seconds that a process takes to import what training imports."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import alexnet_jax.train"], cwd=ROOT, check=True)
     return time.perf_counter() - started
 
 
 def main() -> None:
-    """Prints a table of medians, and writes it as rows if asked."""
-    args = options(__doc__, quick="one round").parse_args()
-    seconds = {"empty cache": [], "filled cache": []}
-    imports = []
-    with tempfile.TemporaryDirectory() as folder:
-        data_dir = Path(folder, "data")
-        first_step_after(data_dir, Path(folder, "unused"))  # prepares the data
-        for number in range(1 if args.quick else 3):
+    args = parser(__doc__, quick="one round").parse_args()
+    imports, empty, filled = [], [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        first_step_seconds(folder, "unused cache")  # prepares the data
+        for number in range(1 if args.quick else ROUNDS):
             imports.append(import_seconds())
-            for times in seconds.values():
-                times.append(first_step_after(data_dir, Path(folder, f"cache{number}")))
+            empty.append(first_step_seconds(folder, f"cache{number}"))
+            filled.append(first_step_seconds(folder, f"cache{number}"))
     rows = [
-        row(f"first step, {what}", times, "s", batch=64, dtype="float32")
-        for what, times in seconds.items()
-    ] + [row("imports", imports, "s", batch=64, dtype="float32")]
-    for of in rows:
-        print(f"{of['what']:26} {of['median']:5.1f} s  ({of['min']:.1f} to {of['max']:.1f})")
-    print(f"{'ratio':26} {rows[0]['median'] / rows[1]['median']:5.1f}")
+        row("imports", imports, "s"),
+        row("first step, empty cache", empty, "s", 64, "float32"),
+        row("first step, filled cache", filled, "s", 64, "float32"),
+        ratio("empty / filled", empty, filled),
+    ]
+    show(rows)
     write(rows, args.json)
 
 
