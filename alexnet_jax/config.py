@@ -122,8 +122,8 @@ FIELDS = {
     ),
     "optimizer.gradient_dtype": Field(
         "float32",
-        'in which devices compute and add up the kernels\' gradients; "bfloat16" halves what they '
-        "send. No effect on CPU",
+        'in which several devices add up the kernels\' gradients; "bfloat16" halves what they '
+        "send. No effect on CPU except with pmap",
     ),
     "schedule.kind": Field("constant", "constant, steps, plateau, cosine or polynomial"),
     "schedule.scaling": Field(

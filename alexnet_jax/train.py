@@ -81,7 +81,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         configs.check_bounds(config)
         parallel = sharding.make_parallel(config.parallel, config.hybrid_group)
         sharding.check_batch_size(config.batch_size, config.optimizer.accumulate_steps, parallel)
-        model = build_model(config, **parallel.model_options())
+        model = build_model(config, **parallel.model_options(config.optimizer.gradient_dtype))
         make_augment(config)
         make_optimizer(config, steps_per_epoch=1.0)
         input_shape = (config.augment.crop_size, config.augment.crop_size, 3)

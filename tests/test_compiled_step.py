@@ -29,8 +29,6 @@ def step_and_inputs(dtype="float32", **fields):
     """The training step as train.py compiles it for one device, and the shapes of its arguments."""
     config = default_config()
     config.model.variant, config.model.dtype = "owt", dtype
-    # A bfloat16 network with bfloat16 gradients multiplies nothing in float32.
-    config.optimizer.gradient_dtype = dtype
     config.update_from_flattened_dict(fields)
     model, tx = build_model(config), make_optimizer(config, 100.0)
     state = jax.eval_shape(lambda: init_state(model, tx, 0, (224, 224, 3)))

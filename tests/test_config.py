@@ -64,7 +64,10 @@ def test_bundled_config_describes_a_network_that_can_train(path):
     parallel = sharding.make_parallel(config.parallel, config.hybrid_group)
     sharding.check_batch_size(config.batch_size, config.optimizer.accumulate_steps, parallel)
     size = config.augment.crop_size
-    layers = layer_table(build_model(config, **parallel.model_options()), (size, size, 3))
+    layers = layer_table(
+        build_model(config, **parallel.model_options(config.optimizer.gradient_dtype)),
+        (size, size, 3),
+    )
     sharding.check_layers(layers, parallel)
     assert layers[-1].output_shape == (config.model.num_classes,)
     make_augment(config)

@@ -1,4 +1,4 @@
-"""Starting from a trained network: what is kept, what stays, what is new, and what it gains."""
+"""Training that starts from a trained network: what is kept, what is frozen, and what is new."""
 
 import functools
 import re
@@ -9,26 +9,27 @@ from collections import Counter
 import commands
 import jax
 import numpy as np
+import optax
 import pytest
 from images import contents, encode, photograph
 
-from alexnet_jax import config
-from alexnet_jax import inference as trained
-from alexnet_jax.data import augment
+from alexnet_jax import config, inference
+from alexnet_jax.analysis import hlo
+from alexnet_jax.data.augment import Statistics, make_augment
+from alexnet_jax.models.alexnet import build_model
 from alexnet_jax.train import train_and_evaluate
-from alexnet_jax.training import finetune, placement
-from alexnet_jax.training import optimizer as optim
-from alexnet_jax.training import sharding as parallel
-from alexnet_jax.training import train_step as step
+from alexnet_jax.training import finetune, sharding
+from alexnet_jax.training.optimizer import layer_of, make_optimizer
+from alexnet_jax.training.train_step import init_state, make_train_step
 from alexnet_jax.utils.errors import EXIT_STOPPED, UserError
 
-KINDS = ("jit", "mesh.zero", "mesh.hybrid")  # and pmap at the end
+KINDS = ("jit", "mesh.zero", "mesh.hybrid")  # the slow test below runs pmap
 FIVE = ("conv1", "conv2", "conv3", "conv4", "conv5")
 QUICKSTART = "configs/quickstart.py"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_sooner():
+def fast_compilation():
     """Nothing here runs long enough to be worth XLA's optimizations."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -36,13 +37,13 @@ def compiled_sooner():
 
 
 @pytest.fixture(autouse=True)
-def shared_although_small(monkeypatch):
-    """mesh.zero would leave arrays of so narrow a network whole."""
-    monkeypatch.setattr(placement, "LEAST_SHARDED", 1000)
+def small_arrays_are_sharded(monkeypatch):
+    """By default mesh.zero would replicate all arrays of so narrow a network."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED", 1000)
 
 
 def quickstart(**fields):
-    """A narrow network of the digits' size."""
+    """The quickstart's config with a narrow network."""
     c = config.load(QUICKSTART)
     c.parallel, c.batch_size, c.hybrid_group = "jit", 16, 4
     c.model.variant, c.model.width = "bn", 0.1
@@ -51,29 +52,34 @@ def quickstart(**fields):
 
 
 def stats(mean=100.0):
-    return augment.Statistics(np.full((72, 72, 3), mean, np.float32), np.eye(3, dtype=np.float32))
+    return Statistics(np.full((72, 72, 3), mean, np.float32), np.eye(3, dtype=np.float32))
+
+
+def initial_state(c, **options):
+    size = c.augment.crop_size
+    model, tx = build_model(c), make_optimizer(c, 10.0)
+    return jax.jit(lambda: init_state(model, tx, c.seed, (size, size, 3)), **options)()
 
 
 @functools.cache
 def network(**fields):
-    """One that was trained elsewhere: no weight or statistic is like an initial one."""
+    """A trained network: none of its weights and statistics equals an initial one."""
     c = quickstart(**fields)
-    model = parallel.build_model(c)
-    state = jax.jit(lambda: step.init_state(model, c))()
-    own = {"params": state.params, "batch_stats": state.batch_stats}
-    random = np.random.default_rng(1)
+    state = initial_state(c)
+    rng = np.random.default_rng(1)
     variables = jax.tree.map(
-        lambda x: np.float32(x + random.uniform(0.01, 0.02, x.shape)), jax.device_get(own)
+        lambda x: np.float32(x + rng.uniform(0.01, 0.02, x.shape)),
+        jax.device_get({"params": state.params, "batch_stats": state.batch_stats}),
     )
-    return trained.Trained(c, model, variables, stats(), tuple("0123456789"), 5)
+    return inference.Trained(c, build_model(c), variables, stats(), tuple("0123456789"), 5)
 
 
 @pytest.fixture(scope="module")
 def created(tmp_path_factory):
     """A workdir of `network()`."""
-    place, given = tmp_path_factory.mktemp("created") / "run", network()
-    trained.create(place, given.config, given.variables, given.stats, given.class_names)
-    return place
+    workdir, given = tmp_path_factory.mktemp("created") / "run", network()
+    inference.create(workdir, given.config, given.variables, given.stats, given.class_names)
+    return workdir
 
 
 def assert_same(tree, other):
@@ -81,118 +87,132 @@ def assert_same(tree, other):
 
 
 def batch():
-    random = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     return {
-        "image": random.integers(0, 256, (16, 72, 72, 3), np.uint8),
-        "label": random.integers(0, 5, 16).astype(np.int32),
+        "image": rng.integers(0, 256, (16, 72, 72, 3), np.uint8),
+        "label": rng.integers(0, 5, 16).astype(np.int32),
     }
+
+
+def compiled_step(c):
+    """Returns how a config spreads over devices, its train step, and shapes of its state."""
+    parallel = sharding.make_parallel(c.parallel, c.hybrid_group)
+    model = build_model(c, **parallel.model_options(c.optimizer.gradient_dtype))
+    augment, tx = make_augment(c, stats()), make_optimizer(c, 10.0)
+    step = make_train_step(model, tx, augment, accumulate_steps=c.optimizer.accumulate_steps)
+    shapes = jax.eval_shape(lambda: initial_state(c))
+    return parallel, parallel.compile_train_step(step, shapes), shapes
 
 
 FROZEN = {"freeze": ("conv1", "conv3", "fc7"), "model.num_classes": 5}
 
 
 @functools.cache
-def after_two_steps(kind):
-    """The states at rest at the start and after two steps, of five new classes."""
+def two_steps(kind):
+    """Returns the state before and after two steps on five new classes, and its shardings."""
     c = quickstart(**FROZEN, parallel=kind, **{"optimizer.layer_rates": (("fc8", 5.0),)})
     source = finetune.with_classes(network(), c, tuple("56789"))
-    model = parallel.build_model(c)
-    steps = parallel.compile_steps(c, model, stats(), optim.make_schedule(c, 10.0))
-    state = jax.jit(lambda: step.init_state(model, c), out_shardings=steps.shardings)()
-    start = finetune.with_weights(state, source)
-    lie = jax.tree.map(lambda x: x.sharding, start)
-    first, state = placement.whole(start), steps.place(start)
+    parallel, train_step, shapes = compiled_step(c)
+    state = initial_state(c, out_shardings=parallel.state_shardings(shapes))
+    state = finetune.with_weights(state, source)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    first = sharding.to_host(state)
     for _ in range(2):
-        state, _ = steps.train_step(state, steps.place_batch(batch()))
-    return first, placement.whole(steps.unplace(state)), lie
+        state, _ = train_step(state, parallel.put_batch(batch(), 16))
+    return first, sharding.to_host(state), shardings
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_starts_with_all_layers_of_its_source_but_a_new_fc8(kind):
-    first, _, _ = after_two_steps(kind)
-    given = network().variables
-    for layer, arrays in given["params"].items():
+def test_run_starts_with_all_layers_of_its_source_and_a_new_fc8(kind):
+    first, _, _ = two_steps(kind)
+    source = network().variables
+    for layer, arrays in source["params"].items():
         if layer != "fc8":
             assert_same(first.params[layer], arrays)
-    assert_same(first.batch_stats, given["batch_stats"])
-    c = quickstart(**FROZEN)
-    by_seed = jax.jit(lambda: step.init_state(parallel.build_model(c), c))().params["fc8"]
-    assert by_seed["kernel"].shape[1] == 5
-    assert_same(first.params["fc8"], by_seed)
+    assert_same(first.batch_stats, source["batch_stats"])
+    from_seed = initial_state(quickstart(**FROZEN)).params["fc8"]
+    assert from_seed["kernel"].shape[1] == 5
+    assert_same(first.params["fc8"], from_seed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_frozen_layers_and_their_norms_stay_to_the_bit_and_all_others_move(kind):
-    first, last, _ = after_two_steps(kind)
-    for name, arrays in first.params.items():
-        for array, x in arrays.items():
-            stays = optim.layer_of(name) in FROZEN["freeze"]
-            assert np.array_equal(last.params[name][array], x) == stays, (name, array)
-    for name, arrays in first.batch_stats.items():
-        for array, x in arrays.items():
-            stays = optim.layer_of(name) in FROZEN["freeze"]
-            assert np.array_equal(last.batch_stats[name][array], x) == stays, (name, array)
+def test_frozen_layers_and_their_batch_norm_stay_bitwise_and_all_others_change(kind):
+    first, last, _ = two_steps(kind)
+    for before, after in ((first.params, last.params), (first.batch_stats, last.batch_stats)):
+        for name, arrays in before.items():
+            for array, x in arrays.items():
+                stays = layer_of(name) in FROZEN["freeze"]
+                assert np.array_equal(after[name][array], x) == stays, (name, array)
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_with_frozen_layers_every_kind_on_eight_devices_equals_one(kind):
-    (_, one, _), (_, several, _) = after_two_steps("jit"), after_two_steps(kind)
+def test_with_frozen_layers_eight_devices_compute_what_one_does(kind):
+    (_, one, _), (_, several, _) = two_steps("jit"), two_steps(kind)
     for a, b in zip(*map(jax.tree.leaves, (several, one)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-3 * float(np.abs(b).max()))
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_there_is_a_velocity_of_what_trains_alone_and_it_lies_as_its_parameter(kind):
-    _, last, lie = after_two_steps(kind)
-    velocity = last.opt_state[-1].trace
-    assert set(velocity) == {name for name in last.params if name[-1] not in "137"}
-    for name, arrays in lie.opt_state[-1].trace.items():
-        assert arrays == lie.params[name]
-    shared = {str(s.spec) for s in jax.tree.leaves(lie.opt_state[-1].trace)}
-    assert (len(shared) > 1) == (kind in ("mesh.zero", "mesh.hybrid"))
+def test_only_layers_that_train_have_a_velocity_sharded_as_the_parameter(kind):
+    _, last, shardings = two_steps(kind)
+    velocity = optax.tree.get(last.opt_state, "trace")
+    assert {name for name in velocity if jax.tree.leaves(velocity[name])} == {
+        name for name in last.params if name[-1] not in "137"
+    }
+    of_velocity = optax.tree.get(shardings.opt_state, "trace")
+    for name, arrays in of_velocity.items():
+        if jax.tree.leaves(arrays):
+            assert arrays == shardings.params[name]
+    assert len({str(s.spec) for s in jax.tree.leaves(of_velocity)}) > 1
 
 
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
 @pytest.mark.parametrize(("freeze", "convolutions", "products"), [((), 14, 9), (FIVE, 5, 8)])
-def test_no_gradient_is_computed_that_no_layer_needs(freeze, convolutions, products):
-    """Of the convolutions only the forward ones are left, and fc6's inputs have no gradient."""
-    c = quickstart(freeze=freeze, **{"model.variant": "owt"})
-    steps = parallel.compile_steps(
-        c, parallel.build_model(c), stats(), optim.make_schedule(c, 10.0)
-    )
-    state = jax.eval_shape(lambda: step.init_state(parallel.build_model(c), c))
-    text = jax.export.export(steps.train_step, platforms=["tpu"])(state, batch()).mlir_module()
+def test_gradients_that_no_layer_needs_are_not_computed(
+    freeze, convolutions, products, accumulate_steps
+):
+    """With frozen convolutions only the forward ones remain, and fc6's input has no gradient."""
+    fields = {"model.variant": "single", "optimizer.accumulate_steps": accumulate_steps}
+    parallel, train_step, shapes = compiled_step(quickstart(freeze=freeze, **fields))
+    inputs = shapes, parallel.put_batch(batch(), 16)
+    text = jax.export.export(train_step, platforms=["tpu"])(*inputs).mlir_module()
     count = Counter(re.findall(r"stablehlo\.(convolution|dot_general)", text))
-    assert count == {"convolution": convolutions, "dot_general": products + 1}  # colour noise
+    assert count == {"convolution": convolutions, "dot_general": products + 1}  # color noise
 
 
-def test_gradients_of_frozen_layers_are_not_sent_between_devices():
-    def sent(freeze):
-        c = quickstart(freeze=freeze, parallel="mesh.data", **{"model.variant": "owt"})
-        model = parallel.build_model(c)
-        steps = parallel.compile_steps(c, model, stats(), optim.make_schedule(c, 10.0))
-        state = jax.eval_shape(lambda: step.init_state(model, c))
-        return steps.train_step.lower(state, batch()).as_text().count('"stablehlo.all_reduce"')
+@pytest.mark.parametrize("kind", [pytest.param("pmap", marks=pytest.mark.slow), "mesh.data"])
+def test_gradients_of_frozen_layers_are_not_sent_between_devices(kind):
+    def bytes_added_up(freeze):
+        c = quickstart(freeze=freeze, parallel=kind, **{"model.variant": "single"})
+        parallel, train_step, shapes = compiled_step(c)
+        text = train_step.lower(shapes, parallel.put_batch(batch(), 16)).compile().as_text()
+        sent = hlo.collectives(text, 8)
+        return sum(each.payload_bytes for each in sent if each.kind == "all-reduce")
 
-    assert sent(()) - sent(FIVE) == 2 * len(FIVE)  # a kernel and a bias each
+    params = network(**{"model.variant": "single"}).variables["params"]
+    convolutions = jax.tree.leaves([params[layer] for layer in FIVE])
+    assert bytes_added_up(()) - bytes_added_up(FIVE) == sum(x.nbytes for x in convolutions)
 
 
-def test_the_classes_output_is_kept_for_the_same_classes_alone():
+def test_last_layer_is_kept_only_for_the_same_classes():
     c, names = quickstart(), network().class_names
     assert finetune.with_classes(network(), c, names) is network()
-    for other in (names[::-1], names[:9]):  # by another order label 0 is another class
+    for other in (names[::-1], names[:9]):  # in another order label 0 is another class
         assert "fc8" not in finetune.with_classes(network(), c, other).variables["params"]
     c.freeze = ("fc8",)
     assert finetune.with_classes(network(), c, names) is network()
-    with pytest.raises(UserError, match="freeze names fc8, which is new here"):
+    with pytest.raises(UserError, match="freeze names fc8, which is new in this run"):
         finetune.with_classes(network(), c, names[::-1])
 
 
 def load_source(created, workdir, **fields):
     c = quickstart(init_from=str(created), **fields)
-    return finetune.load_source(c, parallel.build_model(c), workdir)
+    return finetune.load_source(c, build_model(c), workdir)
 
 
-def test_any_network_whose_features_fit_can_be_started_from(created, tmp_path):
+def test_source_may_have_other_classes_rates_and_the_same_scale_written_otherwise(
+    created, tmp_path
+):
     fields = {"model.num_classes": 3, "learning_rate": 1.0, "augment.pixel_scale": 1 / 32}
     source = load_source(created, tmp_path, **fields, **{"augment.channel_scale": (0.5, 0.5, 0.5)})
     assert_same(source.variables, network().variables)
@@ -202,11 +222,18 @@ def test_any_network_whose_features_fit_can_be_started_from(created, tmp_path):
 UNFIT = [
     (
         {"model.variant": "owt", "model.width": 0.2},
-        r"\(model.variant owt, model.width 0.2\); "
+        "this run's model.variant owt, model.width 0.2; "
         "set --config.model.variant=bn --config.model.width=0.1",
     ),
-    ({"augment.mean": "channel"}, r"\(augment.mean channel\); set --config.augment.mean=image"),
-    ({"image_size": 80}, r"\(image_size 80\); set --config.image_size=72"),
+    (
+        {"model.conv1_padding": 0},
+        "this run's model.conv1_padding 0; set --config.model.conv1_padding=-1",
+    ),
+    (
+        {"augment.mean": "channel"},
+        "this run's augment.mean channel; set --config.augment.mean=image",
+    ),
+    ({"image_size": 80}, "this run's image_size 80; set --config.image_size=72"),
     ({"augment.pixel_scale": 1.0}, "set --config.augment.pixel_scale=0.015625"),
     (
         {"augment.channel_scale": (1.0, 1.0, 2.0)},
@@ -219,50 +246,52 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "told"), UNFIT)
-def test_features_of_other_inputs_are_refused_with_all_that_must_be_set(
-    created, tmp_path, fields, told
+@pytest.mark.parametrize(("fields", "message"), UNFIT)
+def test_source_trained_on_other_inputs_is_rejected_with_the_fields_to_set(
+    created, tmp_path, fields, message
 ):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         load_source(created, tmp_path, **fields)
 
 
-def test_a_layer_of_another_shape_is_named_with_both(tmp_path):
+def test_layer_of_another_shape_is_named_with_both_shapes(tmp_path):
     given = network(**{"augment.mean": "channel"})
     channel_mean = given.stats._replace(mean=np.zeros(3, np.float32))
     names = given.class_names
-    trained.create(tmp_path / "source", given.config, given.variables, channel_mean, names)
+    inference.create(tmp_path / "source", given.config, given.variables, channel_mean, names)
     fields = {"augment.mean": "channel", "image_size": 100, "augment.crop_size": 96}
-    told = r"fc6.kernel has shape \(24, 408\), not \(96, 408\); set --config.augment.crop_size=64"
-    with pytest.raises(UserError, match=told):
+    message = (
+        r"fc6.kernel has shape \(24, 408\), not \(96, 408\); set --config.augment.crop_size=64"
+    )
+    with pytest.raises(UserError, match=message):
         load_source(tmp_path / "source", tmp_path / "run", **fields)
 
 
-def test_a_source_that_is_none_is_refused_before_anything_is_written(created, tmp_path):
+def test_missing_source_and_own_workdir_are_rejected_before_anything_is_written(created, tmp_path):
     before = contents(created)
-    for source, workdir, told in (
+    for source, workdir, message in (
         (tmp_path / "none", tmp_path / "run", f"no trained network in {tmp_path}/none"),
         (created, created, "is the workdir of this very run"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             train_and_evaluate(quickstart(init_from=str(source)), workdir)
     assert list(tmp_path.iterdir()) == []
     assert contents(created) == before
 
 
-def test_the_mean_is_the_sources_and_the_colour_noise_that_of_the_new_images(created, tmp_path):
-    of_data = augment.Statistics(np.ones((72, 72, 3), np.float32), np.full((3, 3), 7, np.float32))
+def test_mean_is_that_of_the_source_and_color_noise_that_of_the_new_images(created, tmp_path):
+    of_data = Statistics(np.ones((72, 72, 3), np.float32), np.full((3, 3), 7, np.float32))
     c = quickstart(init_from=str(created))
-    for source in (network(), None):  # None: going on in a workdir that has lost its file
+    for source in (network(), None):  # None: resuming in a workdir whose statistics.npz is lost
         found = finetune.statistics(c, source, tmp_path, of_data)
-        assert_same(found, augment.Statistics(stats().mean, of_data.noise_basis))
-    trained.save_statistics(tmp_path, stats(mean=50.0), ("a",))
+        assert_same(found, Statistics(stats().mean, of_data.noise_basis))
+    inference.save_statistics(tmp_path, stats(mean=50.0), ("a",))
     found = finetune.statistics(c, None, tmp_path, of_data)
     assert_same(found.mean, stats(mean=50.0).mean)
     assert finetune.statistics(quickstart(), None, tmp_path, of_data) is of_data
 
 
-def test_the_config_for_photographs_starts_from_a_network_like_torchvisions(tmp_path):
+def test_finetune_config_starts_from_a_network_like_that_of_torchvision(tmp_path):
     photographs = tmp_path / "photographs"
     for number in range(12):
         file = photographs / ("train", "val")[number % 2] / f"class{number % 3}" / f"{number}.jpg"
@@ -272,10 +301,10 @@ def test_the_config_for_photographs_starts_from_a_network_like_torchvisions(tmp_
     c.model.variant, c.model.width, c.parallel = "owt", 0.1, "jit"
     c.augment.mean, c.augment.pixel_scale = "channel", 1 / 255
     c.augment.channel_scale = (1 / 0.229, 1 / 0.224, 1 / 0.225)
-    state = step.init_state(parallel.build_model(c), c)
+    params = initial_state(c).params
     mean = 255 * np.array([0.485, 0.456, 0.406], np.float32)
-    pixels = augment.Statistics(mean, np.zeros((3, 3), np.float32))
-    trained.create(tmp_path / "torchvision", c, {"params": state.params}, pixels, ())
+    pixels = Statistics(mean, np.zeros((3, 3), np.float32))
+    inference.create(tmp_path / "torchvision", c, {"params": params}, pixels, ())
     fields = {
         "init_from": tmp_path / "torchvision",
         "dataset": f"folder:{photographs}",
@@ -288,17 +317,17 @@ def test_the_config_for_photographs_starts_from_a_network_like_torchvisions(tmp_
     }
     overrides = [(name, str(value)) for name, value in fields.items()]
     train_and_evaluate(config.load("configs/finetune.py", overrides), tmp_path / "run")
-    found = trained.load(tmp_path / "run")
+    found = inference.load(tmp_path / "run")
     assert found.class_names == ("class0", "class1", "class2")
     assert_same(found.stats.mean, mean)
     assert found.stats.noise_basis.any()
-    assert_same(found.variables["params"]["conv2"], state.params["conv2"])
+    assert_same(found.variables["params"]["conv2"], params["conv2"])
     assert not np.array_equal(
-        found.variables["params"]["conv3"]["kernel"], state.params["conv3"]["kernel"]
+        found.variables["params"]["conv3"]["kernel"], params["conv3"]["kernel"]
     )
     summary = (tmp_path / "run" / "summary.txt").read_text()
     assert "frozen: conv1, conv2; " in summary
-    assert "step 0; fc8 is new, since the classes are others" in summary
+    assert "step 0; fc8 is new because the classes differ" in summary
 
 
 OPTIONS = (
@@ -310,31 +339,30 @@ STEPS = 20
 
 
 @pytest.mark.slow
-def test_stopped_and_without_its_source_a_run_goes_on_to_the_same_bits(created, digits, tmp_path):
-    """On eight devices, by the real command line."""
+def test_stopped_run_resumes_bitwise_on_eight_devices_without_its_source(created, digits, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(created, source)
     more = (*OPTIONS, f"--config.init_from={source}")
     whole = commands.train(digits, tmp_path / "whole", *more)
     assert whole.returncode == 0, whole.stderr
-    told = (
-        f"starting from {source}, step 0; the classes are the same",
+    printed = (
+        f"starting from {source}, step 0; same classes",
         "frozen: conv1, conv2; ",
-        "compiled by pmap",
+        "parallel=pmap",
     )
-    assert all(text in whole.stdout for text in told)
+    assert all(text in whole.stdout for text in printed)
     stopped = commands.signalled_at(digits, tmp_path / "run", "step      9", signal.SIGTERM, *more)
     assert stopped.returncode == EXIT_STOPPED
     summary = (tmp_path / "run" / "summary.txt").read_text()
-    assert all(text in summary for text in told[:2])
+    assert all(text in summary for text in printed[:2])
     shutil.rmtree(source)
     again = commands.train(digits, tmp_path / "run", *more)
     assert again.returncode == 0, again.stderr
-    assert "going on from step" in again.stdout
+    assert "resuming from step" in again.stdout
     (step_a, a), (step_b, b) = map(commands.saved_state, (tmp_path / "whole", tmp_path / "run"))
     assert step_a == step_b == STEPS
     assert_same(a, b)
     assert (tmp_path / "run" / "summary.txt").read_text() == summary
-    found = trained.load(tmp_path / "run")
+    found = inference.load(tmp_path / "run")
     assert_same(found.stats.mean, stats().mean)
     assert_same(found.variables["params"]["conv2"], network().variables["params"]["conv2"])

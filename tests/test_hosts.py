@@ -199,7 +199,7 @@ images = random.integers(0, 256, (16, 72, 72, 3), np.uint8)
 labels = random.integers(0, 10, 16).astype(np.int32)
 with distributed.joined():
     parallel = make_parallel("mesh.data")
-    model = build_model(config, **parallel.model_options())
+    model = build_model(config, **parallel.model_options(config.optimizer.gradient_dtype))
     tx = make_optimizer(config, steps_per_epoch=10.0)
     initial = lambda: init_state(model, tx, 0, (64, 64, 3))
     shapes = jax.eval_shape(initial)

@@ -57,7 +57,8 @@ class Program:
 
     def __init__(self, config, kind):
         self.parallel = make_parallel(kind, config.hybrid_group)
-        self.model = build_model(config, **self.parallel.model_options())
+        options = self.parallel.model_options(config.optimizer.gradient_dtype)
+        self.model = build_model(config, **options)
         self.augment = make_augment(config, STATS)
         tx = make_optimizer(config, steps_per_epoch=10.0)
         size = config.augment.crop_size
@@ -352,6 +353,11 @@ BAD_KINDS = [
 def test_a_kind_that_does_not_fit_is_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         make_parallel(*arguments)
+
+
+def test_an_unknown_gradient_dtype_is_refused():
+    with pytest.raises(UserError, match="'float16'.*float32, bfloat16"):
+        make_parallel("mesh.data").model_options("float16")
 
 
 BAD_BATCHES = [

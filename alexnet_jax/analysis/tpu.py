@@ -1,4 +1,8 @@
-"""What libtpu's compiler says of a program for TPUs that are not there."""
+"""Compiles the training step for a TPU slice without having one, and estimates what a step costs.
+
+libtpu compiles for any topology on a CPU. Its program tells the memory and the bytes sent exactly.
+Cycles are libtpu's own estimates, and the time to send comes from published link speeds.
+"""
 
 import contextlib
 import importlib.metadata
@@ -6,53 +10,43 @@ import importlib.util
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from ml_collections import ConfigDict
 
+from alexnet_jax.analysis import hlo
+from alexnet_jax.data.augment import Statistics, make_augment
+from alexnet_jax.models.alexnet import AlexNet, build_model
+from alexnet_jax.models.summary import LayerRow, layer_table
+from alexnet_jax.training import sharding
+from alexnet_jax.training.optimizer import make_optimizer
+from alexnet_jax.training.train_step import init_state, make_train_step
 from alexnet_jax.utils.errors import UserError, one_line
+from alexnet_jax.utils.process import TPU_OPTIONS
 
-LARGE = 100_000  # elements: an operation on fewer may go without cycles
-FREE = {  # the rest that has none: it does nothing, or copies while others compute
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call", "broadcast"),
-    *("copy-start", "copy-done", "slice-start", "slice-done", "async-start", "async-done"),
-}
-OPERATION = re.compile(r"\s*(?:ROOT )?%(?P<name>\S+) = (?P<type>.*?) (?P<opcode>[\w-]+)\(")
-CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-ORIGIN = re.compile(r'op_name="([^"]*)"')
-LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$", re.M)
-# How a program names the chips of a group: as a list, as shape and order of all places, or as axes
-# of a mesh of them.
-LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
-RESHAPED = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-OF_MESH = re.compile(
-    r"replica_groups=mesh\[(.*?)\]"
-    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
-)
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "u64": 8}
+Costs = dict[str, Any]  # one layout in plan.json
 
 
 class Chip(NamedTuple):
-    """Published figures of one chip (docs.cloud.google.com/tpu/docs/v5e, …/v5p-training, …/v6e).
+    """Published numbers of one chip (docs.cloud.google.com/tpu/docs/v5e, …/v5p-training, …/v6e).
 
     Attributes:
-      hbm_bytes: capacity.
-      link_bytes_per_s: of one of its links to a neighbour, in one direction.
-      hertz: the clock. It is not published; this is what makes the products that the chip's
-        matrix units start in a cycle the published peak.
-      wraps_from: length of an axis of the topology from which on its ends are linked too.
+      hbm_bytes: memory.
+      link_bytes_per_s: bandwidth of one link to a neighbor, in one direction.
+      hertz: clock rate. It is not published; this value makes the products per cycle of the matrix
+        units the published peak.
+      min_ring: length from which on the ends of a topology's axis are linked too.
     """
 
     hbm_bytes: float
     link_bytes_per_s: float
     hertz: float
-    wraps_from: int
+    min_ring: int
 
 
 CHIPS = {
@@ -60,66 +54,41 @@ CHIPS = {
     "v5e": Chip(16e9, 50e9, 1.5e9, 16),
     # 4,800 Gbit/s, counted as v5e's 1,600, over 6 ports; 459 TFLOP/s of 8 units of 128 × 128.
     "v5p": Chip(95e9, 100e9, 1.75e9, 4),
-    # 3,200 Gbit/s over 4 ports; 918 TFLOP/s, at v5p's clock.
+    # 3,200 Gbit/s over 4 ports; 918 TFLOP/s, at v5p's clock rate.
     "v6e": Chip(32e9, 100e9, 1.75e9, 16),
 }
 
 
-class Operation(NamedTuple):
-    """One that the chip runs, with what it comes from in the program."""
-
-    cycles: int
-    name: str
-    origin: str
-
-
-class Collective(NamedTuple):
-    """One that chips run together.
-
-    Attributes:
-      kind: one of COLLECTIVES.
-      dtypes: of what is sent, e.g. "bf16".
-      payload_bytes: the whole array's on a chip: of an all-gather the output, else the input.
-      group: the places, in the order of the mesh's devices, of the chips of the first group.
-    """
-
-    kind: str
-    dtypes: str
-    payload_bytes: int
-    group: tuple[int, ...]
-
-    @property
-    def bytes_sent(self) -> float:
-        """What a chip sends at least, over all of its links."""
-        share = 1 - 1 / len(self.group)
-        times = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
-        return times * self.payload_bytes
-
-
 def topology_devices(topology: str) -> tuple[Chip, list[jax.Device]]:
-    """Returns the chip of a topology such as "v5e:16x16", and the topology's devices.
+    """Returns the chip and the devices of a topology such as "v5e:16x16".
 
-    Raises UserError if libtpu is missing or there is no such topology.
+    Raises:
+      UserError: libtpu is not installed or does not know the topology.
     """
-    _check_libtpu()
     name, _, shape = topology.partition(":")
     if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(
-            f"--topology={topology} must be like v5e:16x16, of one of {', '.join(CHIPS)}"
+            f"--topology={topology} is not a topology; write it like v5e:16x16, with one of "
+            f"{', '.join(CHIPS)}"
         )
-    with _no_tpu_of_our_own():
+    if not importlib.util.find_spec("libtpu"):
+        wanted = [need for need in importlib.metadata.requires("jax") or [] if "libtpu" in need]
+        spec = wanted[0].partition(";")[0].strip() if wanted else "libtpu"
+        raise UserError(f"libtpu, which compiles for TPUs, is not installed: pip install '{spec}'")
+    with _no_local_tpu():
         try:
             found = topologies.get_topology_desc(topology, platform="tpu")
-        except Exception as error:  # libtpu's, of several types
+        except Exception as error:  # libtpu raises several types
             raise UserError(f"libtpu knows no topology {topology}: {one_line(error)}") from error
     return CHIPS[name], list(found.devices)
 
 
 @contextlib.contextmanager
-def _no_tpu_of_our_own() -> Iterator[None]:
-    """libtpu would look for one, and ask Google's cloud for it."""
+def _no_local_tpu() -> Iterator[None]:
+    """Keeps libtpu from looking for a TPU, asking Google Cloud for it, and locking it."""
     before = dict(os.environ)
     os.environ |= {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -130,141 +99,181 @@ def _no_tpu_of_our_own() -> Iterator[None]:
     os.environ |= before
 
 
-def _check_libtpu() -> None:
-    if importlib.util.find_spec("libtpu"):
-        return
-    wanted = [need for need in importlib.metadata.requires("jax") or [] if "libtpu" in need]
-    spec = wanted[0].partition(";")[0].strip() if wanted else "libtpu"
-    raise UserError(f"libtpu, which compiles for TPUs, is not installed: pip install '{spec}'")
+class CompiledStep(NamedTuple):
+    """The training step of a config, compiled for the devices of a topology.
 
-
-def entry_operations(text: str) -> tuple[list[Operation], Counter[str]]:
-    """Returns the operations that have cycles, the costliest first, and how many have none.
-
-    Those of the entry computation count, since a fusion's cycles include what is inside of it; of
-    a loop the body's, as often as it runs. Collectives do not: see `collectives`.
+    Attributes:
+      state: shapes, dtypes and shardings of the train state.
+      batch: the same of a global batch.
+      activations: bytes of the outputs of all layers on one chip, in the model's dtype.
+      devices: in the order of the mesh.
     """
-    bodies = _computations(text)
-    operations = []
-    unknown: Counter[str] = Counter()
-    for line in bodies["ENTRY"]:
-        head = OPERATION.match(line)
-        if not head or head["opcode"].removesuffix("-start") in COLLECTIVES:
-            continue
-        origin = ORIGIN.search(line)
-        cycles = _cycles(line, head["opcode"], bodies)
-        if cycles:
-            operations.append(Operation(cycles, head["name"], origin[1] if origin else ""))
-        elif head["opcode"] not in FREE and _elements(head["type"]) >= LARGE:
-            unknown[head["opcode"]] += 1
-    return sorted(operations, reverse=True), unknown
+
+    config: ConfigDict
+    program: jax.stages.Compiled
+    state: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
+    activations: int
+    devices: list[jax.Device]
 
 
-def collectives(text: str, chips: int) -> list[Collective]:
-    """Returns what the chips send each other in one run of a program, in its order.
+def network(
+    config: ConfigDict, devices: list[jax.Device]
+) -> tuple[sharding.Parallel, AlexNet, list[LayerRow]]:
+    """Returns how a config spreads its network over devices, the network and its layer table.
 
-    Those that run beside other operations are inside of computations of their own, which begin
-    with an async-collective-start; their continuations repeat them.
+    Raises:
+      UserError: the config does not fit the devices.
     """
-    bodies = _computations(text)
-    lines = []
-    for line in bodies["ENTRY"]:
-        head = OPERATION.match(line)
-        if head and head["name"].startswith("async-collective-start"):
-            lines += bodies[_called(line, "calls")]
-        else:
-            lines.append(line)
-    return [found for line in lines if (found := _collective(line, chips))]
+    parallel = sharding.make_parallel(config.parallel, config.hybrid_group, devices)
+    sharding.check_batch_size(config.batch_size, config.optimizer.accumulate_steps, parallel)
+    model = build_model(config, **parallel.model_options(config.optimizer.gradient_dtype))
+    layers = layer_table(model, (config.augment.crop_size, config.augment.crop_size, 3))
+    sharding.check_layers(layers, parallel)
+    return parallel, model, layers
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """Returns the lines of each computation by its name, of the entry by "ENTRY"."""
-    found = {}
-    for match in COMPUTATION.finditer(text):
-        name = "ENTRY" if match[0].startswith("ENTRY") else match[1]
-        found[name] = text[match.end() : text.index("\n}", match.end())].splitlines()
-    return found
+def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
+    """Compiles the training step of a config as train.py does, for devices that are not here."""
+    parallel, model, layers = network(config, devices)
+    size, count = config.image_size, config.batch_size
+    # The values do not matter, but the compiler would remove the color noise of a zero matrix.
+    statistics = Statistics(np.zeros((size, size, 3), np.float32), np.eye(3, dtype=np.float32))
+    steps_per_epoch = 1_281_167 / count  # ImageNet's; they change constants of the program only
+    tx = make_optimizer(config, steps_per_epoch)
+    train_step = make_train_step(
+        model,
+        tx,
+        make_augment(config, statistics, steps_per_epoch),
+        accumulate_steps=config.optimizer.accumulate_steps,
+        log_grad_norm=bool(config.optimizer.clip_norm),
+    )
+    crop = (config.augment.crop_size, config.augment.crop_size, 3)
+    state = jax.eval_shape(lambda: init_state(model, tx, config.seed, crop))
+    state = jax.tree.map(lambda x, s: x.update(sharding=s), state, parallel.state_shardings(state))
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.batch_sharding)
+        for name, shape, dtype in (
+            ("image", (count, size, size, 3), jnp.uint8),
+            ("label", (count,), jnp.int32),
+        )
+    }
+    lowered = parallel.compile_train_step(train_step, state).lower(state, batch)
+    options = TPU_OPTIONS if devices[0].platform == "tpu" else {}
+    values = sum(math.prod(layer.output_shape) for layer in layers)
+    return CompiledStep(
+        config,
+        lowered.compile(compiler_options={**options}),
+        state,
+        batch,
+        count // len(devices) * values * jnp.dtype(config.model.dtype).itemsize,
+        list(parallel.mesh.devices.flat),
+    )
 
 
-def _called(line: str, as_what: str) -> str:
-    name: str = re.findall(rf"\b{as_what}=%([\w.-]+)", line)[0]
-    return name
+def step_costs(step: CompiledStep, chip: Chip, num_hosts: int) -> Costs:
+    """Returns the memory, bytes and estimated time of one step, as plan.json has them."""
+    config, chips = step.config, len(step.devices)
+    text = step.program.as_text()
+    operations, unknown = hlo.operation_cycles(text)
+    cycles = sum(operation.cycles for operation in operations)
+    sent = _communication(step, text, chip)
+    memory = _memory(step)
+    compute_s = cycles / chip.hertz
+    communication_s = sum(found["seconds"] for found in sent)
+    step_s = compute_s + communication_s
+    return {
+        "layout": config.parallel,
+        "gradient_dtype": config.optimizer.gradient_dtype,
+        "chips": chips,
+        "memory": memory,
+        "fits": memory["total"] <= chip.hbm_bytes,
+        "collectives": sent,
+        "bytes_sent": sum(found["bytes_sent"] for found in sent),
+        "cycles": cycles,
+        "operations_without_cycles": dict(unknown),
+        "compute_s": compute_s,
+        "communication_s": communication_s,
+        "step_s": step_s,
+        "step_s_if_all_overlaps": max(compute_s, communication_s),
+        "images_per_s": config.batch_size / step_s,
+        "images_per_s_per_host": config.batch_size / step_s / num_hosts,
+    }
 
 
-def _cycles(line: str, opcode: str, bodies: dict[str, list[str]]) -> int:
-    if opcode != "while":
-        cycles = CYCLES.search(line)
-        return int(cycles[1]) if cycles else 0
-    limits = LIMIT.findall("\n".join(bodies[_called(line, "condition")]))
-    heads = ((OPERATION.match(inner), inner) for inner in bodies[_called(line, "body")])
-    per_trip = sum(_cycles(inner, head["opcode"], bodies) for head, inner in heads if head)
-    return per_trip * max(map(int, limits), default=1)
+def _memory(step: CompiledStep) -> dict[str, int]:
+    """Returns the bytes of a chip's memory by use. Activations are among the temporaries."""
+
+    def local_bytes(tree: Any) -> int:
+        return sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+
+    found = step.program.memory_analysis()
+    return {
+        "params": local_bytes(step.state.params),
+        "optimizer": local_bytes(step.state.opt_state),
+        "batch": local_bytes(step.batch),
+        "temporaries": found.temp_size_in_bytes,
+        "activations": step.activations,
+        "total": (
+            found.argument_size_in_bytes
+            + found.output_size_in_bytes
+            - found.alias_size_in_bytes
+            + found.temp_size_in_bytes
+            + found.generated_code_size_in_bytes
+        ),
+    }
 
 
-def _collective(line: str, chips: int) -> Collective | None:
-    head = OPERATION.match(line)
-    if not head or (kind := head["opcode"].removesuffix("-start")) not in COLLECTIVES:
-        return None
-    group = _group(line, chips)
-    shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", head["type"])
-    sizes = [BYTES[dtype] * _length(lengths) for dtype, lengths in shapes if dtype in BYTES]
-    if head["opcode"].endswith("-start") and kind != "all-reduce":  # of a pair (input, output)
-        sizes = sizes[1:2]
-    payload = sum(sizes) * (len(group) if kind == "reduce-scatter" else 1)
-    return Collective(kind, "+".join(sorted({dtype for dtype, _ in shapes})), payload, group)
+def _communication(step: CompiledStep, text: str, chip: Chip) -> list[dict[str, Any]]:
+    """Returns each collective of a program with its bytes, links and estimated time."""
+    coordinates = [tuple(device.coords) for device in step.devices]
+    shape = tuple(np.max(coordinates, axis=0) + 1)
+    rows = []
+    for found in hlo.collectives(text, len(coordinates)):
+        group = [coordinates[position] for position in found.group]
+        links = count_links(group, shape, chip) if found.kind != "collective-permute" else 1
+        rows.append(
+            {
+                "kind": found.kind,
+                "dtypes": found.dtypes,
+                "group": len(found.group),
+                "runs": found.runs,
+                "payload_bytes": found.payload_bytes,
+                "bytes_sent": found.bytes_sent,
+                "links": links,
+                "seconds": seconds(found, links, chip),
+            }
+        )
+    return rows
 
 
-def _group(line: str, chips: int) -> tuple[int, ...]:
-    if listed := LISTED.search(line):
-        return tuple(map(int, listed[1].split(",")))
-    if reshaped := RESHAPED.search(line):
-        return tuple(_iota(reshaped[3], reshaped[4])[: int(reshaped[2])])
-    if of_mesh := OF_MESH.search(line):
-        lengths = {name: int(length) for name, length in re.findall(r"'(\w+)'=(\d+)", of_mesh[1])}
-        shape = of_mesh[2] or ",".join(map(str, lengths.values()))
-        places = np.array(_iota(shape, of_mesh[3])).reshape(list(lengths.values()))
-        named = re.findall(r"'(\w+)'", of_mesh[4])
-        first = tuple(slice(None) if name in named else 0 for name in lengths)
-        return tuple(places[first].ravel().tolist())
-    return tuple(range(chips))
+def count_links(group: list[tuple[int, ...]], shape: tuple[int, ...], chip: Chip) -> int:
+    """Returns how many links to neighbors each chip of a group can use for a collective.
 
+    Along an axis of the topology on which the chips of the group are neighbors, these are two if
+    they close a ring, and one otherwise, because the chips at the ends have one. Along other axes
+    messages pass through chips of other groups, which use the same links at the same time.
 
-def _iota(shape: str, order: str | None) -> list[int]:
-    lengths = [int(length) for length in shape.split(",")]
-    places = np.arange(math.prod(lengths)).reshape(lengths)
-    if order:
-        places = places.transpose([int(axis) for axis in order.split(",")])
-    return places.ravel().tolist()
-
-
-def _length(lengths: str) -> int:
-    return math.prod(map(int, filter(None, lengths.split(","))))
-
-
-def _elements(shapes: str) -> int:
-    """Returns how many elements the largest array has, of one or more such as bf16[8,128]{1,0}."""
-    return max((_length(of) for of in re.findall(r"\w\[([\d,]*)\]", shapes)), default=0)
-
-
-def links(coordinates: list[tuple[int, ...]], shape: tuple[int, ...], chip: Chip) -> int:
-    """Returns over how many of its links each chip of a group reaches others of it directly.
-
-    Along an axis on which the group's chips are neighbours that is two where they close a ring,
-    and one where the ends of a line have but one. Along other axes messages pass through chips
-    of other groups, which need the same links at the same time.
+    Args:
+      group: coordinates of its chips.
+      shape: of the topology.
     """
     count = 0
     for axis, length in enumerate(shape):
-        places = sorted({place[axis] for place in coordinates})
-        if len(places) > 1 and places == list(range(places[0], places[0] + len(places))):
-            rings = len(places) == length and length >= chip.wraps_from
-            count += 2 if rings else 1
+        positions = sorted({coordinates[axis] for coordinates in group})
+        first, extent = positions[0], len(positions)
+        if extent > 1 and positions == list(range(first, first + extent)):
+            count += 2 if extent == length >= chip.min_ring else 1
     return max(count, 1)
 
 
-def seconds(collective: Collective, links: int, chip: Chip) -> float:
-    """Returns how long a collective takes at the links' full rate, without latency."""
+def seconds(collective: hlo.Collective, links: int, chip: Chip) -> float:
+    """Returns how long a collective takes at the full rate of its links, without latency."""
     sent = collective.bytes_sent
     if collective.kind == "all-to-all":  # half of everything crosses the middle of a line or ring
-        sent = max(sent, collective.payload_bytes * len(collective.group) / 4)
+        payload = collective.runs * collective.payload_bytes
+        sent = max(sent, payload * len(collective.group) / 4)
     return sent / (links * chip.link_bytes_per_s)

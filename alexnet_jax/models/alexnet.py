@@ -327,8 +327,8 @@ class AlexNet(nn.Module):
       variant: a key of `VARIANTS`, or a list of layers.
       num_classes: length of the logits.
       dtype: of the arithmetic, "float32" or "bfloat16". Parameters and logits are float32.
-      gradient_dtype: of the kernels' gradients. Devices add up gradients in this dtype, so
-        "bfloat16" halves what they send (docs/pods.md). Without effect on CPU.
+      gradient_dtype: of the kernels' gradients, by default `dtype`. Devices add up gradients in
+        this dtype, so "bfloat16" halves what they send (docs/pods.md). Without effect on CPU.
       dropout: probability that a unit is dropped. At 0, training needs no "dropout" rng.
       initializer: "paper", N(0, std²) with each layer's own std, or "he", He normal by fan-in.
       hidden_bias: replaces every initial bias in the list that is not 0.
@@ -348,7 +348,7 @@ class AlexNet(nn.Module):
     variant: str | Variant = "paper"
     num_classes: int = 1000
     dtype: str = "float32"
-    gradient_dtype: str = "float32"
+    gradient_dtype: str | None = None
     dropout: float = 0.5
     initializer: str = "paper"
     hidden_bias: float = 1.0
@@ -362,7 +362,7 @@ class AlexNet(nn.Module):
         named_layers(self.variant)
         check_choice("model initializer", self.initializer, INITIALIZERS)
         check_choice("model dtype", self.dtype, DTYPES)
-        check_choice("optimizer.gradient_dtype", self.gradient_dtype, DTYPES)
+        check_choice("optimizer.gradient_dtype", self.gradient_dtype or self.dtype, DTYPES)
         super().__post_init__()
 
     @nn.compact
@@ -532,7 +532,7 @@ def build_model(config: ConfigDict, **devices: Any) -> AlexNet:
     """Returns the network of `config.model`.
 
     Args:
-      devices: `axis_name` and `constrain` of `AlexNet`; by default one device is assumed, or jit.
+      devices: attributes of `AlexNet` that depend on devices (`Parallel.model_options`).
 
     Raises:
       UserError: a value of `config.model` does not exist.
@@ -542,7 +542,6 @@ def build_model(config: ConfigDict, **devices: Any) -> AlexNet:
         variant=fields.variant,
         num_classes=fields.num_classes,
         dtype=fields.dtype,
-        gradient_dtype=config.optimizer.gradient_dtype,
         dropout=fields.dropout,
         initializer=fields.init,
         hidden_bias=fields.hidden_bias,

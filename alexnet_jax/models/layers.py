@@ -32,13 +32,13 @@ def conv(
     padding: Sequence[tuple[int, int]],
     *,
     feature_group_count: int,
-    gradient_dtype: str = "float32",
+    gradient_dtype: str | None = None,
     **others: Any,
 ) -> Float[Array, "B height width D"]:
     """Convolution in x's dtype; on CPU by Winograd's algorithm where that is faster.
 
     Args:
-      gradient_dtype: of the kernel's gradient, see `_with_gradient_dtype`.
+      gradient_dtype: of the kernel's gradient, by default x's. See `_with_gradient_dtype`.
       others: of `jax.lax.conv_general_dilated`.
     """
 
@@ -48,7 +48,7 @@ def conv(
         )
 
     def default(x: Array, kernel: Array) -> Array:
-        return _with_gradient_dtype(convolve, gradient_dtype, x, kernel)
+        return _with_gradient_dtype(convolve, gradient_dtype or str(x.dtype), x, kernel)
 
     def on_cpu(x: Array, kernel: Array) -> Array:
         return cpu_kernels.conv(x, kernel, strides[0], padding, feature_group_count, convolve)
@@ -58,12 +58,12 @@ def conv(
 
 
 def dense(
-    x: Float[Array, "B D"], kernel: Float[Array, "D E"], *, gradient_dtype: str = "float32"
+    x: Float[Array, "B D"], kernel: Float[Array, "D E"], *, gradient_dtype: str | None = None
 ) -> Float[Array, "B E"]:
     """Matrix product in x's dtype. `gradient_dtype` is as for `conv`."""
 
     def default(x: Array, kernel: Array) -> Array:
-        return _with_gradient_dtype(jnp.matmul, gradient_dtype, x, kernel)
+        return _with_gradient_dtype(jnp.matmul, gradient_dtype or str(x.dtype), x, kernel)
 
     y: Array = jax.lax.platform_dependent(x, kernel, cpu=cpu_kernels.dense, default=default)
     return y

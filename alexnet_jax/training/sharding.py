@@ -22,6 +22,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int64
 
+from alexnet_jax.models.alexnet import DTYPES, check_choice
 from alexnet_jax.models.summary import LayerRow
 from alexnet_jax.training.train_step import EvalStep, TrainStep
 from alexnet_jax.utils.errors import UserError
@@ -56,9 +57,17 @@ class Parallel:
         """The mapped axis over which the batch is split, under pmap."""
         return AXIS if self.kind == "pmap" else None
 
-    def model_options(self) -> dict[str, Any]:
-        """Returns the attributes of `AlexNet` that depend on devices."""
+    def model_options(self, gradient_dtype: str) -> dict[str, Any]:
+        """Returns the attributes of `AlexNet` that depend on devices.
+
+        Args:
+          gradient_dtype: in which devices add up gradients. One device adds up nothing, and
+            computes all in the model's dtype.
+        """
+        check_choice("optimizer.gradient_dtype", gradient_dtype, DTYPES)
         options: dict[str, Any] = {"axis_name": self.axis_name}
+        if self.mesh.size > 1:
+            options["gradient_dtype"] = gradient_dtype
         if self.kind == "mesh.hybrid":
             options["constrain"] = self._constrain_hybrid
         return options

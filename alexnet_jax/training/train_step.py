@@ -137,7 +137,8 @@ def make_train_step(
                 grad_fn, state.params, state.batch_stats, examples, dropout_key, accumulate_steps
             )
         if model.axis_name:  # pmap: the mean over devices, which jit's compiler inserts itself
-            sent = jax.tree.map(lambda g: g.astype(model.gradient_dtype), grads)
+            dtype = model.gradient_dtype or "float32"
+            sent = jax.tree.map(lambda g: g.astype(dtype), grads)
             mean = jax.lax.pmean(sent, model.axis_name)
             grads = jax.tree.map(lambda g, like: g.astype(like.dtype), mean, grads)
             metrics = jax.lax.pmean(metrics, model.axis_name)
