@@ -5,6 +5,7 @@ import collections
 import contextlib
 import fcntl
 import io
+import itertools
 import json
 import math
 import sys
@@ -30,7 +31,7 @@ from alexnet_jax.models.alexnet import build_model, towers
 from alexnet_jax.models.summary import format_layer_table, layer_table
 from alexnet_jax.training import finetune, sharding
 from alexnet_jax.training.checkpoint import Checkpoints
-from alexnet_jax.training.metrics import Meter, NoReport, Report
+from alexnet_jax.training.metrics import Meter, Report, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer, make_plateau, make_schedule
 from alexnet_jax.training.train_step import (
     Metrics,
@@ -183,27 +184,29 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
 
         # ---- Train -----------------------------------------------------------------------------
-        report: Report | NoReport = NoReport()
-        if is_first:
-            report = resources.enter_context(closing(Report(workdir, step, total_steps, evaluated)))
+        report = resources.enter_context(closing(Report(workdir, step, total_steps, evaluated)))
         meter = Meter(config.batch_size)
 
         def rate_at(step: int) -> float:
             """Returns the learning rate of the update that makes a step, counted from 1."""
             return float(learning_rate("all", True, step - 1, plateau_scale))
 
-        def log_train() -> None:
-            """Fetches and reports the metrics of the steps since the last call."""
-            steps, timing = meter.drain()
+        def log_train(steps_in_flight: int = 0) -> None:
+            """Reports the steps since the last call, except for the latest `steps_in_flight`."""
+            steps, timing = meter.drain(steps_in_flight)
             for number, metrics in steps:
                 if not math.isfinite(metrics["loss"]):
                     what = f"loss is {metrics['loss']}"
                     raise _not_finite(what, number, rate_at(number), checkpoints)
-            if steps:
-                rate = rate_at(steps[-1][0])
-                means = {k: float(np.mean([m[k] for _, m in steps])) for k in steps[-1][1]}
-                epoch = round(step / steps_per_epoch, 4)
-                row = {"step": step, "epoch": epoch, **means, "learning_rate": rate, **timing}
+            # A row ends at each multiple of log_every_steps, and before an evaluation or a save.
+            for _, group in itertools.groupby(
+                steps, lambda s: (s[0] - 1) // config.log_every_steps
+            ):
+                numbers, values = zip(*group, strict=True)
+                means = {k: float(np.mean([v[k] for v in values])) for k in values[-1]}
+                number, rate = numbers[-1], rate_at(numbers[-1])
+                epoch = round(number / steps_per_epoch, 4)
+                row = {"step": number, "epoch": epoch, **means, "learning_rate": rate, **timing}
                 report.train(row)
 
         def save(top1: float | None = None) -> None:
@@ -243,6 +246,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                         save(metrics["top1"])
                         conv1 = sharding.to_host(state.params["conv1"]["kernel"])
                         if is_first:
+                            figures.save_curves(read_metrics(workdir), workdir / "curves.png")
                             path = workdir / "filters.png"
                             figures.save_filters(conv1, towers(config.model.variant), path)
                         evaluated = True
@@ -276,8 +280,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                     report.say(f"first step after {time.perf_counter() - started:.1f} s")
                 report.advance()
 
-                if step % config.log_every_steps == 0:
-                    log_train()
+                # Fetching the newest steps would wait for them, so rows lag behind.
+                if (step - STEPS_IN_FLIGHT) % config.log_every_steps == 0:
+                    log_train(STEPS_IN_FLIGHT)
                 if step % config.checkpoint.every_steps == 0 and step not in eval_steps:
                     log_train()
                     save()

@@ -1,4 +1,4 @@
-"""metrics.jsonl has every step at most once, whatever cut the run short; pictures can be drawn."""
+"""metrics.jsonl and its speeds, and the pictures of a run."""
 
 import json
 
@@ -24,14 +24,14 @@ def write(workdir, start, steps):
     report.close()
 
 
-def test_rows_of_steps_that_will_be_made_again_are_dropped(tmp_path):
+def test_rows_of_repeated_steps_are_removed(tmp_path):
     write(tmp_path, 0, range(1, 31))
     write(tmp_path, 20, range(21, 41))
     steps = [r["step"] for r in read_metrics(tmp_path) if r["split"] == "train"]
     assert steps == list(range(1, 41))
 
 
-def test_a_line_cut_short_by_a_crash_ends_the_rows(tmp_path):
+def test_incomplete_last_line_is_ignored(tmp_path):
     write(tmp_path, 0, range(1, 4))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "epo')
@@ -41,32 +41,56 @@ def test_a_line_cut_short_by_a_crash_ends_the_rows(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 5]
 
 
-def test_without_a_terminal_every_row_is_a_line_with_what_the_bar_shows(tmp_path, capsys):
+def test_each_row_is_a_line_in_a_log_file(tmp_path, capsys):
     write(tmp_path, 0, [20])
     line = capsys.readouterr().out.splitlines()[0]
     for told in ("step     20", "loss 1.000", "top1 50.0%", "lr 0.01", "100 images/s", "1.0%"):
         assert told in line
 
 
-def test_meter_counts_images_and_waiting_of_the_steps_since_the_last_time():
+def test_meter_measures_the_steps_since_the_last_drain():
     meter = Meter(batch_size=10)
-    meter.restart_clock()
-    meter.clock -= 5.0  # five seconds ago
-    for number in (1, 2, 3):
-        meter.add(number, {"loss": np.float32(number)}, waited=0.5, steps_in_flight=2)
-    steps, timing = meter.drain(lambda metrics: metrics)
+    meter._clock -= 5.0  # five seconds ago
+    for step in (1, 2, 3):
+        meter.add(step, {"loss": np.float32(step)}, waited=0.5, steps_in_flight=2)
+    steps, speed = meter.drain()
     assert steps == [(1, {"loss": 1.0}), (2, {"loss": 2.0}), (3, {"loss": 3.0})]
-    assert timing["images_per_s"] == pytest.approx(30 / 5, rel=0.01)
-    assert timing["data_wait"] == pytest.approx(1.5 / 5, rel=0.01)
-    assert meter.drain(lambda metrics: metrics)[0] == []
+    assert speed["images_per_s"] == pytest.approx(30 / 5, rel=0.01)
+    assert speed["data_wait"] == pytest.approx(1.5 / 5, rel=0.01)
+    assert meter.drain() == ([], {})
 
 
-def test_a_first_step_alone_is_timed_with_its_compilation():
+def test_steps_in_flight_are_left_for_the_next_drain():
     meter = Meter(batch_size=10)
-    meter.created -= 4.0
+    for step in (1, 2, 3):
+        meter.add(step, {"loss": np.float32(step)}, waited=0.0, steps_in_flight=2)
+    assert meter.drain(5) == ([], {})
+    assert [step for step, _ in meter.drain(2)[0]] == [1]
+    meter._clock -= 5.0
+    meter.add(4, {"loss": np.float32(4)}, waited=0.0, steps_in_flight=2)
+    steps, speed = meter.drain()
+    assert [step for step, _ in steps] == [2, 3, 4]
+    assert speed["images_per_s"] == pytest.approx(30 / 5, rel=0.01)
+
+
+def test_speed_excludes_steps_before_the_clock_was_restarted():
+    meter = Meter(batch_size=10)
+    meter.add(1, {"loss": np.float32(1)}, waited=9.0, steps_in_flight=2)  # with compilation
+    meter.restart_clock()
+    meter._clock -= 5.0
+    meter.add(2, {"loss": np.float32(2)}, waited=1.0, steps_in_flight=2)
+    steps, speed = meter.drain()
+    assert len(steps) == 2
+    assert speed["images_per_s"] == pytest.approx(10 / 5, rel=0.01)
+    assert speed["data_wait"] == pytest.approx(1 / 5, rel=0.01)
+
+
+def test_speed_of_the_first_step_alone_includes_its_compilation():
+    meter = Meter(batch_size=10)
+    meter._created -= 4.0
     meter.add(1, {"loss": np.float32(1)}, waited=0.0, steps_in_flight=2)
     meter.restart_clock()
-    assert meter.drain(lambda metrics: metrics)[1]["images_per_s"] == pytest.approx(2.5, rel=0.01)
+    assert meter.drain()[1]["images_per_s"] == pytest.approx(2.5, rel=0.01)
 
 
 def test_sample_grid_shows_each_image_in_its_place(tmp_path):
@@ -82,7 +106,7 @@ def test_sample_grid_shows_each_image_in_its_place(tmp_path):
         assert (grid[y : y + side, x : x + side] == 50 * place).all()
 
 
-def test_filters_share_one_scale_with_grey_for_zero(tmp_path):
+def test_filters_share_one_scale_with_gray_for_zero(tmp_path):
     kernel = np.zeros((11, 11, 3, 96), np.float32)
     kernel[..., 0], kernel[..., 1] = 2.0, -1.0
     plots.save_filters(kernel, 2, tmp_path / "f.png")
