@@ -1,4 +1,4 @@
-"""The inception crop, as Szegedy et al. drew it and Pillow resizes it."""
+"""The inception crop: boxes as torchvision draws them, resized as Pillow resizes."""
 
 import functools
 
@@ -11,9 +11,9 @@ from augmenting import BORDER, CROP, SIZE, config, images, run, stats
 from PIL import Image
 
 from alexnet_jax.config import default_config
-from alexnet_jax.data import augment
-from alexnet_jax.training import optimizer as optim
-from alexnet_jax.training import train_step as step
+from alexnet_jax.data.augment import inception_box, make_augment
+from alexnet_jax.training.optimizer import make_optimizer
+from alexnet_jax.training.train_step import augment_batch, init_state, make_train_step
 
 
 def inception(size=SIZE, crop_size=CROP, **fields):
@@ -23,12 +23,12 @@ def inception(size=SIZE, crop_size=CROP, **fields):
 
 
 def drawn_boxes(keys, size, area, aspect):
-    draw = functools.partial(augment.inception_box, size=size, area=area, aspect=aspect)
+    draw = functools.partial(inception_box, size=size, area=area, aspect=aspect)
     return np.asarray(jax.jit(jax.vmap(draw))(keys))
 
 
 def boxes(count, c, seed=0):
-    """The boxes of a batch that `run` augments: the first of an image's three keys draws its."""
+    """Returns the boxes of a batch that `run` augments. An image's first of three keys draws."""
     keys = jax.random.split(jax.random.PRNGKey(seed), count)
     crop_keys = jax.vmap(lambda key: jax.random.split(key, 3)[0])(keys)
     return drawn_boxes(crop_keys, c.image_size, c.augment.crop_area, c.augment.crop_aspect)
@@ -41,7 +41,7 @@ def by_pillow(image, box, size):
 
 
 def by_loops(image, box, size):
-    """The same, one new pixel after the other, in float64 and without rounding."""
+    """Does the same in float64 without rounding, one new pixel after the other."""
 
     def resized_rows(pixels):
         scale = len(pixels) / size
@@ -60,16 +60,16 @@ def by_loops(image, box, size):
 
 
 BOXES_AND_CROPS = {
-    "as configs/imagenet.py has it": {"size": 256, "crop_size": 224},
-    "parts made larger": {"crop_area": (0.08, 0.2)},
-    "parts made smaller": {"crop_area": (0.8, 0.9)},
-    "parts made much smaller": {"crop_size": 7},
-    "far from square, one side made larger and one smaller": {"crop_aspect": (2.0, 3.0)},
+    "sizes of ImageNet": {"size": 256, "crop_size": 224},
+    "enlarged": {"crop_area": (0.08, 0.2)},
+    "reduced": {"crop_area": (0.8, 0.9)},
+    "reduced to a fifth": {"crop_size": 7},
+    "one side enlarged, one reduced": {"crop_aspect": (2.0, 3.0)},
 }
 
 
 @pytest.mark.parametrize("fields", BOXES_AND_CROPS.values(), ids=BOXES_AND_CROPS)
-def test_inception_crops_are_the_drawn_boxes_resized_as_pillow_resizes(fields):
+def test_crop_is_the_drawn_box_resized_as_pillow_resizes(fields):
     c = inception(**fields)
     batch = images(16, size=c.image_size)
     crops = run(batch, c, stats(np.zeros(3)))
@@ -77,7 +77,7 @@ def test_inception_crops_are_the_drawn_boxes_resized_as_pillow_resizes(fields):
     assert crops.dtype == np.float32
     for crop, image, box in zip(crops, batch, boxes(16, c), strict=True):
         from_pillow = crop - by_pillow(image, box, c.augment.crop_size)
-        # Pillow rounds twice, by half a grey level each; float32 adds some 1e-5.
+        # Pillow rounds twice, by half a gray level each. float32 adds about 1e-5.
         assert np.abs(from_pillow).max() <= 1.001
         assert np.abs(from_pillow).mean() < 0.5
         np.testing.assert_allclose(
@@ -85,36 +85,36 @@ def test_inception_crops_are_the_drawn_boxes_resized_as_pillow_resizes(fields):
         )
 
 
-def test_an_inception_crop_of_the_whole_image_at_its_own_size_is_the_image():
+def test_crop_of_the_whole_image_at_its_own_size_is_the_image():
     batch = images(4)
     whole = {"crop_area": (1.0, 1.0), "crop_aspect": (1.0, 1.0)}
     crops = run(batch, inception(crop_size=SIZE, **whole), stats(np.zeros(3)))
     np.testing.assert_array_equal(crops, batch)
 
 
-def test_inception_crops_are_mirrored_about_half_of_the_time():
+def test_half_of_the_crops_are_flipped():
     batch = np.repeat(images(), 400, axis=0)
     crops = run(batch, inception(flip=True), stats(np.zeros(3)))
-    unmirrored = run(batch, inception(), stats(np.zeros(3)))
-    mirrored = [(a == b[:, ::-1]).all() for a, b in zip(crops, unmirrored, strict=True)]
-    plain = [(a == b).all() for a, b in zip(crops, unmirrored, strict=True)]
-    assert np.logical_xor(plain, mirrored).all()
-    assert 0.4 < np.mean(mirrored) < 0.6
+    unflipped = run(batch, inception(), stats(np.zeros(3)))
+    flipped = [(a == b[:, ::-1]).all() for a, b in zip(crops, unflipped, strict=True)]
+    plain = [(a == b).all() for a, b in zip(crops, unflipped, strict=True)]
+    assert np.logical_xor(plain, flipped).all()
+    assert 0.4 < np.mean(flipped) < 0.6
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_the_mean_image_is_resized_with_the_inception_crops_own_box(flip):
+def test_mean_image_is_cropped_with_the_box_of_the_image(flip):
     mean = images(seed=1)[0]
     batch = images(16)
-    nothing = stats(np.zeros((SIZE, SIZE, 3)))
+    zero = stats(np.zeros((SIZE, SIZE, 3)))
     c = inception(mean="image", flip=flip)
-    of_mean = run(np.repeat(mean[None], 16, axis=0), c, nothing)
+    of_mean = run(np.repeat(mean[None], 16, axis=0), c, zero)
     np.testing.assert_allclose(
-        run(batch, c, stats(mean)), run(batch, c, nothing) - of_mean, rtol=0, atol=1e-3
+        run(batch, c, stats(mean)), run(batch, c, zero) - of_mean, rtol=0, atol=1e-3
     )
 
 
-def test_other_means_are_subtracted_from_inception_crops_as_from_windows():
+def test_other_means_are_subtracted_from_the_resized_crop():
     batch, mean = images(4), images(seed=1)[0].astype(np.float32)
     center = mean[BORDER // 2 : -BORDER // 2, BORDER // 2 : -BORDER // 2]
     raw = run(batch, inception(), stats(np.zeros(3)))
@@ -124,29 +124,25 @@ def test_other_means_are_subtracted_from_inception_crops_as_from_windows():
     np.testing.assert_allclose(by_channel, raw - np.float32([1, 2, 3]), rtol=0, atol=1e-4)
 
 
-def test_each_image_is_cropped_by_its_own_key_alone():
+def test_crop_of_an_image_depends_on_its_own_key_only():
     batch = images(6)
     keys = jax.random.split(jax.random.PRNGKey(0), 6)
-    augmented = functools.partial(
-        augment.augment,
-        color_noise=jnp.float32(5),
-        stats=stats(basis=np.eye(3)),
-        config=inception(mean="image", flip=True),
+    augment = make_augment(
+        inception(mean="image", flip=True, color_noise=5.0), stats(basis=np.eye(3))
     )
     np.testing.assert_allclose(
-        augmented(batch, keys)[4:], augmented(batch[4:], keys[4:]), rtol=0, atol=1e-4
+        augment(batch, keys)[4:], augment(batch[4:], keys[4:]), rtol=0, atol=1e-4
     )
-    same = np.asarray(augmented(np.repeat(batch[:1], 6, axis=0), keys))
+    same = np.asarray(augment(np.repeat(batch[:1], 6, axis=0), keys))
     assert len(np.unique(same.reshape(6, -1), axis=0)) == 6
 
 
-def test_a_batch_of_inception_crops_is_made_without_loops():
+def test_batch_of_crops_is_computed_by_products_without_loops():
     keys = jax.random.split(jax.random.PRNGKey(0), 8)
-    program = jax.make_jaxpr(
-        lambda b: augment.augment(b, keys, jnp.float32(0), stats(np.zeros(3)), inception())
-    )(images(8))
-    assert "dot_general" in str(program)
-    assert not any(loop in str(program) for loop in ("while", "scan"))
+    augment = make_augment(inception(), stats(np.zeros(3)))
+    program = str(jax.make_jaxpr(augment)(images(8), keys))
+    assert "dot_general" in program
+    assert not any(loop in program for loop in ("while", "scan"))
 
 
 LARGE = 256
@@ -154,12 +150,12 @@ SZEGEDY = {"area": (0.08, 1.0), "aspect": (3 / 4, 4 / 3)}
 
 
 def many_boxes(area, aspect, count=20_000):
-    """Tops, lefts, heights and widths of boxes of a LARGE image."""
+    """Returns tops, lefts, heights and widths of boxes in a LARGE image."""
     return drawn_boxes(jax.random.split(jax.random.PRNGKey(0), count), LARGE, area, aspect).T
 
 
 def box_by_loop(random, area, aspect):
-    """Height and width as torchvision's RandomResizedCrop draws them."""
+    """Returns a height and width as torchvision's RandomResizedCrop draws them."""
     for _ in range(10):
         share, ratio = random.uniform(*area), np.exp(random.uniform(*np.log(aspect)))
         height, width = round(LARGE * (share / ratio) ** 0.5), round(LARGE * (share * ratio) ** 0.5)
@@ -168,12 +164,12 @@ def box_by_loop(random, area, aspect):
     return LARGE, LARGE
 
 
-def test_the_fields_defaults_are_those_of_szegedy_et_al():
+def test_default_ranges_are_those_of_szegedy_et_al():
     fields = default_config().augment
     assert {"area": fields.crop_area, "aspect": fields.crop_aspect} == SZEGEDY
 
 
-def test_inception_boxes_lie_in_the_image_and_keep_to_the_ranges():
+def test_boxes_are_inside_the_image_and_the_ranges():
     tops, lefts, heights, widths = many_boxes(**SZEGEDY)
     assert min(tops.min(), lefts.min()) == 0
     assert (tops + heights).max() == (lefts + widths).max() == LARGE
@@ -183,7 +179,7 @@ def test_inception_boxes_lie_in_the_image_and_keep_to_the_ranges():
     assert ((widths - 0.5) / (heights + 0.5) <= 4 / 3).all()
 
 
-def test_inception_boxes_are_uniform_in_area_and_log_aspect_where_all_fit():
+def test_boxes_are_uniform_in_area_and_log_aspect_where_all_fit():
     _, _, heights, widths = many_boxes((0.1, 0.5), (3 / 4, 2.0))
     areas, logs = heights * widths / LARGE**2, np.log(widths / heights)
     quantiles = np.array([0.05, 0.25, 0.5, 0.75, 0.95])
@@ -196,7 +192,7 @@ def test_inception_boxes_are_uniform_in_area_and_log_aspect_where_all_fit():
     assert abs(np.corrcoef(areas, logs)[0, 1]) < 0.03
 
 
-def test_inception_boxes_are_distributed_as_those_drawn_in_a_loop():
+def test_boxes_have_the_distribution_of_torchvision():
     _, _, heights, widths = many_boxes(**SZEGEDY)
     random = np.random.default_rng(0)
     loop = np.array([box_by_loop(random, **SZEGEDY) for _ in range(20_000)])
@@ -210,7 +206,7 @@ def test_inception_boxes_are_distributed_as_those_drawn_in_a_loop():
         )
 
 
-def test_inception_boxes_of_one_shape_reach_every_offset_about_equally():
+def test_boxes_of_one_shape_are_uniform_over_offsets():
     side = 250
     tops, lefts, heights, widths = many_boxes(((side / LARGE) ** 2,) * 2, (1.0, 1.0))
     assert set(heights) == set(widths) == {side}
@@ -228,47 +224,52 @@ def test_inception_boxes_of_one_shape_reach_every_offset_about_equally():
         *[((0.1, 0.5), LARGE, LARGE // 2), ((1e3, 1e4), 1, LARGE)],
     ],
 )
-def test_where_no_draw_fits_the_box_is_the_largest_of_the_nearest_aspect(aspect, height, width):
-    """Of the whole area, only a square fits."""
+def test_largest_box_of_the_nearest_aspect_is_used_where_no_draw_fits(aspect, height, width):
+    """Only a square has the whole area."""
     _, _, heights, widths = many_boxes((1.0, 1.0), aspect, count=100)
     assert set(heights) == {height}
     assert set(widths) == {width}
 
 
-def test_the_whole_image_is_shown_where_ten_draws_have_not_fitted():
-    """Of 0.97 of the area, only boxes fit that are nearly square."""
+def test_whole_image_is_used_with_the_probability_that_ten_draws_do_not_fit():
+    """Only nearly square boxes fit if their area is 0.97 of the image's."""
     _, _, heights, widths = many_boxes((0.97, 0.97), SZEGEDY["aspect"])
     fitting = (2 * np.log((LARGE + 0.5) / LARGE) - np.log(0.97)) / np.log(4 / 3)
     whole = (heights == LARGE) & (widths == LARGE)
     assert whole.mean() == pytest.approx((1 - fitting) ** 10, abs=0.01)
 
 
-def test_sides_of_one_pixel_and_of_the_whole_image_are_drawn():
+def test_boxes_can_have_sides_of_one_pixel_and_of_the_whole_image():
     keys = jax.random.split(jax.random.PRNGKey(0), 200)
     assert (drawn_boxes(keys, 8, (0.001, 0.02), (1.0, 1.0))[:, 2:] == 1).all()
     _, _, heights, widths = drawn_boxes(keys, 8, (0.25, 0.25), (2.0, 4.0)).T
     assert set(zip(heights, widths, strict=True)) == {(3, 6), (2, 6), (2, 7), (2, 8)}
 
 
-class MeanColour(nn.Module):
-    """A network that sees no more than the mean colour."""
+class MeanColor(nn.Module):
+    """A network that sees only the mean color."""
 
-    batch_axes = ()
+    axis_name = None
+    frozen = ()
 
     @nn.compact
     def __call__(self, x, train):
         return nn.Dense(10, name="fc8")(x.mean((1, 2)))
 
 
-def test_a_train_step_takes_inception_crops():
+def test_train_step_uses_inception_crops():
     c = inception(mean="image", flip=True)
     c.learning_rate = 1e-4
-    model, s = MeanColour(), stats(images(seed=1)[0])
-    train_step = jax.jit(step.make_train_step(model, c, s, optim.make_schedule(c, 10.0)))
-    state, batch = step.init_state(model, c), {"image": images(8), "label": jnp.arange(8)}
-    seen = step.augmented(state.key, state.step, batch["image"], jnp.float32(0), s, c)
+    model, augment, tx = (
+        MeanColor(),
+        make_augment(c, stats(images(seed=1)[0])),
+        make_optimizer(c, 10),
+    )
+    state = init_state(model, tx, c.seed, (CROP, CROP, 3))
+    batch = {"image": images(8), "label": jnp.arange(8)}
+    seen = augment_batch(augment, jax.random.fold_in(state.key, 0), batch["image"], 0)
     logits = model.apply({"params": state.params}, seen, train=True)
     loss = -jax.nn.log_softmax(logits)[jnp.arange(8), batch["label"]].mean()
-    state, metrics = train_step(state, batch)
+    state, metrics = jax.jit(make_train_step(model, tx, augment))(state, batch)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-3)
     assert int(state.step) == 1
