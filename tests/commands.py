@@ -1,4 +1,4 @@
-"""Running the real command line on a small network and the real digits."""
+"""Runs the real command line with a small network on the real digits."""
 
 import os
 import signal
@@ -22,8 +22,8 @@ FEW = (
     "--config.train_split=train[:480]",
     "--config.eval_split=test[:480]",
     "--config.batch_size=24",
-)  # 20 steps an epoch too, which are compiled in half the time and take a quarter of it
-# A checkpoint every 7 steps, and a schedule whose state a restart must bring back.
+)  # 20 steps an epoch too, which compile in half the time and run in a quarter of it
+# A checkpoint every 7 steps, and a schedule whose state has to be restored.
 OFTEN = (
     *FEW,
     "--config.checkpoint.every_steps=7",
@@ -34,7 +34,7 @@ OFTEN = (
 
 
 def flags_of_devices(count):
-    """XLA_FLAGS for so many CPU devices in place of eight."""
+    """Returns XLA_FLAGS for `count` CPU devices instead of eight."""
     return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
 
 
@@ -46,12 +46,15 @@ def arguments(data_dir, workdir, *more):
 
 
 def run(*argv, **options):
-    """Runs a command in the project's folder to its end, and returns it with its output."""
+    """Runs a command in the project's folder and returns its exit code and output."""
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
 def run_with_file_limit(blocks, *argv):
-    """Runs a command that can write no file of more blocks of 1,024 bytes; coverage could not."""
+    """Runs a command that cannot write files of more than `blocks` blocks of 1,024 bytes.
+
+    Its coverage is not measured, since that writes files too.
+    """
     words = ("env", "-u", "COVERAGE_PROCESS_CONFIG", "bash", "-c")
     return run(*words, f'ulimit -f {blocks} && exec "$@"', "bash", *argv)
 
@@ -61,10 +64,10 @@ def train(data_dir, workdir, *more, **options):
 
 
 def started(data_dir, workdir, *more):
-    """Starts training; the process's `lines` are its output.
+    """Starts training and returns the process. Its `lines` are its output.
 
-    They come through a socket that holds some five, so that the run cannot be further ahead of
-    who reads them.
+    They pass through a socket that holds about five lines, so that the run cannot be further ahead
+    of the reader.
     """
     ours, theirs = socket.socketpair()
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
@@ -76,7 +79,7 @@ def started(data_dir, workdir, *more):
 
 
 def signalled_at(data_dir, workdir, line, number: signal.Signals, *more):
-    """Trains until a line of output starts so, sends a signal, and waits for the end."""
+    """Trains until a line of output starts with `line`, sends a signal, and waits for the end."""
     process = started(data_dir, workdir, *more)
     process.output = ""
     with process.lines:
@@ -89,7 +92,11 @@ def signalled_at(data_dir, workdir, line, number: signal.Signals, *more):
 
 
 def saved_state(workdir, step=None):
-    """The arrays of a checkpoint, by Orbax alone, on one device; by default the newest."""
+    """Returns a checkpoint's step and its arrays on one device, read by Orbax alone.
+
+    Args:
+      step: by default the newest checkpoint's.
+    """
     path = Path(workdir).absolute() / "checkpoints"
     step = saved_steps(workdir)[-1] if step is None else step
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

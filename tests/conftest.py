@@ -1,7 +1,7 @@
-"""Eight CPU devices, and one compilation cache for all the processes that the tests start.
+"""Fixtures, eight CPU devices, and a compilation cache shared by all processes of the tests.
 
-XLA compiles for a small network longer than it runs it: without LLVM's optimizations the same HLO
-is compiled in less than half the time (test_compiled_step reads the HLO).
+Small networks take longer to compile than to run. Without LLVM's optimizations the same HLO, which
+test_compiled_step reads, compiles in less than half the time.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ import pytest  # noqa: E402  (JAX must find the variables above)
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
-    """Returns `make(name, fill)`: a folder, filled by the first of xdist's workers to ask."""
+    """Returns `make(name, fill)`: a folder that the first xdist worker to ask for it fills."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -41,7 +41,7 @@ def made_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def digits(made_once):
-    """A data_dir with the quickstart's prepared digits, all and few of them."""
+    """Returns a data_dir with the quickstart's prepared stores, and those of `commands.FEW`."""
     import commands
 
     from alexnet_jax import config
@@ -58,7 +58,7 @@ def digits(made_once):
 
 @pytest.fixture(scope="session")
 def digit_stores(digits):
-    """The quickstart's stores, opened: {"train": 4,000 digits, "eval": 1,000}."""
+    """Returns the quickstart's stores: {"train": 4,000 digits, "eval": 1,000}."""
     from alexnet_jax import config
     from alexnet_jax.data import prepare
 
@@ -68,7 +68,7 @@ def digit_stores(digits):
 
 @pytest.fixture(scope="session")
 def trained_run(digits, made_once):
-    """A workdir in which a small network learned the digits; read it or copy it."""
+    """Returns a workdir in which a small network learned the digits. Copy it to change it."""
     import commands
 
     def fill(workdir):
@@ -80,15 +80,15 @@ def trained_run(digits, made_once):
 
 @pytest.fixture(scope="session")
 def network(trained_run):
-    """What it learned."""
-    from alexnet_jax import inference as trained
+    """Returns the network of `trained_run`. Do not change its config."""
+    from alexnet_jax import inference
 
-    return trained.load(trained_run)
+    return inference.load(trained_run)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(digits, made_once):
-    """A whole run with commands.OFTEN: its workdir, and what it printed."""
+    """Returns the workdir of an uninterrupted run with `commands.OFTEN`, and what it printed."""
     import commands
 
     def fill(folder):

