@@ -17,7 +17,7 @@ SMALL = (
     "--config.batch_size=200",
     "--config.num_epochs=2",
     "--config.log_every_steps=1",
-)  # 20 steps an epoch
+)  # 20 steps per epoch
 FEW = (
     "--config.train_split=train[:480]",
     "--config.eval_split=test[:480]",
