@@ -15,6 +15,7 @@ geometry at 64 pixels in both versions.
 """
 
 import json
+import re
 import sys
 import tarfile
 
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 from commands import ROOT, run, saved_state, saved_steps
 
-from alexnet_jax import inference
+from alexnet_jax import __version__, inference
 
 ROWS, COLUMNS, CHANNELS = np.indices((64, 64, 3))
 IMAGES = np.stack([4 * ROWS, 255 - COLUMNS * (CHANNELS + 1)]).astype(np.uint8)
@@ -76,3 +77,15 @@ def test_training_resumes(workdir, digits):
     # It resumes with the trained weights: version 0.1 had a loss of 6.5 at its first steps, and
     # 2.3 at these.
     assert np.mean([row["loss"] for row in rows if row["split"] == "train"]) < 3
+
+
+def test_other_shapes_are_one_sentence_with_variant_size_and_version(workdir):
+    """As for version 0.1's `owt` at most sizes: here the config is changed to another size."""
+    config = json.loads((workdir / "config.json").read_text())
+    config["image_size"] = config["augment"]["crop_size"] = 128
+    (workdir / "config.json").write_text(json.dumps(config))
+    done = run(sys.executable, "-m", "alexnet_jax.evaluate", workdir)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    expected = rf"fc6.kernel has shape .* variant bn at 64 pixels has .* in version {__version__};"
+    assert re.search(expected, done.stderr)

@@ -16,7 +16,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from alexnet_jax import __version__
 from alexnet_jax.training.train_step import TrainState
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError, one_line
@@ -162,8 +163,9 @@ class Checkpoints:
           like: shapes, dtypes and shardings of the state.
 
         Raises ValueError, on all processes, if one of them cannot read it or an array is not what
-        was saved.
+        was saved, and UserError if it holds a network of other shapes.
         """
+        self._check_shapes(step, like.params)
         state, progress = self._read(step, ocp.args.StandardRestore(like))
         if _checksums(state) != progress.get("checksums"):
             raise ValueError(DIFFERENT_CHECKSUM)
@@ -178,8 +180,9 @@ class Checkpoints:
         Args:
           like: shapes, dtypes and shardings, as `model.init` would return them.
 
-        Raises ValueError as `restore` does.
+        Raises ValueError and UserError as `restore` does.
         """
+        self._check_shapes(step, like["params"])
         like = {"params": like["params"], "batch_stats": like.get("batch_stats", {})}
         args = ocp.args.PyTreeRestore(
             like,
@@ -187,15 +190,40 @@ class Checkpoints:
             partial_restore=True,
         )
         variables, progress = self._read(step, args)
-        for path, leaf in jax.tree.leaves_with_path(variables):
+        for name, leaf in _named(variables):
             if not isinstance(leaf, jax.Array):  # Orbax leaves what is not there as it was
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
                 raise ValueError(f"it has no {name}")
         # The checksums are in the order of TrainState's leaves: step, params, batch_stats, ….
         checksums = _checksums(variables["params"]) + _checksums(variables["batch_stats"])
         if checksums != (progress.get("checksums") or [])[1 : 1 + len(checksums)]:
             raise ValueError(DIFFERENT_CHECKSUM)
         return dict(variables)
+
+    def _check_shapes(self, step: int, params: Any) -> None:
+        """Raises UserError if a saved parameter has another shape.
+
+        This is no damage, which an older checkpoint could replace: the program computes other
+        shapes for this config than the version that wrote the checkpoint.
+        """
+        try:
+            folder = self._manager.directory / str(step) / "state"
+            saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree["params"]
+        except Exception:  # of many types where it is damaged, which reading it will report
+            return
+        saved_shapes = dict(_named(saved))
+        for name, leaf in _named(params):
+            shape = saved_shapes.get(name, leaf).shape
+            if shape != leaf.shape:
+                config = self._manager.restore(
+                    step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+                )["config"]
+                raise UserError(
+                    f"the checkpoint of step {step} in {self._folder} cannot be used: {name} has "
+                    f"shape {list(shape)}, but variant {config['model']['variant']} at "
+                    f"{config['augment']['crop_size']} pixels has {list(leaf.shape)} in version "
+                    f"{__version__}; use the version that wrote it, or train again in another "
+                    "workdir"
+                )
 
     def wait(self) -> None:
         """Returns when all saved checkpoints are on disk."""
@@ -242,6 +270,11 @@ def _write_small_arrays_once() -> None:
         override=True,
     )
     logger.setLevel(level)
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
 def _top1(metrics: dict[str, float]) -> float:
