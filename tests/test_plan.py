@@ -1,137 +1,264 @@
-"""The plan of a TPU slice: how it reads compiled programs, and a real one compiled by libtpu."""
+"""Costs of a training step on a TPU slice, and the command that prints them."""
 
 import importlib.util
 import json
 import os
 import sys
-import tempfile
+from types import SimpleNamespace
 
-import numpy as np
+import jax
 import pytest
 from commands import run
-from PIL import Image
 
-from alexnet_jax import config, plan, store
-from alexnet_jax.analysis import figures as plots
-from alexnet_jax.analysis import tpu
+from alexnet_jax import config as configs
+from alexnet_jax import plan
+from alexnet_jax.analysis import hlo, tpu
+from alexnet_jax.training import sharding
 from alexnet_jax.utils.errors import EXIT_USER_ERROR, UserError
 
-PLAN = ("--config", "configs/imagenet_pod.py")
+POD = ("--config", "configs/imagenet_pod.py")
 V5E = tpu.CHIPS["v5e"]
-PROGRAM = """HloModule step
-
-%add (a: f32[], b: f32[]) -> f32[] {
-  ROOT %sum = f32[] add(%a, %b)
-}
-
-%cond (p: (s32[])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(12)
-  ROOT %less = pred[] compare(%i, %limit), direction=LT
-}
-
-%body (p: (s32[])) -> (s32[]) {
-  %slice.1 = f32[224,224,3]{2,1,0} fusion(%p), kind=kLoop, backend_config={"estimated_cycles":"50"}
-}
-
-%gathers (p: bf16[16,8]) -> bf16[64,8] {
-  %all-gather.1 = bf16[64,8]{1,0} all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
-}
-
-%continues (p: bf16[16,8]) -> bf16[64,8] {
-  %all-gather.2 = bf16[64,8]{1,0} all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
-}
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %x = f32[8]{0} parameter(0)
-  %while.1 = (s32[]) while(%x), condition=%cond, body=%body
-  %fusion.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%add, metadata={op_name="relu"}, backend_config={"estimated_cycles":"1000"}
-  %async-collective-start = (bf16[16,8]{1,0}, bf16[64,8]{1,0}) fusion(%x), kind=kCustom, calls=%gathers
-  %fusion.2 = bf16[64,8]{1,0} fusion(%x), kind=kCustom, calls=%continues, backend_config={"estimated_cycles":"200"}
-  %all-reduce.1 = (f32[100]{0}, f32[4,25]{1,0}) all-reduce(%x, %x), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
-  %reduce-scatter.1 = f32[10]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8], dimensions={0}
-  %all-to-all.1 = pred[4,8]{1,0} all-to-all(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
-  %all-reduce.2 = f32[]{:T(128)} all-reduce(%x), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add
-  %scatter.1 = f32[1000,1000]{1,0} scatter(%x, %x, %x)
-  ROOT %out = f32[8]{0} bitcast(%x)
-}
-"""  # noqa: E501
+BATCH, GROUP, KINDS = 16, 4, ("mesh.data", "mesh.zero", "mesh.hybrid")
+# The eight CPU devices of the tests stand for a slice of 2 × 4 chips.
+SLICE = [SimpleNamespace(coords=(x, y)) for x in range(2) for y in range(4)]
 
 
-def test_cycles_are_those_of_the_entry_and_of_a_loop_each_time_it_runs():
-    operations, unknown = tpu.entry_operations(PROGRAM)
-    assert operations == [(1000, "fusion.1", "relu"), (600, "while.1", ""), (200, "fusion.2", "")]
-    assert unknown == {"scatter": 1}
+def narrow_config(kind, **fields):
+    c = configs.default_config()
+    c.image_size, c.augment.crop_size, c.batch_size = 72, 64, BATCH
+    c.model.variant, c.model.num_classes, c.model.width = "single", 8, 0.0625
+    c.parallel, c.hybrid_group = kind, GROUP
+    c.update_from_flattened_dict(fields)
+    return c
 
 
-SENT = [  # kind, dtypes, payload bytes, group, bytes sent
-    ("all-gather", "bf16", 64 * 8 * 2, (0, 1, 2, 3), 0.75 * 1024),
-    ("all-reduce", "f32", 800, (0, 1, 2, 3, 4, 5, 6, 7), 2 * 7 / 8 * 800),
-    ("reduce-scatter", "f32", 4 * 40, (0, 1, 2, 3), 0.75 * 160),
-    ("all-to-all", "pred", 32, (0, 4), 0.5 * 32),
-    ("all-reduce", "f32", 4, (0, 4), 4.0),
-]
+@pytest.fixture(scope="module")
+def steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "MIN_SHARDED", 1000)  # because the network is narrow
+        compiled = {kind: tpu.compile_step(narrow_config(kind), jax.devices()) for kind in KINDS}
+    return {kind: step._replace(devices=SLICE) for kind, step in compiled.items()}
 
 
-def test_collectives_are_read_with_their_groups_and_those_begun_early_count_once():
-    found = tpu.collectives(PROGRAM, 8)
-    assert [(*collective, collective.bytes_sent) for collective in found] == SENT
+@pytest.fixture(scope="module")
+def costs(steps):
+    return {kind: tpu.step_costs(step, V5E, num_hosts=2) for kind, step in steps.items()}
 
 
-ASYNCHRONOUS = """HloModule step
-
-ENTRY %main (x: f32[8]) -> f32[64] {
-  %all-gather-start.1 = (f32[8]{0}, f32[64]{0}) all-gather-start(%x), dimensions={0}
-  %all-reduce-start.1 = f32[100]{0} all-reduce-start(%x), to_apply=%add
-  %all-gather-done.1 = f32[64]{0} all-gather-done(%all-gather-start.1)
-  %all-reduce-done.1 = f32[100]{0} all-reduce-done(%all-reduce-start.1)
-}
-"""
+def bytes_of(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def test_of_what_is_started_and_awaited_the_output_counts_once_and_all_chips_take_part():
-    everyone = tuple(range(8))
-    assert tpu.collectives(ASYNCHRONOUS, 8) == [
-        ("all-gather", "f32", 4 * 64, everyone),
-        ("all-reduce", "f32", 4 * 100, everyone),
-    ]
+def params(steps):
+    """Returns the bytes of all parameters and of the kernels of fc6 to fc8."""
+    tree = steps["mesh.data"].state.params
+    return bytes_of(tree), bytes_of([tree[fc]["kernel"] for fc in ("fc6", "fc7", "fc8")])
 
 
-LINKS = [  # extent of a group of chips on a 16 × 16 torus, links to others of it
-    ([(x, y) for x in range(16) for y in range(16)], 4),
-    ([(x, 0) for x in range(16)], 2),
-    ([(x, 0) for x in range(8)], 1),
-    ([(x, y) for x in range(4) for y in range(4)], 2),
-    ([(x, y) for x in (0, 8) for y in range(16)], 2),
-    ([(0, 0), (8, 0)], 1),
-]
+def test_memory_of_each_kind(steps, costs):
+    whole, fc = params(steps)
+    memory = {kind: costs[kind]["memory"] for kind in KINDS}
+    assert memory["mesh.data"]["params"] == whole
+    assert memory["mesh.hybrid"]["params"] == whole - fc + fc / GROUP
+    assert whole / 8 < memory["mesh.zero"]["params"] < whole / 6  # small arrays are replicated
+    for of_kind in memory.values():
+        assert of_kind["optimizer"] == of_kind["params"]  # a velocity for each parameter
+        assert of_kind["batch"] == BATCH / 8 * (72 * 72 * 3 + 4)  # 4 bytes of a label
 
 
-@pytest.mark.parametrize(("group", "count"), LINKS)
-def test_chips_of_a_group_talk_over_the_links_between_neighbours(group, count):
-    assert tpu.links(group, (16, 16), V5E) == count
+def test_total_memory_counts_donated_arrays_once(steps, costs):
+    for kind, step in steps.items():
+        memory, found = costs[kind]["memory"], step.program.memory_analysis()
+        inputs = memory["params"] + memory["optimizer"] + memory["batch"]
+        assert found.argument_size_in_bytes == pytest.approx(inputs, abs=64)
+        metrics = found.output_size_in_bytes - found.alias_size_in_bytes
+        assert 0 < metrics < 1000
+        assert memory["total"] == found.argument_size_in_bytes + metrics + memory["temporaries"]
 
 
-def test_an_all_reduce_over_a_pod_takes_its_bytes_over_four_links():
-    everyone = tpu.Collective("all-reduce", "f32", 200_000_000, tuple(range(256)))
-    expected = 2 * 255 / 256 * 200e6 / (4 * 50e9)
-    assert tpu.seconds(everyone, 4, V5E) == pytest.approx(expected)
+def test_activations_are_the_outputs_of_all_layers(steps, costs):
+    sizes = {"conv1": 15, "conv2": 7, "conv3": 3, "conv4": 3, "conv5": 3}  # for 64×64 pixels
+    pooled = {"conv1": 7, "conv2": 3, "conv5": 1}
+    values = sum(
+        (sizes.get(layer, 1) ** 2 + pooled.get(layer, 0) ** 2) * arrays["bias"].size
+        for layer, arrays in steps["mesh.data"].state.params.items()
+    )
+    assert costs["mesh.data"]["memory"]["activations"] == BATCH / 8 * values * 4
+
+
+SMALL = 2000  # bytes of metrics and of this tiny network's logits
+
+
+def payloads(costs, kind):
+    """Returns the payload bytes by collective and number of devices, without the small ones."""
+    sums = {}
+    for found in costs[kind]["collectives"]:
+        key = (found["kind"], found["group"])
+        sums[key] = sums.get(key, 0) + found["runs"] * found["payload_bytes"]
+    return {key: size for key, size in sums.items() if size > SMALL}
+
+
+def test_data_parallelism_sums_every_gradient_over_all_devices(steps, costs):
+    whole, _ = params(steps)
+    assert payloads(costs, "mesh.data") == {("all-reduce", 8): pytest.approx(whole, abs=64)}
+    largest = max(costs["mesh.data"]["collectives"], key=lambda found: found["bytes_sent"])
+    assert (largest["dtypes"], largest["links"]) == ("f32", 2)
+    assert largest["bytes_sent"] == 2 * 7 / 8 * largest["payload_bytes"]
+    assert largest["seconds"] == pytest.approx(largest["bytes_sent"] / (2 * 50e9))
+
+
+def test_zero_gathers_parameters(steps, costs):
+    found = payloads(costs, "mesh.zero")
+    whole, fc = params(steps)
+    assert found["all-gather", 8] > (whole - fc) / 2
+    assert all(group == 8 for _, group in found)
+
+
+def test_hybrid_sums_the_parts_of_fc_kernels_between_groups(steps, costs):
+    whole, fc = params(steps)
+    tree = steps["mesh.hybrid"].state.params
+    # Every device has all images of its group in fc6 to fc8, so their biases need no more.
+    fc_biases = bytes_of([tree[layer]["bias"] for layer in ("fc6", "fc7", "fc8")])
+    found = payloads(costs, "mesh.hybrid")
+    assert found["all-reduce", 2] == fc / GROUP + fc_biases
+    assert found["all-reduce", 8] == pytest.approx(whole - fc - fc_biases, abs=64)
+    in_groups = {collective for collective, group in found if group == GROUP}
+    assert "all-gather" in in_groups  # activations
+    links = {c["group"]: c["links"] for c in costs["mesh.hybrid"]["collectives"]}
+    assert links == {2: 1, 4: 1, 8: 2}  # a group is a row of the slice
+
+
+class ProgramWithCycles:
+    """A program with an estimate for each fusion, which libtpu writes and XLA for CPU does not."""
+
+    def __init__(self, program, cycles):
+        self.memory_analysis = program.memory_analysis
+        self.text = program.as_text().replace(
+            " fusion(", f' fusion(), x={{"estimated_cycles":"{cycles}"}}, y=('
+        )
+
+    def as_text(self):
+        return self.text
+
+
+def test_costs_add_up(steps):
+    step = steps["mesh.data"]
+    step = step._replace(program=ProgramWithCycles(step.program, 1500))
+    operations, _ = hlo.operation_cycles(step.program.as_text())
+    found = tpu.step_costs(step, V5E, num_hosts=2)
+    assert found["cycles"] == 1500 * len(operations) > 0
+    assert found["compute_s"] == pytest.approx(found["cycles"] / 1.5e9)
+    assert found["communication_s"] == sum(c["seconds"] for c in found["collectives"]) > 0
+    assert found["bytes_sent"] == sum(c["bytes_sent"] for c in found["collectives"])
+    assert found["step_s"] == found["compute_s"] + found["communication_s"]
+    assert found["step_s_if_all_overlaps"] == max(found["compute_s"], found["communication_s"])
+    assert found["images_per_s"] == pytest.approx(BATCH / found["step_s"])
+    assert found["images_per_s_per_host"] == pytest.approx(found["images_per_s"] / 2)
+    layout = (found["layout"], found["gradient_dtype"], found["chips"])
+    assert layout == ("mesh.data", "float32", 8)
+
+
+def test_layout_fits_into_the_memory_of_a_chip_or_not(steps, costs):
+    total = costs["mesh.data"]["memory"]["total"]
+    for hbm_bytes, fits in ((total, True), (total - 1, False)):
+        chip = V5E._replace(hbm_bytes=hbm_bytes)
+        assert tpu.step_costs(steps["mesh.data"], chip, num_hosts=1)["fits"] is fits
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 12}, "batch_size=12 is not divisible by 8 device"),
+        ({"hybrid_group": 3}, "do not divide into groups of hybrid_group=3"),
+        ({"model.width": 0.063}, "cannot be split over groups of 4"),
+    ],
+)
+def test_configs_that_do_not_fit_the_devices(fields, message):
+    with pytest.raises(UserError, match=message):
+        tpu.network(narrow_config("mesh.hybrid", **fields), jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("group", "count"),  # of chips on a 16 × 16 torus
+    [
+        ([(x, y) for x in range(16) for y in range(16)], 4),
+        ([(x, 0) for x in range(16)], 2),
+        ([(x, 0) for x in range(8)], 1),
+        ([(x, y) for x in range(4) for y in range(4)], 2),
+        ([(x, y) for x in (0, 8) for y in range(16)], 2),
+        ([(0, 0), (8, 0)], 1),
+    ],
+)
+def test_links_that_a_group_can_use(group, count):
+    assert tpu.count_links(group, (16, 16), V5E) == count
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "links", "bytes_over_a_link"),
+    [
+        ("all-reduce", 256, 4, 2 * 255 / 256 * 200e6 / 4),
+        ("all-gather", 16, 2, 15 / 16 * 200e6 / 2),
+        ("collective-permute", 16, 1, 200e6),
+        ("all-to-all", 16, 1, 16 / 4 * 200e6),  # half of it crosses the middle of the line
+    ],
+)
+def test_time_of_a_collective(kind, devices, links, bytes_over_a_link):
+    for runs in (1, 3):
+        collective = hlo.Collective(kind, "f32", 200_000_000, tuple(range(devices)), runs)
+        expected = runs * bytes_over_a_link / 50e9
+        assert tpu.seconds(collective, links, V5E) == pytest.approx(expected)
+
+
+def test_summary_of_a_layout(costs):
+    found = costs["mesh.hybrid"]
+    summary = plan.describe(found)
+    assert summary.startswith("mesh.hybrid, gradients in float32\n")
+    assert f"{found['memory']['total'] / 1e6:.0f} MB: params" in summary
+    assert f"{found['bytes_sent'] / 1e6:.1f} MB per chip" in summary
+    assert "× all-reduce of f32 over 2 chips" in summary
+    assert f"{found['images_per_s']:,.0f} images/s" in summary
+    assert "DOES NOT FIT" in plan.describe(found | {"fits": False})
+    assert "no estimate for 3 sort" in plan.describe(
+        found | {"operations_without_cycles": {"sort": 3}}
+    )
+
+
+def test_choice_of_layouts():
+    everything = plan.choose_layouts(None)
+    assert len(everything) == len(set(everything)) == 6
+    zero = [("mesh.zero", "float32"), ("mesh.zero", "bfloat16")]
+    assert plan.choose_layouts(["mesh.zero"]) == zero
+    assert plan.choose_layouts(["mesh.zero,bfloat16", "mesh.zero"]) == zero[::-1]
+    with pytest.raises(UserError, match="--layouts pmap does not exist; choose from mesh.data"):
+        plan.choose_layouts(["mesh.data", "pmap"])
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v9z:2x2", "v5e:2", "16x16"])
-def test_topologies_that_are_none_are_refused(topology, monkeypatch):
-    monkeypatch.setattr(tpu, "_check_libtpu", lambda: None)
-    with pytest.raises(UserError, match="must be like v5e:16x16"):
+def test_topologies_that_do_not_exist(topology):
+    with pytest.raises(UserError, match="write it like v5e:16x16"):
         tpu.topology_devices(topology)
 
 
-def test_the_environment_is_libtpu_s_for_as_long_as_it_is_asked():
-    before = dict(os.environ)
-    with tpu._no_tpu_of_our_own():
-        assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"
-    assert dict(os.environ) == before
+def test_reading_rate_of_prepared_data(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "MEASURED_S", 0.05)
+
+    def rate(data_dir):
+        fields = [("data_dir", str(data_dir)), ("batch_size", "16")]
+        return plan.reading_rate(configs.load("configs/quickstart.py", fields))
+
+    assert rate(digits) > 0
+    assert rate(tmp_path) is None
 
 
-def test_without_libtpu_it_says_what_to_install():
+def command(*more):
+    return run(
+        *(sys.executable, "-m", "alexnet_jax.plan", *POD),
+        *more,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+
+
+def test_command_without_libtpu():
     if importlib.util.find_spec("libtpu"):
         pytest.skip("libtpu is installed")
     done = command("--topology=v5e:2x2")
@@ -139,79 +266,37 @@ def test_without_libtpu_it_says_what_to_install():
     assert "pip install 'libtpu" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_layouts_are_chosen_by_kind_or_whole_and_all_without_a_choice(monkeypatch, capsys):
-    everything = plan._chosen(None)
-    assert len(everything) == len(set(everything)) == 6
-    assert plan._chosen(["mesh.zero"]) == [("mesh.zero", "float32"), ("mesh.zero", "bfloat16")]
-    assert plan._chosen(["mesh.data,bfloat16"]) == [("mesh.data", "bfloat16")]
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which a command sets
-    with pytest.raises(SystemExit, match=f"^{EXIT_USER_ERROR}$"):
-        plan.main([*PLAN, "--topology=v5e:2x2", "--layouts", "mesh.data", "pmap"])
-    told = capsys.readouterr().err
-    assert told.startswith("error: --layouts pmap: it can be mesh.data,float32, mesh.data,bfloat16")
-
-
-@pytest.mark.parametrize("at_hand", [True, False])
-def test_the_reading_rate_is_of_the_config_s_own_store_if_there_is_one(
-    at_hand, digits, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(plan, "TRIAL_S", 0.05)
-    monkeypatch.setattr(plan, "TRIAL_IMAGES", 48)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    data_dir = digits if at_hand else tmp_path / "none"
-    fields = [("data_dir", str(data_dir)), ("batch_size", "16")]
-    settings = config.load("configs/quickstart.py", fields)
-    rate, data = plan.reading_rate(settings)
-    own = store.store_path(settings, settings.train_split)
-    assert data == (own if at_hand else "noise in the page cache")
-    assert rate > 0
-    assert not list(tmp_path.iterdir())  # the noise is gone again
-
-
-def test_the_picture_has_a_curve_for_each_layout_on_both_sides(tmp_path):
-    curves = {"mesh.data": [(1, 100.0), (4, 380.0), (8, 700.0)], "mesh.zero": [(4, 300.0)]}
-    plots.save_scaling(curves, "v5e:2x4", tmp_path / "two.png")
-    plots.save_scaling({**curves, "mesh.hybrid": [(4, 90.0)]}, "v5e:2x4", tmp_path / "three.png")
-    blue, orange, green = (0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E), (0x2C, 0xA0, 0x2C)
-    for name, drawn in (("two", (True, True, False)), ("three", (True, True, True))):
-        picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
-        for half in np.array_split(picture, 2, axis=1):
-            found = [bool((half == color).all(2).any()) for color in (blue, orange, green)]
-            assert found == list(drawn)
-
-
-def command(*more):
-    return run(
-        *(sys.executable, "-m", "alexnet_jax.plan", *PLAN),
-        *more,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-    )
+@pytest.mark.tpu
+def test_environment_is_restored_after_libtpu():
+    pytest.importorskip("libtpu")
+    before = dict(os.environ)
+    tpu.topology_devices("v5e:2x2")
+    assert dict(os.environ) == before
+    with pytest.raises(UserError, match="libtpu knows no topology v5e:3x5"):
+        tpu.topology_devices("v5e:3x5")
+    assert dict(os.environ) == before
 
 
 @pytest.mark.tpu
-def test_a_plan_of_a_small_slice_holds_together(tmp_path):
-    """Four chips: the sums that the architecture gives must come out of the compiled program."""
-    if not importlib.util.find_spec("libtpu"):
-        pytest.skip("libtpu is not installed: pip install -r requirements-tpu.txt")
+def test_command_on_a_small_slice(tmp_path):
+    """The bytes that the architecture gives come out of the program for four chips."""
+    pytest.importorskip("libtpu")
     done = command(
         *("--topology=v5e:2x2", "--layouts", "mesh.hybrid,bfloat16", f"--workdir={tmp_path}"),
-        *("--config.batch_size=64", "--config.hybrid_group=4", "--config.model.dtype=bfloat16"),
-        f"--config.data_dir={tmp_path}",
+        *("--config.batch_size=64", "--config.hybrid_group=4", f"--config.data_dir={tmp_path}"),
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "plan.json").read_text())
-    (layout,) = told["layouts"]
+    written = json.loads((tmp_path / "plan.json").read_text())
+    (layout,) = written["layouts"]
     whole, fc_kernels = 62_379_720, (9216 + 1000 + 4096) * 4096
     assert layout["memory"]["params"] == 4 * (whole - 3 / 4 * fc_kernels)
     assert layout["memory"]["optimizer"] == layout["memory"]["params"]
     assert layout["fits"] and layout["cycles"] > 1e6
-    summed = [c for c in layout["collectives"] if c["kind"] == "all-reduce"]
-    sent = sum(c["payload_bytes"] for c in summed if c["payload_bytes"] > 1e6)
-    gradients = whole - fc_kernels  # those of the fc kernels stay where they are: one group
+    summed = [c["payload_bytes"] for c in layout["collectives"] if c["kind"] == "all-reduce"]
+    gradients = whole - fc_kernels  # one group shares the fc kernels, so nobody else has copies
+    sent = sum(size for size in summed if size > 1e6)
     assert sent == pytest.approx(2 * gradients, rel=0.05, abs=64 * 1000 * 2)
-    assert told["images_per_s_read"] > 100
-    assert (tmp_path / "plan.png").stat().st_size > 10_000
     assert layout["step_s"] == pytest.approx(layout["compute_s"] + layout["communication_s"])
     assert plan.describe(layout) in done.stdout
-    for text in told["assumptions"]:
-        assert text in done.stdout
+    assert written["images_per_s_read"] is None
+    assert all(text in done.stdout for text in written["assumptions"])

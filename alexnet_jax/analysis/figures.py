@@ -1,4 +1,4 @@
-"""Figures: images with captions, filters, training curves, predictions, confusion, scaling.
+"""Figures: images with captions, filters, training curves, predictions, confusion.
 
 pyplot is not used, because it would change the backend of the caller, such as a notebook.
 """
@@ -273,40 +273,6 @@ def save_confusion(
             text = f"{confusion[row, column]}"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     axes.set(xlabel="prediction", ylabel="label")
-    figure.savefig(path, dpi=100)
-
-
-def save_scaling(
-    curves: Mapping[str, Sequence[tuple[int, float]]], topology: str, path: Path
-) -> None:
-    """Plots predicted images per second, and efficiency, against the number of chips.
-
-    Efficiency is the rate per chip divided by the best rate per chip of all curves.
-
-    Args:
-      curves: (chips, images per second) of each layout.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    rates, efficiencies = figure.subplots(1, 2)
-    best = max((rate / chips for curve in curves.values() for chips, rate in curve), default=1.0)
-    most = max(chips for curve in curves.values() for chips, _ in curve)
-    ideal = {"color": "gray", "label": "best rate per chip × chips"}
-    rates.plot([1, most], [best, best * most], ":", **ideal)
-    for name, curve in curves.items():
-        chips, found = map(np.array, zip(*curve, strict=True))
-        rates.plot(chips, found, "o-", label=name)
-        efficiencies.plot(chips, found / chips / best, "o-", label=name)
-    for axes in (rates, efficiencies):
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel(f"chips, up to {topology}")
-        axes.grid(alpha=0.3)
-    rates.set_yscale("log")
-    rates.set_ylabel("predicted images per second")
-    rates.legend(fontsize=8)
-    efficiencies.set_ylabel("rate per chip / best rate per chip")
-    efficiencies.set_ylim(0, 1.05)
     figure.savefig(path, dpi=100)
 
 

@@ -22,16 +22,10 @@ import numpy as np
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 LARGE = 100_000  # elements; smaller operations without an estimate do not matter
 # Operations that need no estimate: they do nothing, or their computations have estimates.
-FREE = (
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "broadcast",
-    "custom-call",
-)
-FREE += ("while", "conditional", "call")
+FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "broadcast", "custom-call"),
+    *("while", "conditional", "call"),
+}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \([^\n]*\{\n(.*?)^\}", re.M | re.S)
 _INSTRUCTION = re.compile(r"^ +(ROOT )?%(\S+) = (.*?) ([\w-]+)\((.*?)\)(.*)$", re.M)

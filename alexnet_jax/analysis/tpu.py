@@ -110,7 +110,7 @@ class CompiledStep(NamedTuple):
     """
 
     config: ConfigDict
-    program: jax.stages.Compiled
+    program: Any  # jax.stages.Compiled, whose methods may return None on some backends
     state: Any
     batch: dict[str, jax.ShapeDtypeStruct]
     activations: int
@@ -158,12 +158,12 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
             ("label", (count,), jnp.int32),
         )
     }
-    lowered = parallel.compile_train_step(train_step, state).lower(state, batch)
+    jitted: Any = parallel.compile_train_step(train_step, state)
     options = TPU_OPTIONS if devices[0].platform == "tpu" else {}
     values = sum(math.prod(layer.output_shape) for layer in layers)
     return CompiledStep(
         config,
-        lowered.compile(compiler_options={**options}),
+        jitted.lower(state, batch).compile(compiler_options={**options}),
         state,
         batch,
         count // len(devices) * values * jnp.dtype(config.model.dtype).itemsize,
