@@ -190,8 +190,10 @@ def test_gradients_of_frozen_layers_are_not_sent_between_devices(kind):
         return sum(each.payload_bytes for each in sent if each.kind == "all-reduce")
 
     params = network(**{"model.variant": "single"}).variables["params"]
-    convolutions = jax.tree.leaves([params[layer] for layer in FIVE])
-    assert bytes_added_up(()) - bytes_added_up(FIVE) == sum(x.nbytes for x in convolutions)
+    nbytes = {layer: sum(x.nbytes for x in jax.tree.leaves(params[layer])) for layer in params}
+    assert bytes_added_up(()) >= sum(nbytes.values())
+    trained = sum(nbytes[layer] for layer in params if layer not in FIVE)
+    assert trained <= bytes_added_up(FIVE) < trained + 100  # and the metrics
 
 
 def test_last_layer_is_kept_only_for_the_same_classes():
