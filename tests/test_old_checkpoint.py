@@ -18,13 +18,17 @@ import json
 import re
 import sys
 import tarfile
+from contextlib import closing
 
 import jax
 import numpy as np
 import pytest
 from commands import ROOT, run, saved_state, saved_steps
 
-from alexnet_jax import __version__, inference
+from alexnet_jax import __version__, build_model, default_config, inference, init_state
+from alexnet_jax.config import to_json
+from alexnet_jax.training.checkpoint import Checkpoints
+from alexnet_jax.training.optimizer import make_optimizer
 
 ROWS, COLUMNS, CHANNELS = np.indices((64, 64, 3))
 IMAGES = np.stack([4 * ROWS, 255 - COLUMNS * (CHANNELS + 1)]).astype(np.uint8)
@@ -77,6 +81,25 @@ def test_training_resumes(workdir, digits):
     # It resumes with the trained weights: version 0.1 had a loss of 6.5 at its first steps, and
     # 2.3 at these.
     assert np.mean([row["loss"] for row in rows if row["split"] == "train"]) < 3
+
+
+def test_velocity_of_a_run_with_frozen_layers_is_restored(tmp_path):
+    """Version 0.1 stored the velocity of the layers that train, and no entry for the others."""
+    config = default_config()
+    config.model.width, config.model.num_classes, config.freeze = 0.01, 10, ("conv1", "conv2")
+    model, tx = build_model(config), make_optimizer(config, 1.0)
+    new = init_state(model, tx, 0, (64, 64, 3))
+    config.freeze = ()
+    chain = make_optimizer(config, 1.0)
+    trained = {name: x for name, x in new.params.items() if name not in ("conv1", "conv2")}
+    velocity = jax.tree.map(lambda x: x + 1.0, chain.init(trained))
+    with closing(Checkpoints(tmp_path, to_json(config))) as checkpoints:
+        checkpoints.save(new.replace(opt_state=velocity), position=None)
+        checkpoints.wait()
+        restored = checkpoints.restore_latest(jax.eval_shape(lambda: new)).state
+    assert jax.tree.structure(restored) == jax.tree.structure(new)
+    for got, want in zip(*map(jax.tree.leaves, (restored.opt_state, velocity)), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_other_shapes_are_one_sentence_with_variant_size_and_version(workdir):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from alexnet_jax import __version__
+from alexnet_jax.training.optimizer import without_frozen
 from alexnet_jax.training.train_step import TrainState
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError, one_line
@@ -166,7 +167,16 @@ class Checkpoints:
         was saved, and UserError if it holds a network of other shapes.
         """
         self._check_shapes(step, like.params)
-        state, progress = self._read(step, ocp.args.StandardRestore(like))
+        try:
+            state, progress = self._read(step, ocp.args.StandardRestore(like))
+        except ValueError:
+            opt_state = without_frozen(like.opt_state)
+            if opt_state is like.opt_state:
+                raise
+            # Version 0.1 stored no entries for frozen layers. The arrays are the same.
+            stored = like.replace(opt_state=opt_state)
+            state, progress = self._read(step, ocp.args.StandardRestore(stored))
+            state = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(state))
         if _checksums(state) != progress.get("checksums"):
             raise ValueError(DIFFERENT_CHECKSUM)
         return Restored(state, progress["position"])

@@ -84,6 +84,15 @@ def _freeze_labels(config: ConfigDict) -> Callable[[Params], dict[str, str]]:
     }
 
 
+def without_frozen(opt_state: optax.OptState) -> optax.OptState:
+    """Returns the optimizer state without entries for frozen layers, as version 0.1 had it."""
+    if not isinstance(opt_state, optax.transforms.PartitionState):
+        return opt_state
+    *others, velocity = opt_state.inner_states["train"].inner_state
+    trained = {name: v for name, v in velocity.trace.items() if jax.tree.leaves(v)}
+    return *others, velocity._replace(trace=trained)
+
+
 def _scale_by_layer(
     layer_rates: Sequence[tuple[str, float]],
 ) -> optax.GradientTransformationExtraArgs:
