@@ -1,4 +1,4 @@
-"""What `pip install .` gives: the dependencies of the requirements files, commands and configs."""
+"""What `pip install .` installs: dependencies, console commands and bundled configs."""
 
 import ast
 import importlib
@@ -17,12 +17,13 @@ from alexnet_jax.utils.errors import UserError
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-HELD_BY = {
+DECLARED = {
     "requirements.txt": PROJECT["dependencies"] + EXTRAS["test"],
     "requirements-serve.txt": EXTRAS["serve"] + EXTRAS["browser"],
     **{f"requirements-{extra}.txt": EXTRAS[extra] for extra in ("docs", "torch", "tpu")},
 }
-# Not those that pip could not resolve beside the others, which so no extra can name.
+# requirements-export.txt is left out: pip cannot resolve it together with the others, so there is
+# no extra for it.
 FILES = [f for f in ROOT.glob("requirements*.txt") if "pip install --no-deps" not in f.read_text()]
 
 
@@ -36,12 +37,12 @@ def canonical(requirement):
 
 
 @pytest.mark.parametrize("file", sorted(FILES), ids=lambda file: file.name)
-def test_a_file_of_requirements_holds_what_the_package_asks_for(file):
-    assert required(file) == HELD_BY[file.name]
+def test_requirements_files_match_pyproject(file):
+    assert required(file) == DECLARED[file.name]
 
 
 def imported(folder):
-    """The names of other packages' modules that are imported, anywhere in a file."""
+    """Returns the names of third-party modules that the files of a folder import."""
     nodes = [
         node for file in folder.rglob("*.py") for node in ast.walk(ast.parse(file.read_text()))
     ]
@@ -50,28 +51,31 @@ def imported(folder):
     return {name.split(".")[0] for name in whole + parts} - sys.stdlib_module_names
 
 
-def test_all_that_the_package_imports_is_asked_for():
-    asked = {canonical(one) for file in ROOT.glob("requirements*.txt") for one in required(file)}
-    givers = packages_distributions()
+def test_every_imported_package_is_required():
+    required_names = {
+        canonical(one) for file in ROOT.glob("requirements*.txt") for one in required(file)
+    }
+    distributions = packages_distributions()
     modules = imported(ROOT / "alexnet_jax") | imported(ROOT / "configs")
     assert "jax" in modules
-    for module in modules - {"alexnet_jax", "jaxlib"}:  # jaxlib is a part of JAX
-        # What is not installed has the name of its module: gradio, torch.
-        assert asked & {canonical(name) for name in givers.get(module, [module])}, module
+    for module in modules - {"alexnet_jax", "jaxlib"}:  # JAX requires jaxlib
+        # Packages that are not installed here have the name of their module: gradio, torch.
+        names = distributions.get(module, [module])
+        assert required_names & {canonical(name) for name in names}, module
 
 
 def test_every_requirement_has_a_lowest_version():
-    asked = PROJECT["dependencies"] + [one for extra in EXTRAS.values() for one in extra]
-    assert [one for one in asked if not re.search(r"[>=]=\d", one)] == []
+    everything = PROJECT["dependencies"] + [one for extra in EXTRAS.values() for one in extra]
+    assert [one for one in everything if not re.search(r"[>=]=\d", one)] == []
 
 
-def test_nothing_to_test_with_comes_with_the_package():
+def test_test_tools_are_not_installed_with_the_package():
     tools = {canonical(one) for one in EXTRAS["test"] + EXTRAS["browser"]}
     assert {"pytest", "ruff"} <= tools
     assert tools.isdisjoint(canonical(one) for one in PROJECT["dependencies"])
 
 
-def test_every_module_that_can_be_run_is_a_console_command():
+def test_every_runnable_module_is_a_console_command():
     runnable = {
         file.stem
         for file in (ROOT / "alexnet_jax").glob("*.py")
@@ -83,18 +87,18 @@ def test_every_module_that_can_be_run_is_a_console_command():
 
 
 @pytest.mark.parametrize("target", PROJECT["scripts"].values())
-def test_a_console_command_can_be_called_without_arguments(target):
+def test_console_commands_can_be_called_without_arguments(target):
     module, function = target.split(":")
     inspect.signature(getattr(importlib.import_module(module), function)).bind()
 
 
-def test_our_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+def test_bundled_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     here = configs.load("configs/imagenet.py")
     monkeypatch.chdir(tmp_path)
     assert configs.load("configs/imagenet.py") == here
 
 
-THEIRS = """
+OWN_CONFIG = """
 from alexnet_jax.config import default_config
 def get_config():
     config = default_config()
@@ -103,23 +107,23 @@ def get_config():
 """
 
 
-def test_a_config_of_the_folder_comes_before_ours(tmp_path, monkeypatch):
+def test_a_config_in_the_working_directory_has_priority(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("configs").mkdir()
-    Path("configs/imagenet.py").write_text(THEIRS)
+    Path("configs/imagenet.py").write_text(OWN_CONFIG)
     assert configs.load("configs/imagenet.py").seed == 7
     assert configs.load("configs/imagenet_pod.py").optimizer.kind == "lars"
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        ("configs/imagnet.py", "no config file configs/imagnet.py; there are: configs/imagenet.py"),
-        ("imagenet_2012.py", "no config file imagenet_2012.py; there are: configs/imagenet_2012"),
+        ("configs/imagnet.py", "no config file configs/imagnet.py; the nearest are: imagenet,"),
+        ("imagenet_2012.py", "no config file imagenet_2012.py; the nearest are: imagenet_2012,"),
         ("elsewhere/configs/imagenet.py", "no config file elsewhere/configs/imagenet.py"),
     ],
 )
-def test_a_config_that_is_nowhere_is_told_of_with_ours(name, told, tmp_path, monkeypatch):
+def test_an_unknown_config_is_refused_with_the_nearest_ones(name, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         configs.load(name)
