@@ -1,7 +1,6 @@
 """Lists the commands of the package: `python -m alexnet_jax`.
 
-Reads the summaries from the modules' source, because importing the commands would import JAX,
-which takes seconds.
+Reads the summaries from the modules' source, because importing all commands takes seconds.
 """
 
 import ast
