@@ -94,9 +94,11 @@ def _no_local_tpu() -> Iterator[None]:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
     }
-    yield
-    os.environ.clear()
-    os.environ |= before
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 class CompiledStep(NamedTuple):
