@@ -79,9 +79,14 @@ def follow(recipe, copy, commands=None):
     return printed
 
 
+def number_passed(printed):
+    (line,) = re.findall(r"^(\d+) passed.*", printed, re.M)
+    return int(line)
+
+
 def test_run_one_test(copy):
     (printed,) = follow("Run the tests", copy)
-    assert re.search(r"^1 passed", printed, re.M)
+    assert number_passed(printed) == 1
 
 
 def test_add_variant(copy):
@@ -93,7 +98,7 @@ def test_add_variant(copy):
     insert(tests, '    "single":', f'    "{name}": {count.replace(",", "_")},\n')
     insert(copy / "README.md", "| `single` |", f"| `{name}` | without LRN | | | | {count} | |\n")
     (printed,) = follow("Add a variant", copy)
-    assert re.search(r"^7 passed", printed, re.M)
+    assert number_passed(printed) > 1  # of test_model and of test_readme
 
 
 def test_add_data_set(copy):
@@ -101,7 +106,7 @@ def test_add_data_set(copy):
     (package / "scikit_digits.py").write_text(BUILDER)
     insert(package / "__init__.py", "from", "from alexnet_jax.data.datasets import scikit_digits\n")
     (printed,) = follow("Add a data set", copy, commands=1)  # other tests draw
-    assert "scikit_digits/1.0.0 train\n  examples        60," in printed
+    assert re.search(r"scikit_digits/1.0.0 train\n  examples +60 ", printed)
 
 
 def test_add_config(copy):
@@ -109,4 +114,4 @@ def test_add_config(copy):
     (copy / "configs/digits_bn.py").write_text(text.replace('"paper"', '"bn"'))
     insert(copy / "README.md", "| `configs/cifar10.py` |", "| `configs/digits_bn.py` | | |\n")
     (printed,) = follow("Add a config", copy, commands=1)  # other tests train
-    assert re.search(r"^3 passed", printed, re.M)
+    assert number_passed(printed) > 1  # of test_config and of test_readme
