@@ -92,7 +92,7 @@ EXPERIMENTS = {
     ),
 }
 QUICK = (
-    "train_split=train[:200] eval_split=test[:100] batch_size=50 num_epochs=1 model.width=0.1 "
+    "train_split=train[:200] eval_split=test[:100] batch_size=40 num_epochs=1 model.width=0.1 "
     "eval.every_epochs=1 schedule.warmup_epochs=0"
 )
 

@@ -22,7 +22,7 @@ LAYOUT = {
     *(tokenize.ENCODING, tokenize.ENDMARKER),
 }
 IMPORT = """
-import sys, alexnet_jax.{}
+import sys, alexnet_jax.train
 print(*(m.__file__ for name, m in sys.modules.items() if name.startswith("alexnet_jax")))
 """
 
@@ -40,11 +40,11 @@ def code_lines(source: str) -> int:
     return len(lines)
 
 
-def imported_files(module: str) -> set[Path]:
-    """Returns the package's files that a new process reads to import one of its modules."""
-    command = [sys.executable, "-c", IMPORT.format(module)]
+def training_files() -> set[Path]:
+    """Returns train.py, one config, and the package's files that they import."""
+    command = [sys.executable, "-c", IMPORT]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return set(map(Path, done.stdout.split()))
+    return {ROOT / "train.py", ROOT / "configs/imagenet.py", *map(Path, done.stdout.split())}
 
 
 def count(what: str, files: Iterable[Path]) -> list[Row]:
@@ -63,15 +63,12 @@ def words(what: str, files: Iterable[Path]) -> Row:
 
 def project() -> list[Row]:
     """Returns all counts of this checkout."""
-    training = {ROOT / "train.py", ROOT / "configs/imagenet.py", *imported_files("train")}
-    preparation = imported_files("data.prepare") - training
     return [
         *count("package", PACKAGE.rglob("*.py")),
         *count("tests", (ROOT / "tests").rglob("*.py")),
         *count("benchmarks", (ROOT / "benchmarks").rglob("*.py")),
         *count("training loop, train.py", [PACKAGE / "train.py"]),
-        *count("imported to train with configs/imagenet.py", training),
-        *count("imported besides to prepare data", preparation),
+        *count("train.py and what it imports", training_files()),
         words("README", [ROOT / "README.md"]),
         words("docs/*.md", (ROOT / "docs").glob("*.md")),
     ]

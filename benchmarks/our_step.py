@@ -60,16 +60,6 @@ def augmentation(crop: str) -> Callable:
     return jax.jit(alexnet_jax.make_augment(config, Statistics(mean, np.eye(3, dtype=np.float32))))
 
 
-def flops(variant: str, train: bool) -> float:
-    """Returns the operations on one image with plain convolutions, 2 per multiply-add.
-
-    The backward pass takes two products per layer, but conv1 has no gradient of its input.
-    """
-    rows = alexnet_jax.layer_table(network(variant, "float32"), (SIDE, SIDE, 3))
-    conv1, *others = (of.flops for of in rows if of.flops)
-    return 2 * conv1 + 3 * sum(others) if train else conv1 + sum(others)
-
-
 def save_untrained(workdir: Path, fields: dict[str, Any]) -> None:
     """Writes the workdir of a network with its initial parameters; it is as fast as a trained one.
 

@@ -66,16 +66,17 @@ def measure(count: int, path: str, rounds: int) -> list[Row]:
     """Returns the rows of one size."""
     store = open_store(path)
     late = {"next_index": int((EPOCHS - 0.1) * count / BATCH)}  # the next batch, as in checkpoints
-    figures: dict[str, tuple[str, Callable[[], float]]] = {
-        "open": ("ms", lambda: milliseconds(lambda: open_store(path))),
-        "first batch": ("ms", lambda: milliseconds(lambda: first_batch(store))),
-        f"resume in epoch {EPOCHS}": ("ms", lambda: milliseconds(lambda: first_batch(store, late))),
-        "memory of the pipeline": ("kB", lambda: peak_kb(store)),
+    timed: dict[str, Callable[[], Any]] = {
+        "open": lambda: open_store(path),
+        "first batch": lambda: first_batch(store),
+        f"resume in epoch {EPOCHS}": lambda: first_batch(store, late),
     }
-    return [
-        row(f"{what}, {count:,} images", [figure() for _ in range(rounds)], unit, BATCH)
-        for what, (unit, figure) in figures.items()
+    rows = [
+        row(f"{what}, {count:,} images", [milliseconds(f) for _ in range(rounds)], "ms", BATCH)
+        for what, f in timed.items()
     ]
+    memory = [peak_kb(store) for _ in range(rounds)]
+    return [*rows, row(f"memory of the pipeline, {count:,} images", memory, "kB", BATCH)]
 
 
 def main() -> None:

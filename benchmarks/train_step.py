@@ -4,9 +4,7 @@
     python benchmarks/train_step.py --against ../other_checkout --variant owt paper --batch 64
 
 All contenders take the same random images; augmentation is left out. Each has its own process and
-as many threads as the machine has cores, and they take turns. "Of peak" divides the operations of
-plain convolutions by the rate of the fastest matrix product measured here; Winograd's convolution
-needs fewer operations, so it can exceed 100 %. PyTorch takes part if it is installed
+as many threads as the machine has cores, and they take turns. PyTorch takes part if it is installed
 (requirements-torch.txt), torch.compile if there is a C++ compiler.
 
 --against compares with the step of another checkout, including one whose package has another API:
@@ -21,7 +19,6 @@ import shutil
 import sys
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from harness import CORES, ROOT, Row, parser, ratio, row, show, take_turns, write
@@ -30,7 +27,6 @@ VARIANTS = ("owt", "paper")
 BATCHES = (32, 64, 128, 256)
 DTYPES = ("float32", "bfloat16")
 MODES = ("forward", "train")
-PRODUCT_SIZE = 2048
 
 
 def ours(variant: str, batch: int, dtype: str, train: bool) -> Generator[int]:
@@ -89,34 +85,6 @@ def pytorch(
     yield from torch_alexnet.steps(variant, batch, dtype, train, channels_last, compiled)
 
 
-def matrix_product(library: str, dtype: str) -> Generator[int]:
-    """Yields the number of operations after each product."""
-    if library == "JAX":
-        import jax
-        import jax.numpy as jnp
-
-        a = jax.random.normal(jax.random.key(0), (PRODUCT_SIZE, PRODUCT_SIZE), dtype)
-        dot = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32))
-    else:
-        import torch
-
-        torch.set_num_threads(CORES)
-        a = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE).to(getattr(torch, dtype))
-        dot = torch.mm
-    while True:
-        product = dot(a, a)
-        if library == "JAX":
-            product.block_until_ready()
-        yield 2 * PRODUCT_SIZE**3
-
-
-def peak_flops(dtype: str, libraries: Sequence[str], seconds: float) -> float:
-    """Returns the operations per second of the fastest library's matrix product."""
-    makers = {name: functools.partial(matrix_product, name, dtype) for name in libraries}
-    turns = take_turns(makers, 3, seconds)
-    return max(median(turn.rate for turn in of) for of in turns.values())
-
-
 def other_checkout(root: str, variant: str, batch: int, dtype: str, train: bool) -> Generator[int]:
     """Imports the package and `ours` from a checkout. Must run in a process of its own."""
     sys.path[:0] = root, f"{root}/benchmarks"
@@ -140,7 +108,7 @@ def contenders(args: argparse.Namespace) -> dict[str, Callable]:
     return found
 
 
-def measure(cell: tuple[str, int, str, str], args: argparse.Namespace, peak: float) -> list[Row]:
+def measure(cell: tuple[str, int, str, str], args: argparse.Namespace) -> list[Row]:
     """Prints and returns the rows of one combination of variant, batch size, dtype and mode."""
     variant, batch, dtype, mode = cell
     makers = {
@@ -156,11 +124,6 @@ def measure(cell: tuple[str, int, str, str], args: argparse.Namespace, peak: flo
         what = f"{name}, {variant} {mode}"
         rows.append(row(what, values, "images/s", **fields))
         rows.append(row(what, [turns[name][-1].peak_bytes / 1e6], "MB at most", **fields))
-    if peak:
-        import our_step
-
-        share = 100 * median(rates[first]) * our_step.flops(variant, mode == "train") / peak
-        rows.append(row(f"{first}, {variant} {mode}", [share], "% of peak", **fields))
     for name in others:
         what = f"{first} / {name}, {variant} {mode}"
         rows.append(ratio(what, rates[first], rates[name], **fields))
@@ -205,17 +168,10 @@ def main() -> None:
         args.variant, args.batch, args.dtype, args.mode = ["owt"], [4], ["float32"], ["train"]
         args.rounds, args.seconds = 2, 0.1
     args.torch = bool(importlib.util.find_spec("torch")) and not args.quick
-    libraries = ("JAX", "PyTorch") if args.torch else ("JAX",)
     rows = []
-    for dtype in args.dtype:
-        peak = 0.0
-        if not args.against:
-            peak = peak_flops(dtype, libraries, min(1.0, args.seconds))
-            rows.append(row("matrix product", [peak / 1e9], "GFLOP/s", PRODUCT_SIZE, dtype))
-            show(rows[-1:])
-        for variant, batch, mode in itertools.product(args.variant, args.batch, args.mode):
-            rows += measure((variant, batch, dtype, mode), args, peak)
-            write(rows, args.json)  # keeps what was measured if a long run is interrupted
+    for cell in itertools.product(args.variant, args.batch, args.dtype, args.mode):
+        rows += measure(cell, args)
+        write(rows, args.json)  # keeps what was measured if a long run is interrupted
     if args.plot:
         plot(rows, args.plot)
 
