@@ -1,6 +1,7 @@
 """A trained network loaded from its workdir. It needs neither the data nor the training code."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
@@ -134,48 +135,49 @@ def create(
     stats: Statistics,
     class_names: Sequence[str],
 ) -> None:
-    """Makes a workdir of a network that was trained elsewhere, as a run's before its first step.
+    """Creates the workdir of a network that was trained elsewhere.
 
-    It gets its name when it is whole.
+    It looks like the workdir of a run before its first step. It gets its name when it is complete.
 
     Args:
       variables: as in `Trained`.
       class_names: at most num_classes.
 
-    Raises UserError if the workdir is not new or cannot be written, or the arrays are not those of
-    the config's network.
+    Raises:
+      UserError: the workdir is not empty or cannot be written, or the arrays do not have the shapes
+        of the config's network.
     """
     model = build_model(config)
-    unlike = mismatch(state_shapes(config, model).params, variables["params"])
-    if unlike:
-        raise UserError(f"the weights are not of variant {config.model.variant}: {unlike}")
+    difference = mismatch(state_shapes(config, model).params, variables["params"])
+    if difference:
+        raise UserError(f"the weights are not of variant {config.model.variant}: {difference}")
     size = config.augment.crop_size
     state = init_state(model, make_optimizer(config, 1.0), config.seed, (size, size, 3))
     state = state.replace(**jax.tree.map(jnp.asarray, variables))
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty; choose another workdir")
-    place = workdir.absolute()
-    part = place.with_name(f".{place.name}.part")
+    target = workdir.absolute()
+    part = target.with_name(f".{target.name}.part")
     with explain_write_errors(workdir, "another workdir"):
-        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
         try:
             part.mkdir(parents=True)
             with contextlib.closing(Checkpoints(part, configs.to_json(config))) as checkpoints:
                 checkpoints.save(state, position=None)
             save_statistics(part, stats, class_names)
             (part / "config.json").write_text(configs.to_json(config) + "\n")
-            part.replace(place)
+            part.replace(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
 
 def unnamed(label: int) -> str:
-    """Returns what a class is called whose name is not known."""
+    """Returns the name of a class that has none."""
     return f"class {label}"
 
 
 def saved_config(workdir: Path) -> ConfigDict:
-    """Returns a workdir's config with parallel="jit". Raises UserError if there is none to read."""
+    """Returns a workdir's config with parallel="jit". Raises UserError if it cannot be read."""
     path = workdir / "config.json"
     try:
         saved = json.loads(path.read_text())
@@ -192,7 +194,7 @@ def saved_config(workdir: Path) -> ConfigDict:
 
 
 def save_statistics(workdir: Path, stats: Statistics, class_names: Sequence[str]) -> None:
-    """Writes what a network's inputs and outputs mean, `statistics.npz`, whole or not at all."""
+    """Writes the meaning of a network's inputs and outputs to statistics.npz, atomically."""
     with (
         explain_write_errors(workdir, "another --workdir", DISK_FULL),
         atomic_write(workdir / STATISTICS_FILE) as new,
@@ -207,10 +209,10 @@ def load_statistics(workdir: Path) -> tuple[Statistics, tuple[str, ...]]:
         with np.load(path) as saved:
             stats = Statistics(*(saved[field] for field in Statistics._fields))
             return stats, tuple(str(name) for name in saved["class_names"])
-    except Exception as error:  # of zipfile, zlib, NumPy or the file system
+    except Exception as error:  # from zipfile, zlib, NumPy or the file system
         raise UserError(
-            f"{path} cannot be read ({error}); the run's own training command writes it again, "
-            "also when the run is finished"
+            f"{path} cannot be read ({error}); run the training command again, which rewrites it "
+            "even if the run is finished"
         ) from error
 
 
@@ -221,17 +223,16 @@ def log_probs(
 
     Args:
       views: "center" or "ten".
-      variables: the network's; apart, so that they are no constants of what is compiled.
+      variables: of the network. An argument, so that they are not compiled as constants.
     """
-    views_of = trained.augment.ten if views == "ten" else trained.augment.center
-    found = views_of(images)
-    return log_probabilities(trained.model, variables, found if views == "ten" else found[None])
+    augment = dataclasses.replace(trained.augment, eval_views=views)
+    return log_probabilities(trained.model, variables, augment.views(images))
 
 
 def classifier(trained: Trained, views: str | None = None) -> OfImages:
-    """Returns images -> log-probabilities float32[B, num_classes].
+    """Returns a function from images to log-probabilities float32[B, num_classes].
 
-    S is the config's image_size. See `on_all_devices`.
+    S is `config.image_size`. See `on_all_devices`.
 
     Args:
       views: "center" or "ten"; by default the config's.
@@ -241,10 +242,10 @@ def classifier(trained: Trained, views: str | None = None) -> OfImages:
 
 
 def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
-    """Returns images -> {name: float32[B, …]}, features of the images' centre crops.
+    """Returns a function from images to {name: float32[B, …]}, for their center crops.
 
     Args:
-      names: out of `model.FEATURES`; see `AlexNet.__call__` for what each is.
+      names: of layers (`named_layers(model.variant)`).
     """
 
     def features(variables: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
@@ -256,13 +257,13 @@ def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
 
 
 def on_all_devices(function: Callable[..., Any], variables: Any) -> Callable[..., Any]:
-    """Returns arrays -> function(variables, *arrays), each device of this process with its share.
+    """Returns `lambda *arrays: function(variables, *arrays)`, spread over this process's devices.
 
-    The arrays have one length; so have those that the function returns, a row for each of theirs.
-    Every length is compiled anew, so give arrays of one. The call returns while they compute, but
-    for a length that the devices do not divide: of that the padding's rows are cut off on the host,
-    because on the devices the cut is an all-gather, and several of those in flight can wait for
-    each other for ever where the devices are more than the processor's threads.
+    All arrays, and those that the function returns, have the same length. Each new length compiles
+    again, so use one. The call returns before the result is computed, except where the devices do
+    not divide the length: padding is then removed on the host. On the devices that would be an
+    all-gather, and on CPU several of those in flight can deadlock if there are more devices than
+    threads. For the same reason this uses shard_map, which adds no communication, and not jit.
     """
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     split, whole = PartitionSpec("data"), PartitionSpec()

@@ -1,4 +1,4 @@
-"""CIFAR-10: 60,000 colour images of 32×32 in 10 classes, enlarged to what AlexNet can take."""
+"""CIFAR-10: 60,000 color images of 32×32 pixels in 10 classes, enlarged for AlexNet."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from alexnet_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Returns the config: half the filters, He initial weights, batch norm's scale of input."""
+    """Returns the config: half the filters, batch norm, He initialization."""
     c = default_config()
     c.dataset = "cifar10"  # tfds downloads it (160 MiB)
     c.eval_split = "test"

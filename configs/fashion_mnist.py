@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 70,000 grey pictures of clothes, 28×28, in 10 classes."""
+"""Fashion-MNIST: 70,000 gray images of clothes, 28×28 pixels, in 10 classes."""
 
 from ml_collections import ConfigDict
 
@@ -6,13 +6,13 @@ from alexnet_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Returns the config: the quickstart's, with flips, on more data."""
+    """Returns the config: like quickstart, with flips, on more data."""
     c = default_config()
     c.dataset = "fashion_mnist"  # tfds downloads it (30 MiB)
     c.eval_split = "test"
     c.image_size = 72
     c.augment.crop_size = 64
-    c.augment.color_noise = 0.0  # grey
+    c.augment.color_noise = 0.0  # the images are gray
 
     c.model.variant = "paper"
     c.model.num_classes = 10

@@ -10,7 +10,7 @@ from alexnet_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Returns the config: as configs/imagenette.py, on a folder of class folders of images."""
+    """Returns the config: like imagenette, on a folder of class folders."""
     c = default_config()
     c.dataset = "folder:photographs"
     c.train_split = "train"

@@ -28,17 +28,19 @@ def get_config() -> ConfigDict:
     c.augment.mean = "image"  # § 2: the mean over the training set, from each pixel
     c.augment.color_noise = 0.1  # § 4.1: α ~ N(0, 0.1), read as its standard deviation
     c.augment.color_noise_scale = "eigenvalue"  # § 4.1: α times the eigenvalue
-    c.eval.views = "ten"  # § 4.1: four corners, centre, and their reflections
+    c.eval.views = "ten"  # § 4.1: four corners, center, and their reflections
 
     c.batch_size = 128  # § 5
     c.num_epochs = 90  # § 5: "roughly 90 cycles"
     c.learning_rate = 0.01  # § 5
     c.optimizer.momentum = 0.9  # § 5
     c.optimizer.weight_decay = 0.0005  # § 5, scaled by the learning rate, in the velocity
-    c.optimizer.bias_weight_decay = 0.0  # § 5 decays "the weight w"; the authors' code no bias
+    c.optimizer.bias_weight_decay = (
+        0.0  # § 5 decays "the weight w"; the authors' code decays no bias
+    )
     c.optimizer.bias_learning_rate = 1.0  # § 5: "an equal learning rate for all layers"
     c.schedule.kind = "plateau"  # § 5: divided by 10 when validation error stopped improving
     c.schedule.factor = 0.1  # § 5
     c.schedule.max_drops = 3  # § 5: "reduced three times prior to termination"
-    c.schedule.patience = 5  # ours, in epochs: the authors watched the error and chose by hand
+    c.schedule.patience = 5  # not in the paper, whose authors watched the error and chose by hand
     return c

@@ -1,10 +1,10 @@
 """Run #145 as it ran in 2012: the paper's one-CNN row (40.66 % top-1, 18.21 % top-5, ten views).
 
 Source: the authors' released program, github.com/computerhistory/AlexNet-Source-Code, its
-layers/layers-145.cfg and layer-params-145.cfg. The code did some things the paper does not say:
-the variant `original` has those of the network, this file those of the recipe. Not kept: #145
-drew one crop and one flip for each 32 consecutive images and never reshuffled them; here every
-image has its own, and every epoch its own order.
+layers/layers-145.cfg and layer-params-145.cfg. The code differs from the paper in places: the
+variant `original` has the differences of the network, this file those of the recipe. One difference
+is not reproduced: #145 drew one crop and one flip for every 32 consecutive images and never
+reshuffled them. Here every image has its own, and every epoch has its own order.
 """
 
 from ml_collections import ConfigDict
@@ -22,12 +22,12 @@ def get_config() -> ConfigDict:
     c.model.variant = "original"
     c.model.num_classes = 1000
     c.model.dropout = 0.5
-    c.model.init = "paper"  # `original` itself knows of 0.03 in conv3 to conv5
+    c.model.init = "paper"  # `original` itself has 0.03 in conv3 to conv5
     c.model.hidden_bias = 1.0
 
     c.augment.crop_size = 224  # --crop-border=16
     c.augment.flip = True
-    c.augment.mean = "image_center"  # the mean's central window, wherever the crop was
+    c.augment.mean = "image_center"  # the center of the mean image, wherever the crop is
     c.augment.color_noise = 0.1  # --color-noise=0.1
     c.augment.color_noise_scale = "std"
     c.augment.color_noise_shrink = True  # the noisy image is divided by 1.1
@@ -41,8 +41,8 @@ def get_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.0005
     c.optimizer.bias_weight_decay = 0.0  # every bias matrix was built with wc = 0
 
-    # The log of the changes: epoch, layer, field, value. epsB was left at 0.02 but in conv1,
-    # which stood still from epoch 72 on.
+    # The log of changes: epoch, layer, field, value. epsB stayed at 0.02, except in conv1, which
+    # was frozen from epoch 72 on.
     c.schedule.kind = "constant"
     c.schedule.changes = (
         (25, "all", "learning_rate", 1e-3),

