@@ -53,9 +53,9 @@ def get_config() -> ConfigDict:
     c.optimizer.momentum = 0.9
     c.optimizer.weight_decay = 0.0005
     c.optimizer.bias_weight_decay = 0.0  # bvlc_alexnet
-    # Our choice: biases have no trust ratio, so 22 would be their plain SGD rate. This makes it 0.3,
-    # the paper's rate without LARS at 8,192 images, its largest such batch (58.0 %). docs/recipes.md
-    # has a trial.
+    # Our choice: biases have no trust ratio, so 22 would be their plain SGD rate. This makes it
+    # 0.3, the paper's rate without LARS at 8,192 images, its largest such batch (58.0 %).
+    # docs/recipes.md has a trial.
     c.optimizer.bias_learning_rate = 0.3 / 22.0
     c.schedule.kind = "polynomial"
     c.schedule.power = 2.0
