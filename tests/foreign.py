@@ -63,9 +63,9 @@ def photographs() -> np.ndarray:
     return np.stack([images.photograph(number, 256, 256) for number in range(2)])
 
 
-def log_probs(workdir: Path) -> np.ndarray:
-    """Returns the log-probabilities of the photographs from a workdir's network."""
-    return np.asarray(inference.classifier(inference.load(workdir))(photographs()))
+def log_probs(network: inference.Trained) -> np.ndarray:
+    """Returns a network's log-probabilities of the photographs."""
+    return np.asarray(inference.classifier(network)(photographs()))
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:

@@ -13,6 +13,7 @@ import pytest
 import python2_pickle
 from python2_pickle import Called, Global, OldStyle
 
+from alexnet_jax import inference
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.weights import cuda_convnet, pickles, programs
 
@@ -93,7 +94,9 @@ def test_log_probabilities_match_pytorch(weights, tmp_path):
     printed = foreign.run_convert(source.parent, tmp_path / "run", "--mean", meta_file)
     assert "variant original, 7 classes, crops of 224 pixels minus a mean image" in printed
     expected = log_probs_of_run_145(content["model_state"]["layers"])
-    assert foreign.relative_error(foreign.log_probs(tmp_path / "run"), expected) < 1e-4
+    assert (
+        foreign.relative_error(foreign.log_probs(inference.load(tmp_path / "run")), expected) < 1e-4
+    )
     shutil.rmtree(tmp_path / "run")
 
 

@@ -83,12 +83,16 @@ def test_round_trip_through_pytorch_is_exact_and_keeps_the_logits(state_dict, wo
     loaded = torch.load(tmp_path / "back.pth", weights_only=True)
     network.load_state_dict(loaded)
     assert_same_bits({name: tensor.numpy() for name, tensor in loaded.items()}, state_dict)
-    pixels = torch.tensor(foreign.photographs()[:, 16:240, 16:240]).permute(0, 3, 1, 2)
     mean, std = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])[:, :, None, None]
-    with torch.no_grad():
-        logits = network.eval()((pixels / 255 - mean) / std)
-    expected = torch.log_softmax(logits, 1).numpy()
-    assert foreign.relative_error(foreign.log_probs(workdir), expected) < 1e-4
+    converted = inference.load(workdir)
+    for crop_size in (224, 100):  # both networks accept any size
+        converted.config.augment.crop_size = crop_size
+        crop = slice((256 - crop_size) // 2, (256 + crop_size) // 2)
+        pixels = torch.tensor(foreign.photographs()[:, crop, crop]).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            logits = network.eval()((pixels / 255 - mean) / std)
+        expected = torch.log_softmax(logits, 1).numpy()
+        assert foreign.relative_error(foreign.log_probs(converted), expected) < 1e-4
 
 
 def torchvision_alexnet(torch):
