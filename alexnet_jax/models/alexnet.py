@@ -277,18 +277,6 @@ def has_kernel(layer: Layer) -> bool:
     return isinstance(layer, Conv | Dense)
 
 
-def rectified(variant: str | Variant, name: str) -> str:
-    """Returns the name of the output to display for a layer: the one after its nonlinearity.
-
-    This is `relu1` for `conv1` in most variants. Where no nonlinearity follows before the next
-    layer with a kernel, it is `name` itself.
-    """
-    names = list(named_layers(variant))
-    number = name.removeprefix("conv").removeprefix("fc")
-    found = [other for other in names if other in (f"relu{number}", f"tanh{number}")]
-    return found[0] if found else name
-
-
 def check_choice(what: str, value: str, choices: Sequence[str] | dict[str, Any]) -> None:
     """Raises UserError, which lists the choices, if `value` is not one of them."""
     if value not in choices:
