@@ -44,7 +44,7 @@ def within_map(a: np.ndarray) -> np.ndarray:
 
 
 def run_145(params: dict, x: np.ndarray, undone: str = "") -> np.ndarray:
-    """Test-time logits as layers-145.cfg and layer.py compute them, but without the fact `undone`."""
+    """Test-time logits as layers-145.cfg and layer.py compute them, without the fact `undone`."""
     facts = {fact: fact != undone for fact in FACTS}
     reaches_past, lrn_first, divides, per_tower, within, halved = (facts[f] for f in FACTS)
     weights = {n: np.asarray(p["kernel"], np.float64) for n, p in params.items()}
