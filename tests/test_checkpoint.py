@@ -12,8 +12,9 @@ import pytest
 
 from alexnet_jax.training.checkpoint import Checkpoints
 from alexnet_jax.training.train_step import TrainState
+from alexnet_jax.utils.errors import UserError
 
-CONFIG = '{"seed": 3}'
+CONFIG = '{"seed": 3, "model": {"variant": "owt"}, "augment": {"crop_size": 64}}'
 
 
 def random_arrays(tree):
@@ -126,11 +127,12 @@ def test_variables_that_do_not_fit_are_rejected(checkpoints, state, tmp_path):
         for name, x in state.params["conv1"].items()
     }
     reader = Checkpoints(tmp_path)
-    for params, message in (
-        ({"conv1": layer, "conv2": layer}, r"it has no params\.conv2\.bias"),
-        ({"conv1": {**layer, "kernel": layer["bias"]}}, "shape"),
+    other_shape = {"conv1": {**layer, "kernel": layer["bias"]}}
+    for params, error, message in (
+        ({"conv1": layer, "conv2": layer}, ValueError, r"it has no params\.conv2\.bias"),
+        (other_shape, UserError, r"conv1\.kernel has shape .* variant owt at 64 pixels has \[8\]"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             reader.restore_variables(0, {"params": params, "batch_stats": state.batch_stats})
     reader.close()
 
