@@ -49,7 +49,7 @@ def quick_rows(command, tmp_path, *options):
     return json.loads(rows.read_text()), done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.benchmarks
 @pytest.mark.parametrize("command", QUICK)
 def test_quick_run_prints_and_writes_rows_and_plot(command, tmp_path):
     plot = tmp_path / "plot.png"
@@ -65,7 +65,7 @@ def test_quick_run_prints_and_writes_rows_and_plot(command, tmp_path):
             assert picture.format == "PNG"
 
 
-@pytest.mark.slow
+@pytest.mark.benchmarks
 def test_features_of_five_digits_help_to_learn_five_others(tmp_path):
     (scratch, transferred), _ = quick_rows("accuracy.py transfer", tmp_path)
     assert scratch["what"].startswith("from scratch")
