@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gradients import output_and_gradients
 
+from alexnet_jax.models import cpu_kernels
 from alexnet_jax.models.cpu_kernels import MAX_TAPS, PART, tiling, winograd_conv
 
 SHAPES = [  # height, width, channels, filters, taps, padding
@@ -71,8 +72,12 @@ def test_winograd_matches_the_direct_convolution(shape):
         assert relative_error(ours, plain) < 2e-5
 
 
+@pytest.mark.parametrize("unrolled", [16, 0])
 @pytest.mark.parametrize("batch", [PART, PART + 3, 2 * PART, 3 * PART + 1])
-def test_winograd_in_parts_of_the_batch_matches_the_direct_convolution(batch):
+def test_winograd_in_parts_of_the_batch_matches_the_direct_convolution(
+    batch, unrolled, monkeypatch
+):
+    monkeypatch.setattr(cpu_kernels, "MAX_UNROLLED", unrolled)
     x, kernel, padding = operands(5, 5, 2, 3, 3, 1, batch=batch)
     for ours, plain in zip(
         *(with_gradients(conv, x, kernel, padding) for conv in (winograd_conv, plain_conv)),

