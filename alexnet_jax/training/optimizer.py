@@ -173,8 +173,7 @@ def make_schedule(config: ConfigDict, steps_per_epoch: float) -> LayerRate:
     rate("all", True, …) is the learning rate to report. Batch norm counts as a bias.
 
     Raises:
-      UserError: a schedule, scaling, optimizer or layer does not exist, or a number is out of its
-        bounds.
+      UserError: a schedule, scaling, optimizer or layer does not exist, or a change is malformed.
     """
     _check(config)
     base = _base_rate(config, steps_per_epoch)
