@@ -8,6 +8,7 @@ alone.
 import contextlib
 import os
 import re
+import socket
 import threading
 import zlib
 from collections.abc import Iterator
@@ -114,6 +115,8 @@ def check_same(what: str, fields: dict[str, Any]) -> None:
 def _join() -> None:
     explicit = _explicit_arguments()
     address = os.environ.get(ADDRESS, "the coordinator")
+    if explicit.get("process_id") == 0:
+        _check_port(address)
     # If the coordinator does not answer, or a process does not come, JAX aborts with a stack trace
     # instead of raising an exception. This timer exits first.
     timer = threading.Timer(
@@ -143,6 +146,20 @@ def _join() -> None:
         timer.cancel()
 
 
+def _check_port(address: str) -> None:
+    """Raises UserError if process 0 cannot open its port. JAX would end with SIGSEGV instead."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        port = int(address.rpartition(":")[2])
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except (OSError, OverflowError) as error:  # OverflowError: a port above 65535
+        raise UserError(
+            f"cannot join the run at {address}: {one_line(error)}; set {ADDRESS} to a free port on "
+            "all processes"
+        ) from error
+
+
 def _explicit_arguments() -> dict[str, Any]:
     """Returns the arguments of jax.distributed.initialize, {} if JAX has to find them itself."""
     given = {name: os.environ.get(name, "") for name in (ADDRESS, COUNT, INDEX)}
@@ -153,9 +170,9 @@ def _explicit_arguments() -> dict[str, Any]:
     except ValueError:
         count = index = -1
     if not (re.search(r".:\d+$", given[ADDRESS]) and 0 <= index < count):
-        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        variables = ", ".join(f"{name}={value}" for name, value in given.items())
         raise UserError(
-            f"{told}: set the first to HOST:PORT of process 0, the second to the number of "
+            f"{variables}: set the first to HOST:PORT of process 0, the second to the number of "
             "processes, and the third to the number of this process, counted from 0; or unset all"
         )
     return {
