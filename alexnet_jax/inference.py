@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from alexnet_jax import config as configs
 from alexnet_jax.data.augment import Augment, Statistics, make_augment
 from alexnet_jax.models.alexnet import AlexNet, build_model
-from alexnet_jax.training.checkpoint import Checkpoints
+from alexnet_jax.training.checkpoint import Checkpoints, named_leaves
 from alexnet_jax.training.optimizer import make_optimizer
-from alexnet_jax.training.train_step import TrainState, init_state, log_probabilities
+from alexnet_jax.training.train_step import TrainState, init_state, log_probabilities, state_of
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import DISK_FULL, atomic_write, explain_write_errors
 
@@ -151,9 +151,8 @@ def create(
     difference = mismatch(state_shapes(config, model).params, variables["params"])
     if difference:
         raise UserError(f"the weights are not of variant {config.model.variant}: {difference}")
-    size = config.augment.crop_size
-    state = init_state(model, make_optimizer(config, 1.0), config.seed, (size, size, 3))
-    state = state.replace(**jax.tree.map(jnp.asarray, variables))
+    tx = make_optimizer(config, steps_per_epoch=1.0)
+    state = state_of(jax.tree.map(jnp.asarray, variables), tx, config.seed)
     if workdir.exists() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty; choose another workdir")
     target = workdir.absolute()
@@ -304,13 +303,10 @@ def _chosen_step(workdir: Path, checkpoints: Checkpoints, step: int | None) -> i
 
 
 def mismatch(expected: Any, given: Any) -> str | None:
-    """Tells the first array that is missing, too many or of another shape."""
-    flat = [
-        {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(x) for path, x in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (expected, given))
-    ]
-    for name in sorted(flat[0].keys() | flat[1].keys()):
-        here, there = flat[0].get(name, "none"), flat[1].get(name, "none")
+    """Returns a text about the first array that is missing, unexpected or of another shape."""
+    shapes = [{name: np.shape(x) for name, x in named_leaves(tree)} for tree in (expected, given)]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        here, there = (of_tree.get(name, "none") for of_tree in shapes)
         if here != there:
             return f"{name} has shape {there}, not {here}"
     return None

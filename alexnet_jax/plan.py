@@ -21,11 +21,13 @@ from alexnet_jax import config as configs
 from alexnet_jax.analysis import tpu
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import needs_preparation, open_store, store_path
+from alexnet_jax.models.alexnet import DTYPES
+from alexnet_jax.training import sharding
 from alexnet_jax.utils.errors import UserError, exits_cleanly
 from alexnet_jax.utils.files import explain_write_errors
 
 KINDS = ("mesh.data", "mesh.zero", "mesh.hybrid")
-LAYOUTS = tuple(itertools.product(KINDS, ("float32", "bfloat16")))
+LAYOUTS = tuple(itertools.product(KINDS, DTYPES))
 MEASURED_S = 3.0
 
 
@@ -132,17 +134,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     chip, devices = tpu.topology_devices(args.topology)
     variants = [_with_layout(config, *layout) for layout in layouts]
     for variant in variants:  # all of them, before minutes go into compiling the first one
-        tpu.network(variant, devices)
+        sharding.build_network(variant, devices)
     workdir = (args.workdir or Path("runs") / f"{config.name}_plan").expanduser()
     with explain_write_errors(workdir, "another --workdir"):
         workdir.mkdir(parents=True, exist_ok=True)
 
     num_hosts = len({device.process_index for device in devices})
-    told = assumptions(chip, config, len(devices))
+    assumed = assumptions(chip, config, len(devices))
     print(
         f"{config.name} on {args.topology}: {len(devices)} chips, {num_hosts} hosts. Assumptions:"
     )
-    print(*(f"- {text}" for text in told), sep="\n", end="\n\n", flush=True)
+    print(*(f"- {text}" for text in assumed), sep="\n", end="\n\n", flush=True)
     costs = []
     for variant in variants:
         costs.append(tpu.step_costs(tpu.compile_step(variant, devices), chip, num_hosts))
@@ -160,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = {
         "config": config.name,
         "topology": args.topology,
-        "assumptions": told,
+        "assumptions": assumed,
         "layouts": costs,
         "images_per_s_read": rate,
     }

@@ -27,8 +27,8 @@ from alexnet_jax.data import pipeline
 from alexnet_jax.data.augment import make_augment, statistics
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store
-from alexnet_jax.models.alexnet import build_model, towers
-from alexnet_jax.models.summary import format_layer_table, layer_table
+from alexnet_jax.models.alexnet import towers
+from alexnet_jax.models.summary import format_layer_table
 from alexnet_jax.training import finetune, sharding
 from alexnet_jax.training.checkpoint import Checkpoints
 from alexnet_jax.training.metrics import Meter, Report, read_metrics
@@ -80,14 +80,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         # All of it now: a wrong field must not show after an hour of preparing data, nor leave a
         # file behind. What is built here without data is built again below with it.
         configs.check_bounds(config)
-        parallel = sharding.make_parallel(config.parallel, config.hybrid_group)
-        sharding.check_batch_size(config.batch_size, config.optimizer.accumulate_steps, parallel)
-        model = build_model(config, **parallel.model_options(config.optimizer.gradient_dtype))
         make_augment(config)
         make_optimizer(config, steps_per_epoch=1.0)
-        input_shape = (config.augment.crop_size, config.augment.crop_size, 3)
-        layers = layer_table(model, input_shape)
-        sharding.check_layers(layers, parallel)
+        parallel, model, layers = sharding.build_network(config)
         distributed.check_same("config", configs.flat(config))
         source = finetune.load_source(config, model, workdir)
 
@@ -123,6 +118,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         learning_rate = make_schedule(config, steps_per_epoch)
         plateau = make_plateau(config)
         tx = make_optimizer(config, steps_per_epoch)
+
+        input_shape = (config.augment.crop_size, config.augment.crop_size, 3)
 
         def initial_state() -> TrainState:
             return init_state(model, tx, config.seed, input_shape)

@@ -87,15 +87,15 @@ def main() -> int:
     kills, faults = 0, []
     while kills < args.kills:
         cluster = run_of(killed, data, args.processes)
-        told = kill_one(cluster, random_.uniform(0, LATEST_KILL_S), random_)
-        if told == "ended before":
+        outcome = kill_one(cluster, random_.uniform(0, LATEST_KILL_S), random_)
+        if outcome == "ended before":
             raise SystemExit(f"the run was over after {kills} kills; raise EPOCHS")
         kills += 1
         saved = saved_steps(killed) if (killed / "checkpoints").is_dir() else []
         difference = equals(killed, whole) if saved else ""
         faults += [difference] if difference else []
         state = difference or (f"step {saved[-1]} is the same" if saved else "nothing saved yet")
-        print(f"kill {kills}: {told}; {state}", flush=True)
+        print(f"kill {kills}: {outcome}; {state}", flush=True)
     rest = run_of(killed, data, args.processes)
     assert rest.end() == [0] * args.processes, "\n".join(rest.outputs)
     final = equals(killed, whole) or "parameters, velocity and key are the same"

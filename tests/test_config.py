@@ -9,8 +9,6 @@ import pytest
 from alexnet_jax import config as configs
 from alexnet_jax import train
 from alexnet_jax.data.augment import make_augment
-from alexnet_jax.models.alexnet import build_model
-from alexnet_jax.models.summary import layer_table
 from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_schedule
 from alexnet_jax.utils.errors import UserError
@@ -61,14 +59,7 @@ def test_bundled_config_describes_a_network_that_can_train(path):
     config = configs.load(str(path))
     assert config.name == path.stem
     configs.check_bounds(config)
-    parallel = sharding.make_parallel(config.parallel, config.hybrid_group)
-    sharding.check_batch_size(config.batch_size, config.optimizer.accumulate_steps, parallel)
-    size = config.augment.crop_size
-    layers = layer_table(
-        build_model(config, **parallel.model_options(config.optimizer.gradient_dtype)),
-        (size, size, 3),
-    )
-    sharding.check_layers(layers, parallel)
+    _, _, layers = sharding.build_network(config)
     assert layers[-1].output_shape == (config.model.num_classes,)
     make_augment(config)
     make_schedule(config, steps_per_epoch=10.0)

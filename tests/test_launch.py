@@ -25,7 +25,7 @@ if os.environ["{distributed.INDEX}"] == "0":
     print("waiting", flush=True)
     signal.pause()
 """
-# Process i ends after so many seconds, with an exit code or by a signal.
+# When process i ends, in seconds, and how: an exit code or a signal.
 ENDS = f"""
 import os, signal, sys, time
 seconds, code = ENDINGS[int(os.environ["{distributed.INDEX}"])]

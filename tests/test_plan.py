@@ -175,7 +175,7 @@ def test_layout_fits_into_the_memory_of_a_chip_or_not(steps, costs):
 )
 def test_configs_that_do_not_fit_the_devices(count, fields, message):
     with pytest.raises(UserError, match=message):
-        tpu.network(narrow_config("mesh.hybrid", **fields), jax.devices()[:count])
+        sharding.build_network(narrow_config("mesh.hybrid", **fields), jax.devices()[:count])
 
 
 @pytest.mark.parametrize(

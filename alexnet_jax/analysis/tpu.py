@@ -21,8 +21,6 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.analysis import hlo
 from alexnet_jax.data.augment import Statistics, make_augment
-from alexnet_jax.models.alexnet import AlexNet, build_model
-from alexnet_jax.models.summary import LayerRow, layer_table
 from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.train_step import init_state, make_train_step
@@ -119,25 +117,9 @@ class CompiledStep(NamedTuple):
     devices: list[jax.Device]
 
 
-def network(
-    config: ConfigDict, devices: list[jax.Device]
-) -> tuple[sharding.Parallel, AlexNet, list[LayerRow]]:
-    """Returns how a config spreads its network over devices, the network and its layer table.
-
-    Raises:
-      UserError: the config does not fit the devices.
-    """
-    parallel = sharding.make_parallel(config.parallel, config.hybrid_group, devices)
-    sharding.check_batch_size(config.batch_size, config.optimizer.accumulate_steps, parallel)
-    model = build_model(config, **parallel.model_options(config.optimizer.gradient_dtype))
-    layers = layer_table(model, (config.augment.crop_size, config.augment.crop_size, 3))
-    sharding.check_layers(layers, parallel)
-    return parallel, model, layers
-
-
 def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
     """Compiles the training step of a config as train.py does, for devices that are not here."""
-    parallel, model, layers = network(config, devices)
+    parallel, model, layers = sharding.build_network(config, devices)
     size, count = config.image_size, config.batch_size
     # The values do not matter, but the compiler would remove the color noise of a zero matrix.
     statistics = Statistics(np.zeros((size, size, 3), np.float32), np.eye(3, dtype=np.float32))

@@ -368,11 +368,12 @@ class AlexNet(nn.Module):
             `conv1` is the convolution's own output with its bias, `relu1` follows ReLU.
         """
         _check_input(x.shape)
+        layers = named_layers(self.variant)
         for name in features:
-            check_choice("feature", name, named_layers(self.variant))
+            check_choice("feature", name, layers)
         outputs: dict[str, Array] = {}
         x = x.astype(self.dtype)
-        for name, layer in _pool_early(named_layers(self.variant), features).items():
+        for name, layer in _pool_early(layers, features).items():
             x = self._apply(name, layer, x, train)
             if name in features:
                 outputs[name] = x

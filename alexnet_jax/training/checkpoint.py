@@ -200,7 +200,7 @@ class Checkpoints:
             partial_restore=True,
         )
         variables, progress = self._read(step, args)
-        for name, leaf in _named(variables):
+        for name, leaf in named_leaves(variables):
             if not isinstance(leaf, jax.Array):  # Orbax leaves what is not there as it was
                 raise ValueError(f"it has no {name}")
         # The checksums are in the order of TrainState's leaves: step, params, batch_stats, ….
@@ -220,8 +220,8 @@ class Checkpoints:
             saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree["params"]
         except Exception:  # of many types where it is damaged, which reading it will report
             return
-        saved_shapes = dict(_named(saved))
-        for name, leaf in _named(params):
+        saved_shapes = dict(named_leaves(saved))
+        for name, leaf in named_leaves(params):
             shape = saved_shapes.get(name, leaf).shape
             if shape != leaf.shape:
                 config = self._manager.restore(
@@ -282,7 +282,8 @@ def _write_small_arrays_once() -> None:
     logger.setLevel(level)
 
 
-def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of a tree with names like "fc6.kernel"."""
     for path, leaf in jax.tree.leaves_with_path(tree):
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 

@@ -99,16 +99,11 @@ def _scale_by_layer(
     """Multiplies the updates of layers. This equals multiplying their ε, which comes after it."""
     scales = {layer: optax.scale(factor) for layer, factor in layer_rates}
 
-    def labels(params: Params) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: _label(layer_of(path[0].key), scales), params
-        )
+    def labels(params: Params) -> dict[str, str]:
+        layers = {name: layer_of(name) for name in params}
+        return {name: layer if layer in scales else "others" for name, layer in layers.items()}
 
     return optax.partition({**scales, "others": optax.identity()}, labels)
-
-
-def _label(layer: str, scales: dict[str, Any]) -> str:
-    return layer if layer in scales else "others"
 
 
 def _momentum(momentum: float, rate: LayerRate) -> optax.GradientTransformationExtraArgs:

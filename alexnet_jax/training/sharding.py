@@ -12,6 +12,7 @@ jit and mesh kinds are shardings of the state and the batch, from which the comp
 communication. Only pmap runs the step once per device, over the mapped axis AXIS.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,10 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int64
+from ml_collections import ConfigDict
 
-from alexnet_jax.models.alexnet import DTYPES, check_choice
-from alexnet_jax.models.summary import LayerRow
+from alexnet_jax.models.alexnet import DTYPES, AlexNet, build_model, check_choice
+from alexnet_jax.models.summary import LayerRow, layer_table
 from alexnet_jax.training.train_step import EvalStep, TrainStep
 from alexnet_jax.utils.errors import UserError
 
@@ -136,9 +138,7 @@ class Parallel:
 
     def local_rows(self, batch_size: int) -> Int64[np.ndarray, " local_batch_size"]:
         """Returns the rows of every global batch that this process feeds, in rising order."""
-        index = self.batch_sharding.addressable_devices_indices_map((batch_size,))
-        rows = [np.arange(batch_size)[rows] for rows in index.values()]
-        return np.unique(np.concatenate(rows))
+        return _local_rows(self.batch_sharding, batch_size)
 
     def put_batch(self, batch: HostBatch, batch_size: int) -> dict[str, jax.Array]:
         """Starts the transfer of this process's rows of a batch to its devices.
@@ -211,6 +211,12 @@ class Parallel:
         return step_on_global_arrays
 
 
+@functools.cache  # `put_batch` needs them for every batch
+def _local_rows(sharding: NamedSharding, batch_size: int) -> Int64[np.ndarray, " rows"]:
+    index = sharding.addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in index.values()]))
+
+
 def make_parallel(
     kind: str = "auto", hybrid_group: int = 8, devices: Sequence[jax.Device] | None = None
 ) -> Parallel:
@@ -248,6 +254,25 @@ def make_parallel(
         # Neighbors on the machine's network share a group.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Parallel(kind, Mesh(grid, (DATA, GROUP)))
+
+
+def build_network(
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> tuple[Parallel, AlexNet, list[LayerRow]]:
+    """Returns how a config spreads its network over devices, the network and its layer table.
+
+    Args:
+      devices: as for `make_parallel`.
+
+    Raises:
+      UserError: the config does not fit the devices, or names something that does not exist.
+    """
+    parallel = make_parallel(config.parallel, config.hybrid_group, devices)
+    check_batch_size(config.batch_size, config.optimizer.accumulate_steps, parallel)
+    model = build_model(config, **parallel.model_options(config.optimizer.gradient_dtype))
+    layers = layer_table(model, (config.augment.crop_size, config.augment.crop_size, 3))
+    check_layers(layers, parallel)
+    return parallel, model, layers
 
 
 def check_batch_size(batch_size: int, accumulate_steps: int, parallel: Parallel) -> None:

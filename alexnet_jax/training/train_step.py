@@ -6,7 +6,7 @@ draws need no code here. Only `jax.pmap`, which shows a step one device's part o
 the four places marked "pmap".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -69,6 +69,17 @@ def init_state(
     """
     init_key = jax.random.fold_in(jax.random.PRNGKey(seed), INIT)
     variables = model.init(init_key, jnp.zeros((1, *input_shape)), train=False)
+    return state_of(variables, tx, seed)
+
+
+def state_of(
+    variables: Mapping[str, Any], tx: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """Returns the state before the first step of a network with given variables.
+
+    Args:
+      variables: {"params": …} and, if there are any, {"batch_stats": …}.
+    """
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
