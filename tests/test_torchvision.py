@@ -51,8 +51,8 @@ def from_torch(state):
     return found
 
 
-def images(size, batch=2):
-    rng = np.random.default_rng(size)
+def images(size, batch=2, seed=0):
+    rng = np.random.default_rng(seed)
     return rng.standard_normal((batch, size, size, 3), np.float32)
 
 
@@ -108,7 +108,9 @@ def test_values_of_all_layers_and_logits(reference, params, size):
 
 @pytest.mark.parametrize("size", [64, 127, 224, 256])
 def test_gradients(reference, params, size):
-    x, labels = images(size), np.array([3, 7])
+    # The seeds are ones without ties in a pooling window or at ReLU's zero: there rounding decides
+    # where a gradient goes, which changes conv1's by 3e-3.
+    x, labels = images(size, seed=size + 1), np.array([3, 7])
 
     def loss(params):
         logits = MODEL.apply({"params": params}, x)
@@ -122,6 +124,5 @@ def test_gradients(reference, params, size):
     for layer in KERNELS:
         for leaf in ("kernel", "bias"):
             want = theirs[layer][leaf]
-            # A tie in a pooling window that float32 breaks differently moves a gradient by 1e-3.
-            error = np.abs(ours[layer][leaf] - want).max() / np.abs(want).max()
-            assert error < 2e-3, (layer, leaf)
+            error = np.linalg.norm(ours[layer][leaf] - want) / np.linalg.norm(want)
+            assert error < 1e-4, (layer, leaf)
