@@ -12,6 +12,7 @@ complete, so that a killed run leaves no partial checkpoint under a valid name. 
 processes each one writes the shards that it holds.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -58,17 +59,37 @@ class Checkpoints:
       config_json: the run's config, which is stored with each checkpoint. None opens the
         checkpoints read-only, for example those of a run that is still training.
       keep: number of latest checkpoints to keep. The one with the best top-1 is kept as well.
+      is_shared: whether all processes have the same workdir. If not, each saves its shards as files
+        that make up the whole checkpoint when they are put together.
     """
 
-    def __init__(self, workdir: Path, config_json: str | None = None, keep: int = 1):
+    def __init__(
+        self,
+        workdir: Path,
+        config_json: str | None = None,
+        keep: int = 1,
+        is_shared: bool = True,
+    ):
         self._folder = workdir.absolute() / "checkpoints"
         self._config_json = config_json
         _write_small_arrays_once()
         policies = ocp.checkpoint_managers
         best = policies.BestN(n=1, get_metric_fn=_top1, keep_checkpoints_without_metrics=False)
+        self._is_shared = is_shared
+        # Every process creates folders if they are not shared.
+        processes = ocp.options.MultiprocessingOptions(primary_host=0 if is_shared else None)
         self._manager = ocp.CheckpointManager(
             self._folder,
+            item_handlers={
+                # OCDBT would combine the arrays of a process into files that only it can read.
+                "state": ocp.StandardCheckpointHandler(
+                    multiprocessing_options=processes, use_ocdbt=is_shared
+                ),
+                "progress": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+                "config": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
+            },
             options=ocp.CheckpointManagerOptions(
+                multiprocessing_options=processes,
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 best_fn=_top1,
                 enable_async_checkpointing=True,
@@ -168,14 +189,14 @@ class Checkpoints:
         """
         self._check_shapes(step, like.params)
         try:
-            state, progress = self._read(step, ocp.args.StandardRestore(like))
+            state, progress = self._read(step, *_standard(like))
         except ValueError:
             opt_state = without_frozen(like.opt_state)
             if opt_state is like.opt_state:
                 raise
             # Version 0.1 stored no entries for frozen layers. The arrays are the same.
             stored = like.replace(opt_state=opt_state)
-            state, progress = self._read(step, ocp.args.StandardRestore(stored))
+            state, progress = self._read(step, *_standard(stored))
             state = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(state))
         if _checksums(state) != progress.get("checksums"):
             raise ValueError(DIFFERENT_CHECKSUM)
@@ -199,7 +220,7 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(like),
             partial_restore=True,
         )
-        variables, progress = self._read(step, args)
+        variables, progress = self._read(step, ocp.PyTreeCheckpointHandler(), args)
         for name, leaf in named_leaves(variables):
             if not isinstance(leaf, jax.Array):  # Orbax leaves what is not there as it was
                 raise ValueError(f"it has no {name}")
@@ -224,9 +245,7 @@ class Checkpoints:
         for name, leaf in named_leaves(params):
             shape = saved_shapes.get(name, leaf).shape
             if shape != leaf.shape:
-                config = self._manager.restore(
-                    step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-                )["config"]
+                config = json.loads((folder.parent / "config" / "metadata").read_text())
                 raise UserError(
                     f"the checkpoint of step {step} in {self._folder} cannot be used: {name} has "
                     f"shape {list(shape)}, but variant {config['model']['variant']} at "
@@ -243,30 +262,41 @@ class Checkpoints:
         """Waits, then ends the background threads."""
         self._manager.close()
 
-    def _read(self, step: int, state_args: Any) -> tuple[Any, dict[str, Any]]:
-        restored: Any = None
+    def _read(
+        self, step: int, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs
+    ) -> tuple[Any, dict[str, Any]]:
+        # The manager's own `restore` has a barrier. A process that fails before it leaves the
+        # others waiting there, so each process reads by the handlers, and then all agree.
+        folder = self._manager.directory / str(step)
+        state: Any = None
+        progress: Any = None
         failure: Exception | None = None
         try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=state_args, progress=ocp.args.JsonRestore())
-            )
+            with contextlib.closing(handler):
+                state = handler.restore(folder / "state", args=args)
+            progress = json.loads((folder / "progress" / "metadata").read_text())
         except Exception as error:  # Orbax and TensorStore raise many types for damaged files
             failure = error
         # All processes must fall back to the same checkpoint.
         if distributed.any_process(failure is not None):
             reason = one_line(failure) if failure else "another process cannot read it"
             raise ValueError(reason) from failure
-        return restored["state"], restored["progress"]
+        return state, progress
 
     def _move_to_damaged(self, step: int) -> Path:
         target = self._folder.parent / "damaged" / str(step)
-        if distributed.is_first():
+        if distributed.is_first() or not self._is_shared:
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             (self._folder / str(step)).rename(target)
         distributed.wait_for_all(f"moved checkpoint {step}")
         self._manager.reload()
         return target
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Returns whether a workdir has a complete checkpoint. Needs no other process."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 @functools.cache
@@ -280,6 +310,10 @@ def _write_small_arrays_once() -> None:
         override=True,
     )
     logger.setLevel(level)
+
+
+def _standard(like: TrainState) -> tuple[ocp.CheckpointHandler, ocp.args.CheckpointArgs]:
+    return ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(like)
 
 
 def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -307,13 +341,14 @@ def _checksum_tree(tree: Any) -> Any:
     """Returns the checksum of each array, computed on its devices.
 
     A sum of integers modulo 2^32 does not depend on the order of its terms, and so not on the
-    sharding. Each 32-bit word is multiplied by an odd number that depends on its index in the
-    array. Multiplying by an odd number is invertible, so any change of a single word changes the
-    sum; the index makes swapped words change it too.
+    sharding. Each word is multiplied by an odd number that depends on its index in the array.
+    Multiplying by an odd number is invertible, so any change of a single word changes the sum; the
+    index makes swapped words change it too.
     """
 
     def checksum(x: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")  # an optimizer may keep bfloat16
+        words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
         index = jnp.zeros(x.shape, jnp.uint32)  # in row-major order
         for axis, length in enumerate(x.shape):
             index = index * length + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
