@@ -23,6 +23,8 @@ from alexnet_jax.utils.errors import UserError, one_line
 _INSTALLED = Path(__file__).with_name("configs")
 BUNDLED_CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
+OPEN_ENDED_SCHEDULES = ("constant", "steps", "plateau")  # they do not depend on num_epochs
+
 INFINITY = math.inf
 TINY = 1e-6
 
@@ -34,7 +36,8 @@ class Field(NamedTuple):
       default: the value of the 2012 paper where it gives one. Its type is the field's.
       help: one line.
       least, most: bounds of a number.
-      free: whether a run may resume with another value, because it changes no parameter.
+      free: whether a run may resume with another value, because the result of the steps it has
+        done does not depend on it.
     """
 
     default: Any
@@ -52,8 +55,23 @@ FIELDS = {
         "auto",
         'jit, pmap, mesh.data, mesh.zero, mesh.hybrid (docs/pods.md), or "auto": mesh.data with '
         "several devices, else jit",
+        free=True,
     ),
-    "hybrid_group": Field(8, "mesh.hybrid: devices that share the fc layers of one copy", 1),
+    "hybrid_group": Field(
+        8, "mesh.hybrid: devices that share the fc layers of one copy", 1, free=True
+    ),
+    "deterministic_gpu": Field(
+        False,
+        "GPU: use only operations that return the same bits every time, which can be slower. CPUs "
+        "and TPUs do so anyway",
+        free=True,
+    ),
+    "heartbeat_timeout_s": Field(
+        100,
+        "several processes: seconds without a sign of life after which one is lost",
+        1,
+        free=True,
+    ),
     "dataset": Field("imagenet2012", 'a tfds name, or "folder:PATH" of class folders'),
     "data_dir": Field("~/tensorflow_datasets", "where tfds and the prepared stores are", free=True),
     "train_split": Field("train", "a split in the notation of tfds"),
@@ -118,12 +136,12 @@ FIELDS = {
         0.0, "largest global norm of the gradients, logged as grad_norm; 0: no clipping", 0
     ),
     "optimizer.accumulate_steps": Field(
-        1, "parts in which a batch's gradients are computed, to save memory"
+        1, "parts in which a batch's gradients are computed, to save memory", free=True
     ),
     "optimizer.gradient_dtype": Field(
         "float32",
-        'in which several devices add up the kernels\' gradients; "bfloat16" halves what they '
-        "send. No effect on CPU except with pmap",
+        'in which several devices send and add up the kernels\' gradients; "bfloat16" halves the '
+        "bytes and rounds each sum. No effect on CPU except with pmap",
     ),
     "schedule.kind": Field("constant", "constant, steps, plateau, cosine or polynomial"),
     "schedule.scaling": Field(
@@ -390,8 +408,9 @@ def _conv1_padding_in_0_1(fields: dict[str, Any]) -> int:
 def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
     """Returns the fields, with both values, by which a saved config trains differently.
 
-    Fields that are free to change and the name do not count. A field that is newer than the saved
-    config has its default there.
+    Fields that are free to change and the name do not count, and num_epochs may grow if the
+    learning rate does not depend on it. A field that is newer than the saved config has its default
+    there.
     """
     now = flat(ConfigDict(json.loads(to_json(config))))
     defaults = json.loads(to_json(default_config()))
@@ -400,6 +419,8 @@ def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
     if "model.conv1_padding" not in there:
         before["model.conv1_padding"] = _conv1_padding_in_0_1(before)
     free = {"name", *(name for name, field in FIELDS.items() if field.free)}
+    if now["num_epochs"] >= before["num_epochs"] and now["schedule.kind"] in OPEN_ENDED_SCHEDULES:
+        free.add("num_epochs")
     return [
         f"{name} ({before.get(name, 'absent')} there, {now.get(name, 'absent')} here)"
         for name in sorted(now.keys() | before.keys())

@@ -418,13 +418,35 @@ def test_config_saved_by_0_1_keeps_its_conv1_padding(variant, crop_size, padding
 
 def test_differing_fields_are_those_that_change_the_training():
     there = saved(configs.load(QUICKSTART))
-    same = parse("--config", QUICKSTART, "--config.data_dir=/x", "--config.log_every_steps=1")
+    free = ("data_dir=/x", "log_every_steps=1", "parallel=mesh.zero", "hybrid_group=2")
+    free += ("optimizer.accumulate_steps=2", "heartbeat_timeout_s=500")
+    same = parse("--config", QUICKSTART, *(f"--config.{field}" for field in free))
     assert configs.differing_fields(same, there) == []
     other = parse("--config", QUICKSTART, "--config.seed=9", "--config.model.dropout=0.1")
     assert configs.differing_fields(other, there) == [
         "model.dropout (0.5 there, 0.1 here)",
         "seed (0 there, 9 here)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "epochs", "may_resume"),
+    [
+        ("constant", 20, True),
+        ("steps", 20, True),
+        ("plateau", 20, True),
+        ("cosine", 20, False),  # its rates depend on num_epochs
+        ("polynomial", 20, False),
+        ("constant", 10, False),
+    ],
+)
+def test_run_may_resume_with_more_epochs(kind, epochs, may_resume):
+    config = configs.default_config()
+    config.schedule.kind, config.num_epochs = kind, 15
+    there = saved(config)
+    config.num_epochs = epochs
+    expected = [] if may_resume else [f"num_epochs (15 there, {epochs} here)"]
+    assert configs.differing_fields(config, there) == expected
 
 
 @pytest.mark.parametrize(

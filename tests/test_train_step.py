@@ -360,10 +360,13 @@ def test_an_unknown_gradient_dtype_is_refused():
         make_parallel("mesh.data").model_options("float16")
 
 
+TO_24 = "not divisible by 8 device.*use 6 device.*or start a new run with .*batch_size=24"
 BAD_BATCHES = [
-    (18, 1, "pmap", "batch_size=18 is not divisible by 8 device.*batch_size=24"),
-    (18, 1, "mesh.data", "batch_size=18 is not divisible by 8 device.*batch_size=24"),
-    (16, 3, "jit", "3 accumulation"),
+    (18, 1, "pmap", TO_24),
+    (18, 1, "mesh.data", TO_24),
+    (24, 2, "mesh.data", "2 accumulation.*set --config.optimizer.accumulate_steps=1"),
+    (24, 5, "mesh.data", "set --config.optimizer.accumulate_steps=3"),
+    (16, 3, "jit", "set --config.optimizer.accumulate_steps=2"),
     (0, 1, "jit", "at least 1"),
 ]
 

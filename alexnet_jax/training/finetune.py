@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from alexnet_jax.data.augment import Statistics, make_augment
 from alexnet_jax.inference import Trained
 from alexnet_jax.models.alexnet import AlexNet, kernel_layers
 from alexnet_jax.models.summary import LayerRow
-from alexnet_jax.training.checkpoint import Checkpoints
+from alexnet_jax.training.checkpoint import has_checkpoint
 from alexnet_jax.training.sharding import from_host
 from alexnet_jax.training.train_step import TrainState
 from alexnet_jax.utils import distributed
@@ -35,13 +34,12 @@ def load_source(config: ConfigDict, model: AlexNet, workdir: Path) -> Trained | 
     """
     if not config.init_from:
         return None
-    origin = Path(config.init_from).expanduser()
-    if origin.resolve() == workdir.resolve():
+    if Path(config.init_from).expanduser().resolve() == workdir.resolve():
         raise UserError(
             f"init_from={config.init_from} is the workdir of this very run; choose another "
             "--workdir, or leave init_from out to resume the run that is there"
         )
-    source = None if _has_checkpoint(workdir) else inference.load(origin)
+    source = None if has_checkpoint(workdir) else inference.load(config.init_from)
     distributed.check_same("init_from", {"step": source and source.step})
     if source:
         _check_fits(config, model, source)
@@ -113,13 +111,6 @@ def describe_source(config: ConfigDict, source: Trained) -> str:
     kept = last in source.variables["params"]
     classes = "same classes" if kept else f"{last} is new because the classes differ"
     return f"starting from {config.init_from}, step {source.step}; {classes}"
-
-
-def _has_checkpoint(workdir: Path) -> bool:
-    if not (workdir / "checkpoints").is_dir():
-        return False
-    with closing(Checkpoints(workdir)) as checkpoints:
-        return checkpoints.latest_step is not None
 
 
 def _check_fits(config: ConfigDict, model: AlexNet, source: Trained) -> None:

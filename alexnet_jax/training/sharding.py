@@ -279,12 +279,20 @@ def check_batch_size(batch_size: int, accumulate_steps: int, parallel: Parallel)
     """Raises UserError if the devices and accumulation steps do not divide a batch evenly."""
     if batch_size <= 0 or accumulate_steps <= 0:
         raise UserError("batch_size and optimizer.accumulate_steps must be at least 1")
-    parts = parallel.mesh.size * accumulate_steps
-    if batch_size % parts:
+    devices = parallel.mesh.size
+    if batch_size % devices == 0:
+        parts = [n for n in range(1, batch_size // devices + 1) if batch_size // devices % n == 0]
+        nearest = min(parts, key=lambda n: abs(n - accumulate_steps))
+        fix = f"set --config.optimizer.accumulate_steps={nearest}"
+    else:
+        # A run that resumes on other devices cannot change its batch size.
+        most = max(n for n in range(1, devices + 1) if batch_size % n == 0)
+        above = -(-batch_size // devices) * devices
+        fix = f"use {most} device(s), or start a new run with --config.batch_size={above}"
+    if batch_size % (devices * accumulate_steps):
         raise UserError(
-            f"batch_size={batch_size} is not divisible by {parallel.mesh.size} device(s) × "
-            f"{accumulate_steps} accumulation step(s); try "
-            f"--config.batch_size={batch_size // parts * parts + parts}"
+            f"batch_size={batch_size} is not divisible by {devices} device(s) × "
+            f"{accumulate_steps} accumulation step(s); {fix}"
         )
 
 

@@ -27,13 +27,22 @@ RUN_ONCE_CPU_OPTIONS = {"xla_backend_optimization_level": 1}
 TPU_OPTIONS = {"xla_tpu_scoped_vmem_limit_kib": "32768"}
 
 
-def set_up() -> None:
+# Some GPU operations, such as the atomic additions of a scatter, add in an order that varies.
+DETERMINISTIC_GPU_OPTIONS = {"xla_gpu_deterministic_ops": "true"}
+
+
+def set_up(deterministic_gpu: bool = False) -> None:
     """Sets compiler options and the compilation cache. Call it before JAX computes anything.
 
     The options change speed and memory, not results. The user's own settings take precedence.
+
+    Args:
+      deterministic_gpu: whether GPUs use only operations that always return the same bits.
     """
     _enable_compilation_cache()
-    _prepend_options("XLA_FLAGS", CPU_OPTIONS)
+    _prepend_options(
+        "XLA_FLAGS", CPU_OPTIONS | (DETERMINISTIC_GPU_OPTIONS if deterministic_gpu else {})
+    )
     _prepend_options("LIBTPU_INIT_ARGS", TPU_OPTIONS)
 
 
