@@ -13,7 +13,7 @@ from alexnet_jax.analysis import evaluation, figures
 from alexnet_jax.analysis.evaluation import ClassificationMetrics, Ensemble
 from alexnet_jax.data.augment import make_augment
 from alexnet_jax.data.prepare import open_or_prepare
-from alexnet_jax.utils import process
+from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import exits_cleanly
 from alexnet_jax.utils.files import explain_write_errors
 
@@ -84,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Writes evaluation.json, per_class.csv and confusion.png.",
     )
     parser.add_argument(
-        "workdir", type=Path, nargs="+", help="workdir of a training run or of alexnet_jax.convert"
+        "workdir",
+        type=buckets.readable,
+        nargs="+",
+        help="workdir of a training run or of alexnet_jax.convert",
     )
     parser.add_argument(
         "--views",
@@ -120,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(format_results(ensembles, metrics))
     print(f"\n{ensembles[-1].name}, {VIEWS[ensembles[-1].views]}, by class:\n")
     print(format_per_class(metrics[-1].per_class(class_names)))
-    folder = args.out or args.workdir[0]
+    folder = args.out or buckets.folder_for_results(args.workdir[0])
     write_results(folder, ensembles, metrics, class_names)
     print(f"\nwrote evaluation.json, per_class.csv and confusion.png to {folder}")
 

@@ -29,7 +29,7 @@ from jaxtyping import Float32, UInt8
 from alexnet_jax import config as configs
 from alexnet_jax import inference
 from alexnet_jax.inference import Trained
-from alexnet_jax.utils import process
+from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly
 from alexnet_jax.utils.files import atomic_write, explain_write_errors
 
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "workdir", type=Path, help="workdir of a training run or of alexnet_jax.convert"
+        "workdir", type=buckets.readable, help="workdir of a training run or of alexnet_jax.convert"
     )
     parser.add_argument("file", type=Path, metavar="FILE", help=f"ends in {', '.join(FORMATS)}")
     parser.add_argument(

@@ -22,6 +22,7 @@ from alexnet_jax.models.alexnet import AlexNet, build_model
 from alexnet_jax.training.checkpoint import Checkpoints, named_leaves
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.train_step import TrainState, init_state, log_probabilities, state_of
+from alexnet_jax.utils import buckets
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import DISK_FULL, atomic_write, explain_write_errors
 
@@ -82,13 +83,14 @@ def load(workdir: str | Path, step: int | None = None) -> Trained:
     """Returns the network of a workdir, which may still be training. Writes nothing.
 
     Args:
+      workdir: a path or a URL such as gs://bucket/folder.
       step: which checkpoint; by default the best by top-1, or the newest if none was evaluated.
 
     Raises:
       UserError: the workdir holds no run or one that cannot be read, or its network has other
         shapes in this version of the program.
     """
-    workdir = Path(workdir).expanduser()
+    workdir = buckets.readable(workdir)
     config = saved_config(workdir)
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} has no checkpoint yet; train longer or name another workdir")

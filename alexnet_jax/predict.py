@@ -12,7 +12,7 @@ from typing import Any
 from alexnet_jax import inference
 from alexnet_jax.analysis import figures
 from alexnet_jax.analysis.prediction import Prediction, Skipped, find_files, predict_files
-from alexnet_jax.utils import process
+from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly
 from alexnet_jax.utils.files import atomic_write, explain_write_errors
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"stderr; the exit code is then {EXIT_SOME_SKIPPED}.",
     )
     parser.add_argument(
-        "workdir", type=Path, help="workdir of a training run or of alexnet_jax.convert"
+        "workdir", type=buckets.readable, help="workdir of a training run or of alexnet_jax.convert"
     )
     parser.add_argument(
         "images", nargs="+", help="files, folders (with all files below), or patterns in quotes"

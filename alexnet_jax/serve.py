@@ -36,7 +36,7 @@ from alexnet_jax.analysis.neighbors import Index
 from alexnet_jax.data import augment, decode
 from alexnet_jax.data.store import Store, open_store, store_paths
 from alexnet_jax.inference import Trained
-from alexnet_jax.utils import process
+from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.utils.files import atomic_write
 
@@ -400,7 +400,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "workdir", type=Path, help="workdir of a training run or of alexnet_jax.convert"
+        "workdir", type=buckets.readable, help="workdir of a training run or of alexnet_jax.convert"
     )
     parser.add_argument(
         "--host",

@@ -30,7 +30,7 @@ from alexnet_jax.data.store import Store
 from alexnet_jax.models.alexnet import towers
 from alexnet_jax.models.summary import format_layer_table
 from alexnet_jax.training import finetune, sharding
-from alexnet_jax.training.checkpoint import Checkpoints
+from alexnet_jax.training.checkpoint import Checkpoints, has_checkpoint
 from alexnet_jax.training.metrics import Meter, Report, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer, make_plateau, make_schedule
 from alexnet_jax.training.train_step import (
@@ -40,7 +40,7 @@ from alexnet_jax.training.train_step import (
     make_eval_step,
     make_train_step,
 )
-from alexnet_jax.utils import distributed, process
+from alexnet_jax.utils import buckets, distributed, process
 from alexnet_jax.utils.errors import EXIT_STOPPED, UserError, exits_cleanly
 from alexnet_jax.utils.files import DISK_FULL, atomic_write, explain_write_errors
 
@@ -61,7 +61,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
     """Trains as `config` says, from the workdir's newest checkpoint if it has one.
 
     Writes config.json, summary.txt, statistics.npz, samples.png, checkpoints/, metrics.jsonl,
-    tensorboard/, curves.png and filters.png into the workdir, which all hosts of a run share.
+    tensorboard/, curves.png and filters.png into the workdir, a path or a URL such as
+    gs://bucket/folder, which all hosts of a run share.
 
     Returns:
       The state after the last step, as global arrays.
@@ -72,7 +73,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
       Stopped: SIGINT or SIGTERM arrived; the state is saved.
     """
     started = time.perf_counter()
-    workdir = Path(workdir).expanduser()
+    in_bucket = buckets.is_url(workdir)
     is_first = distributed.is_first()
     resources = contextlib.ExitStack()
     with resources:
@@ -84,13 +85,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         make_optimizer(config, steps_per_epoch=1.0)
         parallel, model, layers = sharding.build_network(config)
         distributed.check_same("config", configs.flat(config))
-        source = finetune.load_source(config, model, workdir)
 
         # ---- Claim the workdir, and open the data, which may have to be prepared first ---------
         # The workdir first: two runs that write to one workdir would lose each other's work.
+        if in_bucket:
+            workdir = resources.enter_context(buckets.local_copy(str(workdir)))
+        workdir = Path(workdir).expanduser()
         resources.enter_context(explain_write_errors(workdir, "another --workdir", DISK_FULL))
         if is_first:
             resources.enter_context(claim_workdir(workdir, config))
+        if not in_bucket:
+            distributed.check_shared(workdir)
+        source = finetune.load_source(config, model, workdir)
         summary = format_layer_table(layers) + finetune.describe_frozen(config, layers)
         distributed.say(f"AlexNet, variant {config.model.variant}:\n{summary}\n")
         stores = open_or_prepare(config)
@@ -156,7 +162,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         # From here on, a signal asks the loop to save and stop. Before, there is nothing to save.
         stop = resources.enter_context(process.StopRequest())
         checkpoints = resources.enter_context(
-            closing(Checkpoints(workdir, configs.to_json(config), config.checkpoint.keep))
+            closing(
+                Checkpoints(
+                    workdir,
+                    configs.to_json(config),
+                    config.checkpoint.keep,
+                    is_shared=not in_bucket,
+                )
+            )
         )
         # With shardings, each process reads only the parts that its devices hold.
         like = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
@@ -343,6 +356,8 @@ def evaluate(
 def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
     """Creates the workdir with its config.json, or checks that it holds a run of this config.
 
+    Only a checkpoint makes it a run: without one there is no work that another config could harm.
+
     Raises:
       UserError: it cannot be written, holds a run of another config, or another process trains
         there now.
@@ -353,7 +368,8 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
         lock = (workdir / ".lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            saved = json.loads(path.read_text()) if path.exists() else {}
+            has_run = has_checkpoint(workdir)
+            saved = json.loads(path.read_text()) if has_run and path.exists() else {}
             if not isinstance(saved, dict):
                 raise ValueError("not a config")
         except BlockingIOError as error:
@@ -369,7 +385,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
     if differing:
         raise UserError(
             f"{workdir} holds a run of another config, which differs in {', '.join(differing)}; "
-            "choose another --workdir"
+            f"choose another --workdir, where --config.init_from={workdir} starts from its weights"
         )
     with lock:
         yield
@@ -410,12 +426,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Train by a config. The same command resumes a run that was interrupted."
     )
-    parser.add_argument("--workdir", type=Path, help="default: runs/<config name>")
+    parser.add_argument(
+        "--workdir", help="a folder or gs://bucket/folder; default: runs/<config name>"
+    )
     config, args = configs.parse(argv, parser)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # so that a log file is never behind
-    process.set_up()
-    with distributed.joined():
+    process.set_up(config.deterministic_gpu)
+    with distributed.joined(config.heartbeat_timeout_s):
         try:
             train_and_evaluate(config, args.workdir or Path("runs") / config.name)
         except Stopped as stopped:

@@ -19,7 +19,7 @@ from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attr
 from alexnet_jax.models.alexnet import build_model, towers
 from alexnet_jax.training.metrics import Row, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer
-from alexnet_jax.utils import distributed, process
+from alexnet_jax.utils import buckets, distributed, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.utils.files import atomic_write, explain_write_errors
 
@@ -149,7 +149,7 @@ def _output(path: Path, other: str = "another --out") -> Iterator[Path]:
 
 
 def _out_path(args: argparse.Namespace, name: str) -> Path:
-    path: Path = args.out or args.workdir / name
+    path: Path = args.out or buckets.folder_for_results(args.workdir) / name
     if path.suffix.lower() != ".png" or path.is_dir():
         raise UserError(f"--out={path} must name a file that ends in .png")
     return path
@@ -209,7 +209,7 @@ def _make_parser() -> argparse.ArgumentParser:
     of_network = argparse.ArgumentParser(add_help=False)
     of_network.add_argument(
         "workdir",
-        type=Path,
+        type=buckets.readable,
         metavar="WORKDIR",
         help="workdir of a training run or of alexnet_jax.convert",
     )
@@ -251,10 +251,10 @@ def _make_parser() -> argparse.ArgumentParser:
     picture.add_argument("--stride", type=int, metavar="PIXELS", help=text)
     picture = add("curves", curves, out="compared.png in the first WORKDIR")
     text = "workdir of a training run"
-    picture.add_argument("workdirs", type=Path, nargs="+", metavar="WORKDIR", help=text)
+    picture.add_argument("workdirs", type=buckets.readable, nargs="+", metavar="WORKDIR", help=text)
     picture = add("network", network, out="WORKDIR/network.png or runs/<config name>/network.png")
     text = "workdir whose network is drawn; alternatively, pass --config"
-    picture.add_argument("workdir", type=Path, nargs="?", metavar="WORKDIR", help=text)
+    picture.add_argument("workdir", type=buckets.readable, nargs="?", metavar="WORKDIR", help=text)
     _add_config(picture)
     usages = [picture.format_usage().split(maxsplit=4)[4] for picture in pictures.choices.values()]
     lines = [" ".join(usage.replace("[-h] ", "").split()) for usage in usages]

@@ -1,10 +1,11 @@
-"""A bucket on this machine: the part of Google Cloud Storage's JSON API that stores need."""
+"""A bucket on this machine: the part of Google Cloud Storage's JSON API that TensorStore uses."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 
@@ -29,6 +30,8 @@ class _Handler(BaseHTTPRequestHandler):
         return parse_qs(urlsplit(self.path).query).get(name, [default])[0]
 
     def do_GET(self) -> None:
+        if self.server.refuses:
+            return self.answer(403)
         objects, name = self.server.objects, self.object_name()
         if not name:
             first, end = self.query("startOffset"), self.query("endOffset", "\U0010ffff")
@@ -37,7 +40,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in objects:
             return self.answer(404)
         content, size = objects[name], len(objects[name])
-        generation = {"x_goog_generation": "1"}
+        generation = {"x_goog_generation": str(self.server.generations.get(name, 1))}
         if not (wanted := self.headers.get("Range")):
             return self.answer(200, content, **generation)
         first, _, last = wanted.removeprefix("bytes=").partition("-")
@@ -46,21 +49,47 @@ class _Handler(BaseHTTPRequestHandler):
         whole = {"Content_Range": f"bytes {start}-{end - 1}/{size}"}
         return self.answer(206, content[start:end], **whole, **generation)
 
+    def may_write(self, name: str) -> bool:
+        """Answers 412 if the object is not of the generation that the client expects."""
+        if self.server.refuses:
+            self.answer(403)
+            return False
+        exists = name in self.server.objects
+        now = self.server.generations.get(name, 1) if exists else 0
+        if int(self.query("ifGenerationMatch", str(now))) == now:
+            return True
+        self.answer(412)
+        return False
+
     def do_POST(self) -> None:
         name = self.query("name")
-        self.server.objects[name] = self.rfile.read(int(self.headers["Content-Length"]))
-        self.answer(200, json.dumps({"name": name, "generation": "1"}).encode())
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.server.lock:
+            if not self.may_write(name):
+                return
+            self.server.objects[name] = content
+            self.server.generations[name] = generation = next(self.server.numbers)
+        self.answer(200, json.dumps({"name": name, "generation": str(generation)}).encode())
 
     def do_DELETE(self) -> None:
-        found = self.server.objects.pop(self.object_name(), None)
+        with self.server.lock:
+            if not self.may_write(self.object_name()):
+                return
+            found = self.server.objects.pop(self.object_name(), None)
         self.answer(404 if found is None else 204)
 
 
 @contextlib.contextmanager
-def bucket_server() -> Iterator[tuple[dict[str, bytes], dict[str, str]]]:
-    """Serves any gs:// bucket. Yields its objects and the environment that points to it."""
+def bucket_server(refuses: bool = False) -> Iterator[tuple[dict[str, bytes], dict[str, str]]]:
+    """Serves any gs:// bucket. Yields its objects and the environment that points to it.
+
+    Args:
+      refuses: whether it answers every request with 403.
+    """
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.objects = {}
+        server.objects, server.generations = {}, {}
+        server.refuses = refuses
+        server.numbers, server.lock = itertools.count(2), Lock()
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"
         names = {"TENSORSTORE_GCS_HTTP_URL": f"http://{address}", "GCE_METADATA_ROOT": address}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 from commands import FEW, ROOT, SMALL, flags_of_devices, run, saved_state, saved_steps, train
+from gcs import bucket_server
 
 from alexnet_jax import launch
+from alexnet_jax.utils import buckets
 from alexnet_jax.utils.distributed import ADDRESS, COUNT, INDEX
 from alexnet_jax.utils.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -151,6 +154,29 @@ def test_restart_after_killed_process_on_four_processes_uses_the_same_examples(
     assert f"resuming from step {last} of {STEPS}" in four.outputs[0]
     assert "of 4 processes" in four.outputs[0]
     assert_close_losses(tmp_path, undisturbed[0])
+
+
+@pytest.mark.parametrize("kind", ["mesh.data", "mesh.zero"])
+def test_checkpoint_that_one_process_cannot_read_is_replaced_by_the_one_before(
+    kind, undisturbed, digits, tmp_path
+):
+    """With mesh.zero process 1 alone reads its shards, so process 0 finds no damage."""
+    more = (f"--config.parallel={kind}",)
+    if kind == "mesh.data":
+        shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
+    else:
+        trained(2, digits, tmp_path, *more)
+    *_, before, latest = saved_steps(tmp_path)
+    state = tmp_path / "checkpoints" / str(latest) / "state"
+    own = state / "ocdbt.process_1"
+    files = [path for path in (own if own.exists() else state).rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    again = trained(2, digits, tmp_path, *more)
+    assert f"checkpoint of step {latest} is damaged, moved to" in again.outputs[0]
+    assert f"resuming from step {before} of {STEPS}" in again.outputs[0]
+    compare = assert_same_bits if kind == "mesh.data" else assert_close_losses
+    compare(tmp_path, undisturbed[0])
 
 
 @pytest.mark.pods
@@ -316,33 +342,57 @@ def test_used_port_is_reported():
     assert "Address already in use" in output and len(output.splitlines()) == 1
 
 
-def test_processes_with_different_configs_are_rejected(digits, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def outputs_of_rejected_processes(digits, workdirs, *seeds):
+    """Starts two processes with arguments of their own. Returns what each says before it ends."""
     address = f"127.0.0.1:{launch._free_port()}"
-    monkeypatch.chdir(ROOT)
     processes = [
         subprocess.Popen(
             (sys.executable, "train.py", "--config", "configs/quickstart.py", *SMALL)
-            + (f"--config.data_dir={digits}", f"--workdir={tmp_path}", f"--config.seed={seed}"),
-            env={
-                **os.environ,
-                "XLA_FLAGS": "",
-                ADDRESS: address,
-                COUNT: "2",
-                INDEX: str(index),
-            },
+            + (f"--config.data_dir={digits}", f"--workdir={workdir}", f"--config.seed={seed}"),
+            env={**os.environ, "XLA_FLAGS": "", ADDRESS: address, COUNT: "2", INDEX: str(index)},
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index, seed in enumerate((3, 5))
+        for index, (workdir, seed) in enumerate(zip(workdirs, seeds, strict=True))
     ]
-    for process, seed in zip(processes, (3, 5), strict=True):
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == EXIT_USER_ERROR, told
-        assert f"do not have the same config: seed ({seed} here)" in told
-        assert "Traceback" not in told
+    outputs = [process.communicate(timeout=240)[1] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == EXIT_USER_ERROR, output
+        assert "Traceback" not in output
+    return outputs
+
+
+def test_processes_with_different_configs_are_rejected(digits, tmp_path):
+    outputs = outputs_of_rejected_processes(digits, (tmp_path, tmp_path), 3, 5)
+    for output, seed in zip(outputs, (3, 5), strict=True):
+        assert f"do not have the same config: seed ({seed} here)" in output
     assert not (tmp_path / "config.json").exists()
+
+
+def test_processes_without_a_shared_workdir_are_rejected(digits, tmp_path):
+    workdirs = [tmp_path / "disk of host 0", tmp_path / "disk of host 1"]
+    outputs = outputs_of_rejected_processes(digits, workdirs, 0, 0)
+    for output, workdir in zip(outputs, workdirs, strict=True):
+        assert "the hosts of this run do not share the workdir" in output
+        assert str(workdir) in output and "gs://BUCKET/FOLDER" in output
+    assert not list(tmp_path.rglob(".seen-by-all*"))
+
+
+def test_processes_save_to_a_bucket(undisturbed, digits, tmp_path, monkeypatch):
+    """With mesh.zero each process copies shards that the other does not have."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with bucket_server() as (_, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        zero = ("gs://bucket/run", "--config.parallel=mesh.zero")
+        cluster = Cluster(2, digits, *zero)
+        cluster.signal_at("step     10", 1, signal.SIGTERM)
+        assert cluster.end() == [EXIT_STOPPED] * 2, cluster.outputs
+        again = trained(2, digits, *zero)
+        assert "resuming from step 1" in again.outputs[0]
+        assert_close_losses(buckets.readable("gs://bucket/run"), undisturbed[0])
 
 
 @pytest.mark.pods

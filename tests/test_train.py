@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from commands import (
+    FEW,
     OFTEN,
     ROOT,
     SMALL,
@@ -220,7 +221,26 @@ def test_workdir_of_another_config_is_rejected_with_the_differing_fields(undistu
     done = train(digits, workdir, *OFTEN, "--config.seed=5", "--config.model.dropout=0.25")
     assert done.returncode == EXIT_USER_ERROR
     assert "model.dropout (0.5 there, 0.25 here), seed (0 there, 5 here)" in done.stderr
+    assert f"--config.init_from={workdir} starts from its weights" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_start_that_failed_does_not_claim_the_workdir(digits, tmp_path, capsys):
+    few = [f"--config.data_dir={digits}", *QUICKSTART, *SMALL, *FEW, "--config.num_epochs=1"]
+    with pytest.raises(SystemExit):
+        train_here([*few, "--config.model.num_classes=9"], tmp_path)
+    assert "set --config.model.num_classes=10" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exited:
+        train_here([*few, "--config.model.num_classes=10"], tmp_path)
+    assert not exited.value.code
+
+
+def test_finished_run_continues_with_more_epochs(undisturbed, digits, tmp_path):
+    for epochs in (1, 2):
+        done = train(digits, tmp_path, *OFTEN, f"--config.num_epochs={epochs}")
+        assert done.returncode == 0, done.stderr
+    assert "resuming from step 20 of 40" in done.stdout
+    assert_same_run(tmp_path, undisturbed[0])
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import socket
 import threading
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from alexnet_jax.utils.errors import EXIT_USER_ERROR, UserError, exit_now, one_l
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 JOIN_TIMEOUT_S = 300
+HEARTBEAT_TIMEOUT_S = 100  # JAX's default
 
 RESTART_HINT = (
     "start the same command again on all hosts: training resumes from the newest checkpoint"
@@ -30,19 +32,22 @@ RESTART_HINT = (
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(heartbeat_timeout_s: int = HEARTBEAT_TIMEOUT_S) -> Iterator[None]:
     """Joins the other processes of the run, if there are any. Call it before JAX computes anything.
 
     JAX itself handles a process that ends or stops responding: its coordination service, which
     runs in process 0, sends heartbeats, and aborts every other process (SIGABRT) with a message
     that starts with "Terminating process because the JAX distributed service detected fatal
-    errors". This happens immediately if process 0 is lost, and otherwise after 100 s, JAX's
-    default. On CPUs the collectives (Gloo) usually raise JaxRuntimeError before that.
+    errors". This happens immediately if process 0 is lost, and otherwise after the timeout. On
+    CPUs the collectives (Gloo) usually raise JaxRuntimeError before that.
+
+    Args:
+      heartbeat_timeout_s: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
       UserError: the variables are inconsistent, or process 0 cannot open its port.
     """
-    _join()
+    _join(heartbeat_timeout_s)
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -112,7 +117,34 @@ def check_same(what: str, fields: dict[str, Any]) -> None:
         )
 
 
-def _join() -> None:
+def check_shared(folder: Path) -> None:
+    """Checks that all processes see the same folder. All processes must call it together.
+
+    Without a shared workdir each process would save its part of the checkpoints where no other
+    finds it. Raises UserError on every process if one of them does not see a file of process 0.
+    """
+    if not is_multi_process():
+        return
+    random = multihost_utils.broadcast_one_to_all(np.frombuffer(os.urandom(8), np.uint8))
+    # A new name each time, since network file systems remember for a while which names are absent.
+    file = folder / f".seen-by-all-{random.tobytes().hex()}"
+    if is_first():
+        file.touch()
+    wait_for_all("wrote a file")
+    is_missing = not file.exists()
+    is_missing_somewhere = any_process(is_missing)
+    if is_first():
+        file.unlink()
+    if is_missing_somewhere:
+        here = f"{socket.gethostname()} does not see" if is_missing else "another host does not see"
+        raise UserError(
+            f"the hosts of this run do not share the workdir: {here} what process 0 writes to "
+            f"{folder}; choose a --workdir on a file system that all hosts share, or in a bucket "
+            "(gs://BUCKET/FOLDER)"
+        )
+
+
+def _join(heartbeat_timeout_s: int) -> None:
     explicit = _explicit_arguments()
     address = os.environ.get(ADDRESS, "the coordinator")
     if explicit.get("process_id") == 0:
@@ -132,7 +164,11 @@ def _join() -> None:
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(**explicit, initialization_timeout=JOIN_TIMEOUT_S + 60)
+        jax.distributed.initialize(
+            **explicit,
+            initialization_timeout=JOIN_TIMEOUT_S + 60,
+            heartbeat_timeout_seconds=heartbeat_timeout_s,
+        )
     except ValueError as error:
         # JAX has no function that tells whether there is a cluster, and no type for this error.
         if explicit or "coordinator_address should be defined" not in str(error):
