@@ -4,7 +4,6 @@ import argparse
 import json
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,8 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1")
     if args.panel and args.panel.suffix.lower() not in PANEL_SUFFIXES:
         raise UserError(f"--panel {args.panel} must end in {' or '.join(PANEL_SUFFIXES)}")
-    # Pillow warns about damaged metadata of images that it decodes correctly.
-    warnings.filterwarnings("ignore", module="PIL")
     process.set_up()
     files = find_files(args.images)
     network = inference.load(args.workdir, args.step)

@@ -156,7 +156,7 @@ def _out_path(args: argparse.Namespace, name: str) -> Path:
 
 
 def _read_image(path: Path, size: int) -> np.ndarray:
-    image = decode.read_upright(path, size)
+    image = decode.read_square(path, size)
     if isinstance(image, str):
         raise UserError(f"{path} cannot be read ({image}); name an image file")
     return image

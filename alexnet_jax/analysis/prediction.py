@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from alexnet_jax import inference
-from alexnet_jax.data.decode import read_upright
+from alexnet_jax.data.decode import read_square
 from alexnet_jax.inference import Trained
 from alexnet_jax.training.train_step import top_five
 from alexnet_jax.utils.errors import UserError
@@ -125,7 +125,7 @@ def _batches(
     """
     length = min(batch_size, len(files))
     threads = grain.ReadOptions(num_threads=DECODING_THREADS, prefetch_buffer_size=2 * length)
-    results = grain.MapDataset.source(files).map(lambda path: (path, read_upright(path, size)))
+    results = grain.MapDataset.source(files).map(lambda path: (path, read_square(path, size)))
     decoded: list[DecodedFile] = []
     images = np.zeros((length, size, size, 3), np.uint8)
     count = 0
