@@ -70,6 +70,16 @@ def test_read_returns_the_requested_examples_in_order(train, indices):
     np.testing.assert_array_equal(rows["label"], np.array(indices, int) * 4 // COUNT)
 
 
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_threads_read_the_same_examples(train, threads, count):
+    indices = np.arange(count) * 7 % COUNT
+    found = train.read(indices, threads, pad_to=200)
+    assert len(found["label"]) == max(count, 200)
+    for name, expected in train.read(indices).items():
+        np.testing.assert_array_equal(found[name][:count], expected)
+
+
 @pytest.mark.parametrize("index", [-1, COUNT])
 def test_read_rejects_indices_out_of_range(train, index):
     with pytest.raises(IndexError):

@@ -23,6 +23,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,15 @@ class Store:
     shards: Shards = field(repr=False)
     buffers: BufferPool = field(repr=False, default_factory=BufferPool)
 
-    def read(self, indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+    def read(
+        self, indices: Int[np.ndarray, " B"], threads: int = 1, pad_to: int = 0
+    ) -> dict[str, np.ndarray]:
         """Reads the examples at `indices`, in this order. May be called from several threads.
+
+        Args:
+          threads: that share the work, which pays off for hundreds of images.
+          pad_to: at least this many rows are returned. Those after the examples are black, with
+            the label -1.
 
         Returns {"image": uint8[B, S, S, 3], "label": int32[B]}.
 
@@ -105,14 +113,25 @@ class Store:
         # NumPy would accept a negative index and return another example.
         if indices.size and not 0 <= indices.min() <= indices.max() < self.num_examples:
             raise IndexError(f"indices must be in [0, {self.num_examples})")
-        images = self.buffers.take((len(indices), self.image_size, self.image_size, 3))
+        count, total = len(indices), max(len(indices), pad_to)
+        images = self.buffers.take((total, self.image_size, self.image_size, 3))
+        labels = np.full(total, -1, np.int32)
+        images[count:], labels[:count] = 0, self.labels[indices]
         try:
-            self.shards.read(self.rows[indices], images)
+            self._read_rows(self.rows[indices], images[:count], threads)
         except CorruptShardError as error:
             raise damaged(self.path, str(error)) from error
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        return {"image": images, "label": self.labels[indices]}
+        return {"image": images, "label": labels}
+
+    def _read_rows(self, rows: np.ndarray, images: np.ndarray, threads: int) -> None:
+        if threads == 1:
+            self.shards.read(rows, images)
+            return
+        parts = np.array_split(rows, threads), np.array_split(images, threads)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(self.shards.read, *parts))
 
 
 def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store:
