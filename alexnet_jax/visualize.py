@@ -21,7 +21,7 @@ from alexnet_jax.training.metrics import Row, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.utils import distributed, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
-from alexnet_jax.utils.files import atomic_write, explain_write_errors
+from alexnet_jax.utils.files import atomic_write, explain_write_errors, printable
 
 NEIGHBORS, QUERIES = 6, 5  # as in the paper's Figure 4
 IMAGE_HELP = "an image file of any format that Pillow reads"
@@ -76,7 +76,7 @@ def nearest(args: argparse.Namespace) -> None:
     if args.image:
         size = network.config.image_size
         queries = np.stack([_read_image(image, size) for image in args.image])
-        names = [image.name for image in args.image]
+        names = [printable(image.name) for image in args.image]
     else:
         queries, names = _evenly_spaced(_open_store(network.config, "eval"), QUERIES)
     count = min(NEIGHBORS, train.num_examples)
