@@ -68,6 +68,64 @@ class SmallTestTexts(SmallTestMarks):
         return str(number)
 
 
+class SmallTestNames(SmallTestMarks):
+    """Features with other names, and more of them; tfds does not know which are trained on."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "bird": self.image,
+            "mask": tfds.features.LabeledImage(labels=2, shape=(None, None, 1)),
+            "film": tfds.features.Video(shape=(None, 8, 8, 3)),
+            "species": tfds.features.ClassLabel(num_classes=CLASSES),
+            "age": np.int64,
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, count: int) -> Iterator[tuple[int, dict]]:
+        for number in range(min(count, 50)):
+            yield (
+                number,
+                {
+                    "bird": mark(number),
+                    "mask": mark(number)[..., :1] % 2,
+                    "film": mark(number)[None],
+                    "species": number % CLASSES,
+                    "age": number,
+                },
+            )
+
+
+def builder_of(name: str, feature: tfds.features.FeatureConnector, encoded) -> None:
+    """Defines a data set with another image feature; tfds finds it by its name."""
+
+    def generate(self, count: int) -> Iterator[tuple[int, dict]]:
+        yield 0, {"image": encoded, "label": 0}
+
+    fields = {"VERSION": tfds.core.Version("1.0.0"), "image": feature}
+    type(name, (SmallTestMarks,), fields | {"_generate_examples": generate, "__module__": __name__})
+
+
+builder_of("SmallTestVideo", tfds.features.Video(shape=(None, 8, 8, 3)), mark(0)[None])
+builder_of(
+    "SmallTestFloat",
+    tfds.features.Image(shape=(8, 8, 1), dtype=np.float32),
+    np.zeros((8, 8, 1), np.float32),
+)
+builder_of("SmallTestTwo", tfds.features.Image(shape=(8, 8, 2)), mark(0)[..., :2])
+builder_of(
+    "SmallTestBands",
+    tfds.features.Tensor(shape=(8, 8, 13), dtype=np.uint8),
+    np.zeros((8, 8, 13), np.uint8),
+)
+builder_of(
+    "SmallTestDeep",
+    tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint16),
+    np.zeros((8, 8, 3), np.uint16),
+)
+
+
 class SmallTestOffline(SmallTestMarks):
     """From a host name that never resolves (RFC 2606)."""
 
@@ -204,6 +262,14 @@ def test_images_that_are_plain_arrays(tmp_path):
     assert labels == [number % CLASSES for number in numbers]
 
 
+def test_the_only_image_and_the_only_label_are_used(tmp_path):
+    numbers, labels = numbers_and_labels(
+        open_or_prepare(config_for(tmp_path, "small_test_names"))["train"]
+    )
+    assert sorted(numbers) == list(range(50))
+    assert labels == [number % CLASSES for number in numbers]
+
+
 def test_damaged_file_of_tfds_is_explained(tmp_path):
     build(tmp_path, "tfrecord")
     file = next((tmp_path / "small_test_marks" / "1.0.0").glob("*train.tfrecord-00001*"))
@@ -228,7 +294,15 @@ def test_damaged_file_of_tfds_is_explained(tmp_path):
         ({"train_split": "training"}, "has no split 'training'; set .* among test, train"),
         ({"eval_split": "train[5%"}, "has no split 'train\\[5%'"),
         ({"eval_split": "train[5000:]"}, "has no split"),
-        ({"dataset": "small_test_texts"}, "no 8-bit or 16-bit images with one class label each"),
+        (
+            {"dataset": "small_test_texts"},
+            r"one image feature and one class label, .* are image \(Text\), label \(ClassLabel\);",
+        ),
+        ({"dataset": "small_test_video"}, r"its features are image \(a video\), label"),
+        ({"dataset": "small_test_float"}, r"image \(float32 instead of uint8 or uint16\)"),
+        ({"dataset": "small_test_two"}, r"image \(2 channels\)"),
+        ({"dataset": "small_test_bands"}, r"image \(13 channels\)"),
+        ({"dataset": "small_test_deep"}, r"image \(3 channels\)"),
         ({"dataset": "small_test_manual"}, "manually into .*/downloads/manual: .* for marks.zip."),
         (
             {"dataset": "small_test_offline"},

@@ -257,6 +257,7 @@ def _tfds_source(dataset: str, data_dir: str, split: str) -> Source:
     import tensorflow_datasets as tfds
 
     builder = _find_builder(dataset, data_dir)
+    image_key, label_key = _image_and_label(builder, dataset)  # before a download of hours
     _build(builder, dataset, data_dir)
     try:
         count = builder.info.splits[split].num_examples
@@ -267,7 +268,6 @@ def _tfds_source(dataset: str, data_dir: str, split: str) -> Source:
             f"{dataset} has no split {split!r}; set train_split and eval_split to splits among "
             f"{', '.join(sorted(builder.info.splits))}"
         ) from error
-    image_key, label_key = _image_and_label(builder, dataset)
 
     def read(first: int, end: int) -> Iterator[Example]:
         with _damage_explained(builder):
@@ -396,19 +396,49 @@ def _check_internet(builder: "DatasetBuilder", dataset: str, data_dir: str) -> N
 
 
 def _image_and_label(builder: "DatasetBuilder", dataset: str) -> tuple[str, str]:
-    """Returns the names of the features that hold the image and the class label."""
+    """Returns the names of the features that hold the image and the class label.
+
+    They are those that tfds trains on, or the only image and the only label.
+    """
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    keys = builder.info.supervised_keys or ("image", "label")
-    if len(keys) == 2 and all(isinstance(key, str) and key in features for key in keys):
-        image, label = (features[key] for key in keys)
-        if isinstance(label, tfds.features.ClassLabel) and image.np_dtype in (np.uint8, np.uint16):
-            return keys
+    labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    faults = {key: _fault_of_image(feature) for key, feature in features.items()}
+    images = [key for key, fault in faults.items() if not fault]
+    match builder.info.supervised_keys:
+        case (str(image), str(label)) if image in features and label in labels:
+            images, labels = [image], [label]
+    if len(images) == len(labels) == 1 and not faults[images[0]]:
+        return images[0], labels[0]
+    named = [f"{key} ({fault})" if (fault := faults[key]) else key for key in features]
     raise UserError(
-        f"{dataset} has no 8-bit or 16-bit images with one class label each (its features are "
-        f"{', '.join(features)}); use another data set"
+        f"{dataset} must have one image feature and one class label, but its features are "
+        f"{', '.join(named)}; use another data set"
     )
+
+
+def _fault_of_image(feature: Any) -> str:
+    """Returns why a feature of tfds is not an image that can be decoded, "" if it is one."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Video):
+        return "a video"
+    if not isinstance(feature, tfds.features.Image | tfds.features.Tensor):
+        return type(feature).__name__
+    if isinstance(feature, tfds.features.LabeledImage) or len(feature.shape) not in (2, 3):
+        return type(feature).__name__
+    dtype, channels = np.dtype(feature.np_dtype), (*feature.shape, 1)[2]
+    if dtype not in (np.uint8, np.uint16):
+        return f"{dtype} instead of uint8 or uint16"
+    allowed: tuple[int | None, ...] = (1, 3, 4)
+    if isinstance(feature, tfds.features.Image):
+        allowed = (None, 0, 1, 3, 4)  # without a number, each file has its own
+    elif dtype == np.uint16:
+        allowed = (1,)
+    if channels not in allowed:
+        return f"{channels} channels"
+    return ""
 
 
 def _read_encoded(
