@@ -115,7 +115,7 @@ def curves(args: argparse.Namespace) -> None:
     path = _out_path(args, "compared.png")
     workdirs = list(dict.fromkeys(args.workdirs))
     short = [workdir.resolve().name for workdir in workdirs]
-    names = short if len(set(short)) == len(short) else map(str, workdirs)
+    names = map(printable, short if len(set(short)) == len(short) else workdirs)
     runs = {name: _read_rows(workdir) for name, workdir in zip(names, workdirs, strict=True)}
     with _output(path) as new:
         figures.curves_of_runs(runs).savefig(new)
