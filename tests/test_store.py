@@ -309,6 +309,19 @@ def test_opening_detects_missing_and_truncated_files(copy, name, kept, message):
     assert "delete it and prepare it again" in open_error(copy)
 
 
+def test_store_that_is_renewed_while_it_is_open_is_not_read_with_its_old_labels(copy):
+    store = open_store(copy)
+    store.read(np.array([3]))
+    shards = sorted((copy / "image" / "c").rglob("0"))
+    for shard in [file for file in shards if file.is_file()]:
+        content = shard.read_bytes()
+        shard.unlink()  # as `renew` does
+        shard.write_bytes(content)
+    assert mark_number(store.read(np.array([5]))["image"]).tolist() == [5]  # still open
+    with pytest.raises(UserError, match="prepared again while it was used .*; start the same"):
+        store.read(np.array([1050]))
+
+
 def flip_a_bit(path: Path, shard: int, image: int) -> None:
     file = path / f"image/c/{shard}/0/0/0"
     content = bytearray(file.read_bytes())

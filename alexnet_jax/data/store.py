@@ -42,6 +42,7 @@ from alexnet_jax.data.shards import (
     CorruptShardError,
     LocalShards,
     RemoteShards,
+    ReplacedShardError,
     Shards,
     shard_key,
     slots_per_shard,
@@ -149,6 +150,11 @@ class Store:
             self._read_rows(self.rows[indices], images[:count], threads)
         except CorruptShardError as error:
             raise damaged(self.path, str(error)) from error
+        except ReplacedShardError as error:
+            raise UserError(
+                f"the store at {self.path} was prepared again while it was used ({error}); start "
+                "the same command again"
+            ) from error
         except OSError as error:
             raise _unreadable(self.path, error) from error
         return {"image": images, "label": labels}
@@ -187,8 +193,7 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
     num_rows, size = attributes["num_rows"], attributes["image_size"]
     storage, num_slots = attributes["storage"], slots_per_shard(size)
     shard_bytes = tuple(attributes["shard_bytes"])
-    if check_shards:
-        _check_shard_files(path, shard_bytes)
+    times = _check_shard_files(path, shard_bytes) if check_shards else []
     root = open_kvstore(path)
     try:
         labels = read_array(root, "label")
@@ -217,7 +222,7 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
         shard_bytes=shard_bytes,
         shards=RemoteShards(root, storage, num_slots)
         if is_url(path)
-        else LocalShards(path, storage, num_slots),
+        else LocalShards(path, storage, num_slots, times),
     )
 
 
@@ -248,14 +253,21 @@ def find_damage(store: Store) -> Iterator[str]:
                 yield str(error)
 
 
-def _check_shard_files(path: str, shard_bytes: Sequence[int]) -> None:
+def _check_shard_files(path: str, shard_bytes: Sequence[int]) -> list[int]:
+    """Raises UserError if a shard is missing or truncated. Returns their times on local disks."""
     keys = {f"image/{key.decode()}" for key in (open_kvstore(path) / "image/").list().result()}
+    times = []
     for shard, expected in enumerate(shard_bytes):
         key = shard_key(shard)
         if key not in keys:
             raise damaged(path, f"shard {key} is missing")
-        if not is_url(path) and (actual := os.path.getsize(f"{path}/{key}")) != expected:
-            raise damaged(path, f"shard {key} has {actual} bytes instead of {expected}")
+        if is_url(path):
+            continue
+        found = os.stat(f"{path}/{key}")
+        if found.st_size != expected:
+            raise damaged(path, f"shard {key} has {found.st_size} bytes instead of {expected}")
+        times.append(found.st_mtime_ns)
+    return times
 
 
 def damaged(path: str, what: str) -> UserError:
