@@ -141,7 +141,7 @@ def prepare_splits(
     config: Mapping[str, Any],
     paths: Mapping[str, str],
     part: tuple[int, int] = ALL,
-    renew: Collection[str] = (),
+    outdated: Collection[str] = (),
 ) -> None:
     """Prepares the stores of a config that are not complete.
 
@@ -149,7 +149,7 @@ def prepare_splits(
       config: see `open_or_prepare`.
       paths: of the stores, {"train": …, "eval": …}.
       part: (i, n) writes only the i-th of n parts of the shards, counted from 1.
-      renew: paths of stores to prepare again, although they are complete.
+      outdated: paths of stores to prepare again, although they are complete.
 
     Raises:
       UserError: the data set, a split or its files are missing or cannot be downloaded; more than
@@ -174,7 +174,7 @@ def prepare_splits(
                     config["dataset"], config["data_dir"], split, config["train_split"]
                 )
                 for path, split in splits.items()
-                if path in renew or needs_preparation(path)
+                if path in outdated or needs_preparation(path)
             }
             fields = (config["image_size"], config["storage"], config["max_corrupt"], part)
             jobs = [_Job(source, path, *fields) for path, source in sources.items()]
@@ -212,7 +212,7 @@ def renew(config: Mapping[str, Any]) -> None:
         for use, path in complete.items()
         if find_outdated(config, use, open_store(path, check_shards=False))
     ]
-    prepare_splits(config, paths, renew=outdated)
+    prepare_splits(config, paths, outdated=outdated)
 
 
 @contextlib.contextmanager
