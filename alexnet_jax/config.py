@@ -23,6 +23,7 @@ from alexnet_jax.utils.errors import UserError, one_line
 _INSTALLED = Path(__file__).with_name("configs")
 BUNDLED_CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
+FOLDER_PREFIX = "folder:"  # of a `dataset` that is a folder of images
 OPEN_ENDED_SCHEDULES = ("constant", "steps", "plateau")  # they do not depend on num_epochs
 
 INFINITY = math.inf
@@ -369,9 +370,17 @@ def split_overrides(argv: Sequence[str] | None) -> tuple[list[str], list[tuple[s
 # ------------------------------------------------------------------------------------------
 
 
+def folder_path(dataset: str) -> Path:
+    """Returns the absolute path of a dataset "folder:PATH"."""
+    return Path(dataset.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+
+
 def to_json(config: ConfigDict) -> str:
-    """Returns the config as indented JSON; tuples become lists."""
-    return json.dumps(config.to_dict(), indent=2, default=str)
+    """Returns the config as indented JSON; tuples become lists, a folder's path absolute."""
+    fields = config.to_dict()
+    if fields["dataset"].startswith(FOLDER_PREFIX):
+        fields["dataset"] = f"{FOLDER_PREFIX}{folder_path(fields['dataset'])}"
+    return json.dumps(fields, indent=2, default=str)
 
 
 def from_saved(saved: Any, origin: str) -> ConfigDict:
@@ -408,9 +417,9 @@ def _conv1_padding_in_0_1(fields: dict[str, Any]) -> int:
 def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
     """Returns the fields, with both values, by which a saved config trains differently.
 
-    Fields that are free to change and the name do not count, and num_epochs may grow if the
-    learning rate does not depend on it. A field that is newer than the saved config has its default
-    there.
+    Fields that are free to change and the name do not count, nor does the path of a folder of
+    images (see `train.check_data_unchanged`). num_epochs may grow if the learning rate does not
+    depend on it. A field that is newer than the saved config has its default there.
     """
     now = flat(ConfigDict(json.loads(to_json(config))))
     defaults = json.loads(to_json(default_config()))
@@ -418,6 +427,8 @@ def differing_fields(config: ConfigDict, saved: dict[str, Any]) -> list[str]:
     before = flat(ConfigDict(defaults)) | there
     if "model.conv1_padding" not in there:
         before["model.conv1_padding"] = _conv1_padding_in_0_1(before)
+    if all(str(fields["dataset"]).startswith(FOLDER_PREFIX) for fields in (now, before)):
+        before["dataset"] = now["dataset"]
     free = {"name", *(name for name, field in FIELDS.items() if field.free)}
     if now["num_epochs"] >= before["num_epochs"] and now["schedule.kind"] in OPEN_ENDED_SCHEDULES:
         free.add("num_epochs")

@@ -100,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
     parser.add_argument(
+        "--dataset",
+        help="a data set with the same classes, such as folder:PATH (default: that of the run)",
+    )
+    parser.add_argument(
         "--data-dir", help="folder with the prepared data (default: data_dir of the config)"
     )
     parser.add_argument(
@@ -109,12 +113,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     process.set_up()
     networks = [inference.load(workdir, args.step) for workdir in args.workdir]
     config = networks[0].config
+    if args.dataset:
+        config.dataset = args.dataset
     if args.data_dir:
         config.data_dir = args.data_dir
     config.batch_size = args.batch_size
     configs.check_bounds(config)
     make_augment(config)  # checks its fields
-    store = open_or_prepare(config)["eval"]
+    store = open_or_prepare(config, ["eval"])["eval"]
     evaluation.check_comparable(args.workdir, networks, store)
     ensembles = evaluation.all_ensembles(args.workdir, args.views or [config.eval.views])
     metrics = evaluation.evaluate(networks, store, config.batch_size, ensembles)

@@ -4,7 +4,6 @@ import argparse
 import json
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from alexnet_jax.analysis import figures
 from alexnet_jax.analysis.prediction import Prediction, Skipped, find_files, predict_files
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly
-from alexnet_jax.utils.files import atomic_write, explain_write_errors
+from alexnet_jax.utils.files import atomic_write, explain_write_errors, printable
 
 EXIT_SOME_SKIPPED = 3
 MAX_IMAGES_IN_PANEL = 40
@@ -47,7 +46,7 @@ def to_json(result: Prediction | Skipped, class_names: Sequence[str]) -> str:
 
 def save_panel(predictions: Sequence[Prediction], class_names: Sequence[str], path: Path) -> None:
     """Draws predictions. A file in a folder named after a class has that class as its label."""
-    folders = [prediction.path.parent.name for prediction in predictions]
+    folders = [printable(prediction.path.parent.name) for prediction in predictions]
     with explain_write_errors(path, "another file for --panel"), atomic_write(path) as new:
         figures.save_predictions(
             [prediction.image for prediction in predictions],
@@ -96,8 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1")
     if args.panel and args.panel.suffix.lower() not in PANEL_SUFFIXES:
         raise UserError(f"--panel {args.panel} must end in {' or '.join(PANEL_SUFFIXES)}")
-    # Pillow warns about damaged metadata of images that it decodes correctly.
-    warnings.filterwarnings("ignore", module="PIL")
     process.set_up()
     files = find_files(args.images)
     network = inference.load(args.workdir, args.step)

@@ -78,7 +78,7 @@ class Result(NamedTuple):
 
 
 def read_upload(data: bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Decodes an upload like a training image, turned upright.
+    """Decodes an upload like a training image.
 
     Files that are too large or not images are rejected before any pixel is decoded.
 
@@ -100,7 +100,9 @@ def read_upload(data: bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
             "upload a smaller one"
         )
     try:
-        return decode.decode_upright(data, size)
+        return decode.decode_square(data, size)
+    except decode.UnknownRange as error:
+        raise UserError(str(error)) from error
     except Exception as error:
         raise UserError("the image is damaged or truncated; upload another copy") from error
 

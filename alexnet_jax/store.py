@@ -1,6 +1,7 @@
-"""Prepares, describes and verifies the stores of a config.
+"""Prepares, renews, describes and verifies the stores of a config.
 
 python -m alexnet_jax.store prepare --config configs/quickstart.py
+python -m alexnet_jax.store renew --config configs/folder.py
 python -m alexnet_jax.store info --config configs/quickstart.py
 python -m alexnet_jax.store verify --config configs/quickstart.py
 """
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from alexnet_jax.config import check_bounds, parse
-from alexnet_jax.data.prepare import open_or_prepare, prepare_splits
+from alexnet_jax.data.prepare import open_or_prepare, prepare_splits, renew
 from alexnet_jax.data.store import (
     Store,
     damaged,
@@ -31,14 +32,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m alexnet_jax.store",
-        description="Prepare, describe or verify the stores of a config.",
+        description="Prepare, renew, describe or verify the stores of a config.",
     )
     parser.add_argument(
         "action",
         nargs="?",
         default="prepare",
-        choices=["prepare", "info", "verify"],
-        help="prepare (default): prepare the stores that are not complete; info: describe them; "
+        choices=["prepare", "renew", "info", "verify"],
+        help="prepare (default): prepare the stores that are not complete; renew: prepare those of "
+        "a folder again whose images changed; info: describe them; "
         "verify: read all images and list those that do not match their checksums",
     )
     parser.add_argument(
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths = store_paths(config)
         if args.part:
             prepare_splits(config, paths, _parse_part(args.part))
+        elif args.action == "renew" and distributed.is_first():
+            renew(config)
         elif args.action == "prepare":
             open_or_prepare(config)
         if not distributed.is_first():

@@ -24,7 +24,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import inference
 from alexnet_jax.analysis import figures
 from alexnet_jax.data import pipeline
-from alexnet_jax.data.augment import make_augment, statistics
+from alexnet_jax.data.augment import Statistics, make_augment, statistics
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store
 from alexnet_jax.models.alexnet import towers
@@ -119,6 +119,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         stats = statistics(stores["train"], config)
         stats = finetune.statistics(config, source, workdir, stats)
         if is_first:
+            check_data_unchanged(workdir, stores, stats)
             inference.save_statistics(workdir, stats, stores["train"].class_names)
         augment = make_augment(config, stats, steps_per_epoch)
         learning_rate = make_schedule(config, steps_per_epoch)
@@ -393,7 +394,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
 
 def _check_data(config: ConfigDict, stores: dict[str, Store]) -> None:
     """Raises UserError if hosts have different data, or the network has too few classes."""
-    fields = ("source", "num_examples", "mean_channel")
+    fields = ("identity", "num_examples", "mean_channel")
     distributed.check_same(
         "data",
         {f"{use} {name}": getattr(store, name) for use, store in stores.items() for name in fields},
@@ -404,6 +405,39 @@ def _check_data(config: ConfigDict, stores: dict[str, Store]) -> None:
             f"{config.dataset} has {classes} classes, the network {config.model.num_classes}; "
             f"set --config.model.num_classes={classes}"
         )
+
+
+def check_data_unchanged(workdir: Path, stores: dict[str, Store], stats: Statistics) -> None:
+    """Records in data.json which data a run uses. A folder may move, but its images may not change.
+
+    Runs of version 0.2 have no data.json. The mean of their training images tells as much.
+
+    Raises UserError if the workdir's checkpoints are of a run on other data.
+    """
+    path = workdir / "data.json"
+    identities = {use: store.identity for use, store in stores.items()}
+    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+    if max(steps, default=0) > 0:  # a converted network has step 0
+        try:
+            saved = json.loads(path.read_text())
+            differing = [use for use, identity in identities.items() if saved[use] != identity]
+        except FileNotFoundError:
+            differing = []
+            with contextlib.suppress(UserError):  # they can be missing, and are written again
+                before, _ = inference.load_statistics(workdir)
+                differing = [] if np.array_equal(before.mean, stats.mean) else ["train"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is damaged; choose another --workdir or remove the file"
+            ) from error
+        if differing:
+            raise UserError(
+                f"{workdir} holds a run on other images than the present ones of the "
+                f"{' and '.join(differing)} split; put those back, or choose another --workdir "
+                f"(--config.init_from={workdir} starts from its network)"
+            )
+    with explain_write_errors(workdir, "another --workdir"), atomic_write(path) as new:
+        new.write_text(json.dumps(identities, indent=2) + "\n")
 
 
 @jax.jit

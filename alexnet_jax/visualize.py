@@ -21,7 +21,7 @@ from alexnet_jax.training.metrics import Row, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.utils import buckets, distributed, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
-from alexnet_jax.utils.files import atomic_write, explain_write_errors
+from alexnet_jax.utils.files import atomic_write, explain_write_errors, printable
 
 NEIGHBORS, QUERIES = 6, 5  # as in the paper's Figure 4
 IMAGE_HELP = "an image file of any format that Pillow reads"
@@ -76,7 +76,7 @@ def nearest(args: argparse.Namespace) -> None:
     if args.image:
         size = network.config.image_size
         queries = np.stack([_read_image(image, size) for image in args.image])
-        names = [image.name for image in args.image]
+        names = [printable(image.name) for image in args.image]
     else:
         queries, names = _evenly_spaced(_open_store(network.config, "eval"), QUERIES)
     count = min(NEIGHBORS, train.num_examples)
@@ -115,7 +115,7 @@ def curves(args: argparse.Namespace) -> None:
     path = _out_path(args, "compared.png")
     workdirs = list(dict.fromkeys(args.workdirs))
     short = [workdir.resolve().name for workdir in workdirs]
-    names = short if len(set(short)) == len(short) else map(str, workdirs)
+    names = map(printable, short if len(set(short)) == len(short) else workdirs)
     runs = {name: _read_rows(workdir) for name, workdir in zip(names, workdirs, strict=True)}
     with _output(path) as new:
         figures.curves_of_runs(runs).savefig(new)
@@ -156,7 +156,7 @@ def _out_path(args: argparse.Namespace, name: str) -> Path:
 
 
 def _read_image(path: Path, size: int) -> np.ndarray:
-    image = decode.read_upright(path, size)
+    image = decode.read_square(path, size)
     if isinstance(image, str):
         raise UserError(f"{path} cannot be read ({image}); name an image file")
     return image

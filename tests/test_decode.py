@@ -1,13 +1,15 @@
 """Images of each kind become the square RGB image of the paper."""
 
 import io
+import struct
 
+import cv2
 import numpy as np
 import pytest
 from images import encode, photograph
 from PIL import ExifTags, Image, ImageOps
 
-from alexnet_jax.data.decode import decode_square, decode_upright
+from alexnet_jax.data.decode import UnknownRange, decode_square
 
 SIDE = 32
 PHOTO = photograph(3, SIDE, SIDE)
@@ -98,31 +100,108 @@ def test_shrinking_averages_pixels():
     assert np.abs(inner.astype(int) - 127.5).max() < 3
 
 
-def test_decode_square_ignores_exif_orientation():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # 90 degrees
-    np.testing.assert_array_equal(decode_square(encode(PHOTO, "PNG", exif=exif), SIDE), PHOTO)
+def png_16(samples: np.ndarray) -> bytes:
+    """Returns a PNG of uint16 samples, gray or RGB."""
+    channels = samples[..., ::-1] if samples.ndim == 3 else samples
+    return cv2.imencode(".png", np.ascontiguousarray(channels))[1].tobytes()
+
+
+def tiff(samples: np.ndarray) -> bytes:
+    return encode(samples, "TIFF", Image.fromarray(samples).mode)
+
+
+# Black and white, so that the brightest sample tells the range.
+RAMP = np.tile(np.linspace(0, 255, SIDE).round().astype(np.uint8), (SIDE, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("8 of 16 bits", png_16(RAMP.astype(np.uint16))),
+        ("12 of 16 bits", png_16(RAMP.astype(np.uint16) * 16 + 15)),
+        ("12 of 16 bits, TIFF", tiff(RAMP.astype(np.uint16) * 16 + 15)),
+        ("12 of 16 bits, array", RAMP.astype(np.uint16) * 16 + 15),
+        ("12 of 16 bits, RGB", png_16(np.dstack([RAMP] * 3).astype(np.uint16) * 16)),
+        ("16 bits, RGB", png_16(np.dstack([RAMP] * 3).astype(np.uint16) * 257)),
+        ("16 bits", png_16(RAMP.astype(np.uint16) * 257)),
+        ("16 of 32 bits", tiff(RAMP.astype(np.int32) * 257)),
+        ("31 bits", tiff(RAMP.astype(np.int32) << 23)),
+        ("floats up to 1", tiff((RAMP / 255).astype(np.float32))),
+        ("floats up to 255", tiff(RAMP.astype(np.float32))),
+        (
+            "16-bit PGM of a dark image",
+            b"P5 32 32 65535\n" + (RAMP * np.uint16(1)).astype(">u2").tobytes(),
+        ),
+    ],
+)
+def test_samples_of_more_than_8_bits_are_scaled_by_their_range(name, image):
+    expected = 0 * RAMP if "dark" in name else RAMP >> 1 if name == "31 bits" else RAMP
+    np.testing.assert_array_equal(decode_square(image, SIDE), three(expected))
+
+
+def test_unsigned_tiff_of_32_bits_has_no_negative_values():
+    content = tiff(np.int32(RAMP.astype(np.uint32) << 24))
+    signed = struct.pack("<HHII", 339, 3, 1, 2)  # the tag SampleFormat: 2 is signed, 1 unsigned
+    assert signed in content
+    unsigned = content.replace(signed, struct.pack("<HHII", 339, 3, 1, 1))
+    np.testing.assert_array_equal(decode_square(unsigned, SIDE), three(RAMP))
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (RAMP.astype(np.float32) - 1, "run from -1 to 254"),
+        (RAMP.astype(np.float32) * 100, "run from 0 to 25500"),
+        (RAMP.astype(np.float32) / 100, "run from 0 to 2.55"),
+        (np.where(RAMP > 9, np.nan, 0).astype(np.float32), "run from nan to nan"),
+        (RAMP.astype(np.int32) - 1, "run from -1 to 254"),
+        (RAMP.astype(np.int32) * 1000, "run from 0 to 255000"),
+    ],
+)
+def test_samples_of_an_unknown_range_are_rejected(samples, message):
+    with pytest.raises(UnknownRange, match=f"{message}.*; save it with 8 bits"):
+        decode_square(tiff(samples), SIDE)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize(("kind", "side"), [("PNG", SIDE), ("TIFF", SIDE), ("JPEG", SIDE // 2)])
-def test_decode_upright_matches_pillows_exif_transpose(orientation, kind, side):
+@pytest.mark.parametrize(
+    ("kind", "side", "options"),
+    [
+        ("PNG", SIDE, {}),
+        ("TIFF", SIDE, {}),
+        ("TIFF", SIDE, {"compression": "tiff_lzw"}),
+        ("WEBP", SIDE, {"lossless": True}),
+        ("JPEG", SIDE // 2, {}),
+        ("JPEG", SIDE, {}),
+    ],
+)
+def test_images_are_turned_upright_as_by_pillow(orientation, kind, side, options):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    stored = encode(photograph(3, SIDE, SIDE + 8), kind, exif=exif)
+    stored = encode(photograph(3, SIDE, SIDE + 8), kind, exif=exif, **options)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(stored)))
     lossless = io.BytesIO()
     upright.save(lossless, "PNG")
     expected = decode_square(lossless.getvalue(), side).astype(int)
-    difference = np.abs(decode_upright(stored, side) - expected)
+    difference = np.abs(decode_square(stored, side) - expected)
     # Pillow scales the expected JPEG: see test_fast_jpeg_path_is_close_to_pillow.
-    assert difference.max() == 0 if kind != "JPEG" else difference.mean() < 4
+    assert difference.mean() < 4 if side < SIDE else difference.max() == 0
+
+
+def test_orientation_may_be_in_xmp():
+    """As some editors write it. The JPEG has to shrink, so that Pillow does not decode it."""
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="3"/></x:xmpmeta>'
+    stored = encode(PHOTO, "JPEG", xmp=xmp)
+    plain = decode_square(encode(PHOTO, "JPEG"), SIDE // 2)
+    np.testing.assert_array_equal(decode_square(stored, SIDE // 2), np.rot90(plain, 2))
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_is_ignored():
-    stored = encode(PHOTO, "JPEG", exif=b"Exif\0\0MM\0*garbage")
-    np.testing.assert_array_equal(decode_upright(stored, SIDE), decode_square(stored, SIDE))
+@pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*garbage", b"Exif\0\0garbage", b"Exif\0\0"])
+def test_damaged_exif_is_ignored(exif):
+    stored, plain = encode(PHOTO, "JPEG", exif=exif), encode(PHOTO, "JPEG")
+    for side in (SIDE, SIDE // 2):
+        np.testing.assert_array_equal(decode_square(stored, side), decode_square(plain, side))
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ class Numbered:
         self.image_size = image_size
         self.was_read = []
 
-    def read(self, indices):
+    def read(self, indices, threads=1, pad_to=0):
         assert ((indices >= 0) & (indices < self.num_examples)).all()
         self.was_read += indices.tolist()
-        return {"image": np.zeros((len(indices), 1, 1, 3), np.uint8), "label": np.int32(indices)}
+        labels = np.pad(np.int32(indices), (0, max(0, pad_to - len(indices))), constant_values=-1)
+        return {"image": np.zeros((len(labels), 1, 1, 3), np.uint8), "label": labels}
 
 
 def local_indices(batch_size, host, hosts):
@@ -164,17 +165,34 @@ def test_host_reads_only_its_part_of_each_batch(num_examples, batch_size, hosts)
         assert len(store.was_read) <= (3 + ahead) * len(indices)
 
 
-@pytest.mark.parametrize(("share_of_limit", "most"), [(1 / 100, 13), (1 / 4, 9), (1, 6), (3, 6)])
-def test_read_ahead_is_limited_in_bytes(monkeypatch, share_of_limit, most):
-    """The consumer's batch, placed ones, one that is being placed, and those being read."""
+@pytest.mark.parametrize("megabytes", [1, 25, 101, 201, 350, 700, 6400])
+def test_read_ahead_is_limited_to_a_gigabyte_or_two_batches(monkeypatch, megabytes):
     monkeypatch.setattr(pipeline, "MAX_READS", 8)
     image_size = 256
-    batch_size = int(share_of_limit * pipeline.READ_AHEAD_BYTES / (image_size**2 * 3))
+    batch_size = int(megabytes * 1e6 / (image_size**2 * 3))
     store = Numbered(batch_size, image_size)
     iterator = pipeline.train_batches(store, batch_size, seed=0)
     next(iterator)
-    time.sleep(0.5)
-    assert 2 <= len(store.was_read) / batch_size <= most
+    time.sleep(0.3)
+    ahead = len(store.was_read) // batch_size - 1
+    assert ahead == 2 or 3 <= ahead <= 11 and ahead * megabytes <= 1100
+    assert ahead == 11 or (ahead + 1) * megabytes > 1000  # as many as fit
+
+
+def test_threads_share_large_batches(monkeypatch):
+    """Where memory suffices only for a few batches, several threads read each of them."""
+    threads = []
+
+    class Recording(Numbered):
+        def read(self, indices, threads_of_batch=1, pad_to=0):
+            threads.append(threads_of_batch)
+            return super().read(indices)
+
+    monkeypatch.setattr(pipeline, "MAX_READS", 8)
+    monkeypatch.setattr(pipeline, "READ_AHEAD_BYTES", 64 * 3 * 6)
+    next(pipeline.train_batches(Recording(), 64, seed=0))
+    next(pipeline.train_batches(Recording(), 64 * 6, seed=0))
+    assert threads[0] == 2 and threads[-1] == 8
 
 
 def test_batches_contain_the_images_and_labels_of_the_store(digit_stores):
@@ -206,7 +224,7 @@ def test_batches_are_placed_before_they_are_requested():
 
 def test_error_of_the_store_reaches_the_consumer():
     class Failing(Numbered):
-        def read(self, indices):
+        def read(self, *arguments, **options):
             raise UserError("the store is gone")
 
     with pytest.raises(UserError, match="the store is gone"):
@@ -241,3 +259,14 @@ def test_evaluation_has_each_example_once_and_pads_with_label_minus_one(
     )
     np.testing.assert_array_equal(labels[:num_examples], np.arange(num_examples))
     assert (labels[num_examples:] == -1).all()
+
+
+def test_padding_is_black_and_is_not_read_from_the_store(digit_stores):
+    store = digit_stores["eval"]
+    *_, last = pipeline.eval_batches(store, 384)
+    count = store.num_examples % 384
+    assert (last["label"] >= 0).sum() == count
+    assert last["image"][:count].any(axis=(1, 2, 3)).all() and not last["image"][count:].any()
+    numbered = Numbered()
+    assert len(list(pipeline.eval_batches(numbered, 384))) == 3
+    assert sorted(numbered.was_read) == list(range(EXAMPLES))

@@ -142,6 +142,34 @@ def test_named_pipe_is_skipped(trained_run, tmp_path, capsys):
     assert f"skipped {tmp_path / 'pipe'}: it is not a regular file" in err
 
 
+def test_linked_folders_are_followed_unless_they_contain_the_link(folder):
+    (folder / "4").mkdir(exist_ok=True)
+    files = prediction.find_files([str(folder)])
+    elsewhere = folder.parent / "elsewhere"
+    folder.rename(elsewhere)
+    folder.mkdir()
+    for entry in elsewhere.iterdir():
+        (folder / entry.name).symlink_to(entry)
+    assert prediction.find_files([str(folder)]) == files
+    (elsewhere / "4" / "again").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="/again is a link to a folder that contains the link"):
+        prediction.find_files([str(folder)])
+
+
+def test_names_that_are_not_utf_8_are_printed_and_drawn(trained_run, examples, tmp_path):
+    file = tmp_path / os.fsdecode(b"caf\xe9") / os.fsdecode(b"5\xff.png")
+    file.parent.mkdir()
+    file.write_bytes(encode(examples["image"][5], "PNG"))
+    words = (sys.executable, "-m", "alexnet_jax.predict", trained_run, tmp_path)
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    table = commands.run(*words, f"--panel={file.with_name('panel.png')}", env=strict)
+    assert table.returncode == 0, table.stderr
+    assert table.stdout.startswith(f"{tmp_path}/caf\\udce9/5\\udcff.png ")
+    file.with_name("panel.png").unlink()
+    (row,) = commands.run(*words, "--json", env=strict).stdout.splitlines()
+    assert json.loads(row)["file"] == str(file)  # with the bytes of the name
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

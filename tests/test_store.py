@@ -70,6 +70,16 @@ def test_read_returns_the_requested_examples_in_order(train, indices):
     np.testing.assert_array_equal(rows["label"], np.array(indices, int) * 4 // COUNT)
 
 
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_threads_read_the_same_examples(train, threads, count):
+    indices = np.arange(count) * 7 % COUNT
+    found = train.read(indices, threads, pad_to=200)
+    assert len(found["label"]) == max(count, 200)
+    for name, expected in train.read(indices).items():
+        np.testing.assert_array_equal(found[name][:count], expected)
+
+
 @pytest.mark.parametrize("index", [-1, COUNT])
 def test_read_rejects_indices_out_of_range(train, index):
     with pytest.raises(IndexError):
@@ -225,7 +235,7 @@ def test_missing_store_error_names_the_command_that_prepares_it(tmp_path):
     ("change", "message"),
     [
         ({"complete": False}, "is not complete; finish it with python -m alexnet_jax.store"),
-        ({"format_version": 99}, "format version 99, but this program reads version 2"),
+        ({"format_version": 99}, "format version 99, but this program reads version 3"),
         ({"num_examples": 1099}, "damaged"),
     ],
 )
@@ -234,6 +244,47 @@ def test_unusable_attributes_are_rejected(copy, change, message):
     group["attributes"] |= change
     (copy / "zarr.json").write_text(json.dumps(group))
     assert message in open_error(copy)
+
+
+def make_version_2(path: str) -> None:
+    """Makes a store look as if version 0.2 had prepared it."""
+    group = json.loads(Path(path, "zarr.json").read_text())
+    group["attributes"]["format_version"] = 2
+    del group["attributes"]["identity"]
+    Path(path, "zarr.json").write_text(json.dumps(group))
+    Path(path, "files.json").unlink(missing_ok=True)
+
+
+def test_tfds_stores_of_version_2_are_used(digits, tmp_path):
+    data_dir = shutil.copytree(digits[0].data_dir, tmp_path / "data")
+    config = digits[0].copy_and_resolve_references()
+    config.data_dir = str(data_dir)
+    for path in store_paths(config).values():
+        make_version_2(path)
+    before = contents(data_dir)
+    for use, store in open_or_prepare(config).items():
+        assert store.identity == digits[1][use].identity == digits[1][use].source
+    assert contents(data_dir) == before
+
+
+def test_folder_stores_of_version_2_have_to_be_renewed(tmp_path):
+    for split in ("train", "val"):
+        write_marks(tmp_path / "marks" / split, 8)
+    config = folder_config(tmp_path / "marks", tmp_path / "data")
+    train = open_or_prepare(config)["train"]
+    make_version_2(train.path)
+    before = contents(tmp_path / "data")
+    message = "outdated: an earlier version prepared it.*; run python -m alexnet_jax.store renew "
+    with pytest.raises(UserError, match=message):
+        open_or_prepare(config)
+    assert contents(tmp_path / "data") == before
+    (tmp_path / "marks").rename(tmp_path / "away")
+    assert open_or_prepare(config)["train"].num_examples == 8  # it cannot be renewed
+    (tmp_path / "away").rename(tmp_path / "marks")
+    ran = store_command("renew", tmp_path / "marks", tmp_path / "data")
+    assert ran.returncode == 0, ran.stderr
+    assert "/train: 100%" in ran.stderr and "/val: " not in ran.stderr
+    assert open_or_prepare(config)["train"].identity == train.identity
 
 
 @pytest.mark.parametrize(
@@ -256,6 +307,19 @@ def test_opening_detects_missing_and_truncated_files(copy, name, kept, message):
         (copy / name).write_bytes((copy / name).read_bytes()[:kept])
     assert message in open_error(copy)
     assert "delete it and prepare it again" in open_error(copy)
+
+
+def test_store_that_is_renewed_while_it_is_open_is_not_read_with_its_old_labels(copy):
+    store = open_store(copy)
+    store.read(np.array([3]))
+    shards = sorted((copy / "image" / "c").rglob("0"))
+    for shard in [file for file in shards if file.is_file()]:
+        content = shard.read_bytes()
+        shard.unlink()  # as `renew` does
+        shard.write_bytes(content)
+    assert mark_number(store.read(np.array([5]))["image"]).tolist() == [5]  # still open
+    with pytest.raises(UserError, match="prepared again while it was used .*; start the same"):
+        store.read(np.array([1050]))
 
 
 def flip_a_bit(path: Path, shard: int, image: int) -> None:

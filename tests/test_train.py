@@ -1,6 +1,7 @@
 """`python train.py` as a user runs it: the files it writes, signals, damaged files, full disks."""
 
 import argparse
+import itertools
 import json
 import signal
 import subprocess
@@ -23,9 +24,12 @@ from commands import (
     signalled_at,
     train,
 )
+from images import encode, photograph
 from PIL import Image
 
 from alexnet_jax import config as configs
+from alexnet_jax import evaluate
+from alexnet_jax.data import prepare
 from alexnet_jax.train import train_and_evaluate
 from alexnet_jax.utils.errors import (
     EXIT_KILLED_BY_CTRL_C,
@@ -58,7 +62,7 @@ def test_run_learns_and_writes_the_files_of_the_design(undisturbed):
     workdir, _ = undisturbed
     assert {p.name for p in workdir.iterdir()} == {
         *("config.json", "summary.txt", "metrics.jsonl", "checkpoints", "tensorboard"),
-        *("samples.png", "curves.png", "filters.png", "statistics.npz", ".lock"),
+        *("samples.png", "curves.png", "filters.png", "statistics.npz", "data.json", ".lock"),
     }
     train_rows, evaluations = rows(workdir, "train"), rows(workdir, "eval")
     assert [r["step"] for r in train_rows] == list(range(1, 41))
@@ -297,6 +301,68 @@ def test_bad_input_exits_with_one_sentence_and_code_2(argv, message, digits, tmp
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in errors
+
+
+def write_photographs(root):
+    for split, number in itertools.product(("train", "val"), range(8)):
+        file = root / split / f"class{number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(photograph(number), "PNG"))
+
+
+def test_run_belongs_to_images_and_not_to_their_path(tmp_path, monkeypatch, capsys):
+    def train_on(folder):
+        fields = {"dataset": f"folder:{folder}", "data_dir": tmp_path / "data", "eval_split": "val"}
+        fields |= {"batch_size": 8, "num_epochs": 1, "model.num_classes": 2, "parallel": "jit"}
+        words = [f"--config.{name}={value}" for name, value in fields.items()]
+        with pytest.raises(SystemExit) as exited:
+            train_here([*QUICKSTART, *SMALL, *words], tmp_path / "run")
+        return exited.value.code or 0, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    write_photographs(Path("photos"))
+    assert train_on("photos")[0] == 0
+    for folder in (tmp_path / "photos", tmp_path / "moved"):
+        if not folder.exists():
+            Path("photos").rename(folder)
+        code, printed, errors = train_on(folder)
+        assert code == 0 and "resuming from step 1 of 1" in printed, errors
+    saved = json.loads(Path("run", "config.json").read_text())
+    assert saved["dataset"] == f"folder:{tmp_path}/moved"
+
+    # A run of version 0.2 does not know its images, but their mean.
+    before = Path("run", "data.json").read_text()
+    Path("run", "data.json").unlink()
+    assert train_on("moved")[0] == 0
+    assert Path("run", "data.json").read_text() == before
+
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    write_photographs(Path("again"))
+    results = []
+    for words in ([], ["--dataset", "folder:again"], ["--dataset", f"folder:{tmp_path}/moved"]):
+        with pytest.raises(SystemExit) as exited:
+            evaluate.main([str(tmp_path / "run"), *words])
+        assert exited.value.code is None, capsys.readouterr().err
+        results.append(json.loads((tmp_path / "run" / "evaluation.json").read_text()))
+    assert results[0] == results[1] == results[2]
+
+    # Other images under the same names: the run does not continue on them.
+    monkeypatch.chdir(tmp_path)
+    Path("moved", "train", "class0", "0.png").write_bytes(encode(photograph(9), "PNG"))
+    code, _, errors = train_on("moved")
+    assert code == EXIT_USER_ERROR and "run python -m alexnet_jax.store renew" in errors
+    prepare.renew(
+        configs.load(
+            "quickstart", [("dataset", "folder:moved"), ("data_dir", "data"), ("eval_split", "val")]
+        )
+    )
+    for kept in (True, False):
+        if not kept:
+            Path("run", "data.json").unlink()
+        code, _, errors = train_on("moved")
+        assert code == EXIT_USER_ERROR
+        assert "run holds a run on other images than the present ones of the train split" in errors
 
 
 @pytest.mark.parametrize("command", [["train.py"], ["-m", "alexnet_jax.visualize", "data"]])

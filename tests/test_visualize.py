@@ -1,6 +1,7 @@
 """`python -m alexnet_jax.visualize`: the content of every picture, and errors."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -139,22 +140,22 @@ def test_mosaic_fills_rows_and_separates_maps_by_nan():
 
 
 def test_training_image_is_its_own_nearest_neighbor(trained_run, train_store, draw, tmp_path):
-    chosen = [11, 3999]
+    chosen, odd = [11, 3999], os.fsdecode(b"\xe9")  # not UTF-8
     found = train_store.read(np.array(chosen))
     files = [
-        write_image(tmp_path / f"{n}.png", image)
+        write_image(tmp_path / f"{n}{odd}.png", image)
         for n, image in zip(chosen, found["image"], strict=True)
     ]
-    out = tmp_path / "n.png"
+    out = tmp_path / f"n{odd}.png"
     code, printed, _ = draw("neighbors", trained_run, *files, "--out", out)
     assert code == 0
     lines = printed.splitlines()
-    assert lines[-1] == str(out)
+    assert lines[-1] == f"{tmp_path}/n\\udce9.png"
     picture = pixels(out)
     side, row, start = 144, 144 + 20, 148 + 12  # 72 pixels, doubled
     for place, label in enumerate(found["label"]):
         name, _, others = lines[place].partition(": ")
-        assert name == files[place].name
+        assert name == f"{chosen[place]}\\udce9.png"
         nearest = [caption.split("  ") for caption in others.split(", ")]
         assert nearest[0][0] == train_store.class_names[label]
         distances = [float(distance) for _, distance in nearest]

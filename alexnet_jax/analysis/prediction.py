@@ -12,10 +12,11 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from alexnet_jax import inference
-from alexnet_jax.data.decode import read_upright
+from alexnet_jax.data.decode import read_square
 from alexnet_jax.inference import Trained
 from alexnet_jax.training.train_step import top_five
 from alexnet_jax.utils.errors import UserError
+from alexnet_jax.utils.files import files_below
 
 DECODING_THREADS = max(2, os.cpu_count() or 1)
 # Batches whose results are not fetched yet: threads decode while the devices compute.
@@ -49,9 +50,9 @@ class Skipped(NamedTuple):
 def find_files(words: Sequence[str]) -> list[Path]:
     """Returns the files that paths, folders and glob patterns name, each once.
 
-    A folder stands for all files below it, sorted by name, except hidden ones.
+    A folder stands for all files below it (see `files_below`).
 
-    Raises UserError if a word names no file.
+    Raises UserError if a word names no file, or a folder links to itself.
     """
     found: dict[Path, None] = {}  # an ordered set
     for word in words:
@@ -59,7 +60,7 @@ def find_files(words: Sequence[str]) -> list[Path]:
             raise UserError(f"{word} is a URL; download it and name the file")
         path = Path(word).expanduser()
         if path.is_dir():
-            files = _files_below(path)
+            files = list(files_below(path))
         elif path.exists():
             files = [path]
         else:
@@ -71,14 +72,6 @@ def find_files(words: Sequence[str]) -> list[Path]:
             )
         found |= dict.fromkeys(files)
     return list(found)
-
-
-def _files_below(folder: Path) -> list[Path]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-    return files
 
 
 def predict_files(
@@ -125,7 +118,7 @@ def _batches(
     """
     length = min(batch_size, len(files))
     threads = grain.ReadOptions(num_threads=DECODING_THREADS, prefetch_buffer_size=2 * length)
-    results = grain.MapDataset.source(files).map(lambda path: (path, read_upright(path, size)))
+    results = grain.MapDataset.source(files).map(lambda path: (path, read_square(path, size)))
     decoded: list[DecodedFile] = []
     images = np.zeros((length, size, size, 3), np.uint8)
     count = 0

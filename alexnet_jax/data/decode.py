@@ -4,9 +4,11 @@ Section 2: "we first rescaled the image such that the shorter side was of length
 cropped out the central 256x256 patch from the resulting image".
 """
 
+import functools
 import io
 import math
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +34,16 @@ TURN_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda square: np.rot90(square, 2).swapaxes(0, 1),
     8: np.rot90,
 }
+# Formats that Pillow recognizes by their content, but has no decoder for.
+NOT_DECODED = frozenset(("BUFR", "GRIB", "HDF5", "MPEG", "WMF"))
+# Bits that cameras and scanners use of samples with 16 bits.
+SAMPLE_BITS = (8, 12, 16)
+# Pillow scales the samples of these to 16 bits; of all others it returns them as stored.
+SCALED_BY_PILLOW = ("PPM", "JPEG2000")
+TIFF_SAMPLE_FORMAT, UNSIGNED = 339, (1,)
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS replaces Pillow's limit, which only warns at first
+# Pillow warns about damaged metadata of images that it decodes correctly.
+warnings.filterwarnings("ignore", module="PIL")
 cv2.setNumThreads(1)  # callers decode in as many threads as there are cores
 
 _scratch = threading.local()
@@ -40,26 +51,55 @@ _scratch = threading.local()
 _images = BufferPool()
 
 
-def decode_square(image: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Decodes an image, scales its shorter side to `size` and crops the central square.
+class UnknownRange(ValueError):
+    """The samples of an image do not tell which values are black and white."""
 
-    Scaling antialiases when it shrinks an image. Color and grayscale JPEGs that have to shrink,
-    which includes nearly all of ImageNet, take a path that is twice as fast (see `_shrink_jpeg`).
-    For all others, Pillow decodes, and scales with its bicubic filter. EXIF orientations are
-    ignored, as by the ImageNet preparations of 2012 and of tfds (see `decode_upright`).
+
+def is_image(path: Path) -> bool:
+    """Returns whether a file is an image by its extension or its content.
+
+    Either suffices: a damaged photograph must be reported, which needs an extension, and an image
+    may have any name.
+    """
+    if path.suffix.lower() in _image_extensions():
+        return True
+    if not path.is_file():
+        return False
+    try:
+        with Image.open(path) as picture:
+            return picture.format not in NOT_DECODED
+    except Exception:  # Pillow's plugins raise many types for other files
+        return False
+
+
+@functools.cache
+def _image_extensions() -> frozenset[str]:
+    formats = Image.registered_extensions()
+    decoded = Image.OPEN.keys() - NOT_DECODED
+    return frozenset(extension for extension, name in formats.items() if name in decoded)
+
+
+def decode_square(image: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Decodes an image, turns it upright, and scales and crops it to the central square.
+
+    The shorter side is scaled to `size`. Scaling antialiases when it shrinks an image. Color and
+    grayscale JPEGs that have to shrink, which includes nearly all of ImageNet, take a path that is
+    twice as fast (see `_shrink_jpeg`). For all others, Pillow decodes, and scales with its bicubic
+    filter.
 
     Args:
       image: bytes of any format that Pillow reads, or an array uint8[H, W], uint8[H, W, 1],
-        uint8[H, W, 3] or uint8[H, W, 4].
+        uint8[H, W, 3], uint8[H, W, 4], uint16[H, W] or uint16[H, W, 1].
       size: pixels along a side of the result.
 
     Returns:
       RGB. Grayscale becomes three equal channels, transparent pixels are blended with white, CMYK
-      (including Adobe's inverted kind) is converted, 16-bit samples keep their upper 8 bits.
+      (including Adobe's inverted kind) is converted. Samples of more than 8 bits are scaled by the
+      range that `_to_eight_bits` finds.
 
     Raises:
       Exception: whatever Pillow raises for bytes that are not a complete image; ValueError for an
-        image of more than MAX_PIXELS, which is not decoded.
+        image of more than MAX_PIXELS, which is not decoded; UnknownRange.
     """
     if isinstance(image, np.ndarray):
         return _scale_square(
@@ -69,28 +109,35 @@ def decode_square(image: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "{s
         shrunk = _shrink_jpeg(image, size)
     except ValueError:  # not a JPEG, or one for which libjpeg warns; Pillow decides
         shrunk = None
-    return _scale_square(Image.open(io.BytesIO(image)), size) if shrunk is None else shrunk
-
-
-def decode_upright(image: bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Decodes like `decode_square`, then turns the image as its EXIF orientation says.
-
-    The order does not matter: turning an image and cropping the central square commute.
-    """
-    square = decode_square(image, size)
+    if shrunk is not None and not _may_be_turned(image):
+        return shrunk
     picture = Image.open(io.BytesIO(image))
-    turn = TURN_UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    if turn is None or picture.format == "TIFF":  # Pillow itself turns TIFFs
-        return square
-    return np.ascontiguousarray(turn(square))
+    square = _scale_square(picture, size, image) if shrunk is None else shrunk
+    # Turning an image and cropping the central square commute. TIFFs are upright already: Pillow
+    # turns them, and removes their orientation, when it loads their pixels.
+    turn = TURN_UPRIGHT.get(_orientation(picture))
+    return square if turn is None else np.ascontiguousarray(turn(square))
 
 
-def read_upright(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"] | str:
-    """Returns the image of a file, as `decode_upright` does, or a sentence that says why not."""
+def _may_be_turned(jpeg: bytes) -> bool:
+    """Returns whether a JPEG may have an orientation. Most have none, and parsing takes 60 µs."""
+    metadata = jpeg[: jpeg.find(b"\xff\xda")]  # all before the start of the first scan
+    return b"Exif\0" in metadata or b"tiff:Orientation" in metadata
+
+
+def _orientation(picture: Image.Image) -> int:
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of many types; damaged metadata does not make an image useless
+        return 1
+
+
+def read_square(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"] | str:
+    """Returns the image of a file, as `decode_square` does, or a sentence that says why not."""
     if path.exists() and not path.is_file():
         return "it is not a regular file"
     try:
-        return decode_upright(path.read_bytes(), size)
+        return decode_square(path.read_bytes(), size)
     except Exception as error:  # damaged bytes make the decoders raise almost any exception
         return reason(error)
 
@@ -138,13 +185,17 @@ def _scratch_bytes(count: int) -> np.ndarray:
     return memory
 
 
-def _scale_square(picture: Image.Image, size: int) -> np.ndarray:
-    """Scales the central square, whose borders may lie between pixels."""
+def _scale_square(picture: Image.Image, size: int, encoded: bytes = b"") -> np.ndarray:
+    """Scales the central square, whose borders may lie between pixels.
+
+    Args:
+      encoded: the bytes of the picture, if it has any.
+    """
     if picture.width * picture.height > MAX_PIXELS:
         raise ValueError(
             f"the image has {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}"
         )
-    picture = _to_rgb(picture)
+    picture = _to_rgb(_to_eight_bits(picture, encoded))
     side = min(picture.size)
     left, top = (picture.width - side) / 2, (picture.height - side) / 2
     box = (left, top, left + side, top + side)
@@ -152,11 +203,61 @@ def _scale_square(picture: Image.Image, size: int) -> np.ndarray:
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):
-        samples = np.asarray(picture).astype(np.uint32)
-        picture = Image.fromarray((samples >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         paper = Image.new("RGBA", picture.size, WHITE)
         picture = Image.alpha_composite(paper, picture)
     return picture.convert("RGB")
+
+
+def _to_eight_bits(picture: Image.Image, encoded: bytes) -> Image.Image:
+    """Returns the picture with samples of 8 bits.
+
+    Files with wider samples rarely say which value is white. Integers up to 65,535 have the fewest
+    bits of SAMPLE_BITS that hold the brightest one, for example 12 for the data of most scientific
+    cameras. Integers that use most of 32 bits have 32. Floats reach to 1 or to 255.
+
+    Raises UnknownRange for other values.
+    """
+    if picture.format in SCALED_BY_PILLOW and picture.mode.startswith("I"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode == "F":
+        return Image.fromarray(_floats_to_bytes(np.asarray(picture)))
+    if picture.mode.startswith("I"):
+        samples = np.asarray(picture)
+        tags = getattr(picture, "tag_v2", {TIFF_SAMPLE_FORMAT: None})
+        if tags.get(TIFF_SAMPLE_FORMAT, UNSIGNED) == UNSIGNED:  # Pillow has no unsigned mode
+            samples = samples.view(samples.dtype.str.replace("i", "u"))
+        return Image.fromarray(_integers_to_bytes(samples))
+    # Of colors with 16 bits Pillow keeps the upper 8, which are nearly black if only 12 are used.
+    if ";16" in str(getattr(picture, "tile", "")) and np.asarray(picture).max() < 16:
+        colors = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_UNCHANGED)
+        if colors is not None and colors.dtype == np.uint16 and colors.shape[2:] == (3,):
+            return Image.fromarray(_integers_to_bytes(colors[..., ::-1]))
+    return picture
+
+
+def _integers_to_bytes(samples: np.ndarray) -> np.ndarray:
+    low, high = int(samples.min()), int(samples.max())
+    bits = [bits for bits in (*SAMPLE_BITS, 32) if high < 1 << bits]
+    # Values between the two ranges could have any number of bits.
+    if low < 0 or not bits or 1 << SAMPLE_BITS[-1] <= high < 1 << 28:
+        raise _unknown_range(low, high)
+    scaled: np.ndarray = (samples >> (bits[0] - 8)).astype(np.uint8)
+    return scaled
+
+
+def _floats_to_bytes(samples: np.ndarray) -> np.ndarray:
+    low, high = float(samples.min()), float(samples.max())
+    # An image with values up to 255 would be nearly black if it reached no further than 16.
+    if not (low >= 0 and (high <= 1 or 16 <= high <= 255)):  # also if they are NaN
+        raise _unknown_range(low, high)
+    scaled: np.ndarray = np.rint(samples * (255 if high <= 1 else 1)).astype(np.uint8)
+    return scaled
+
+
+def _unknown_range(low: float, high: float) -> UnknownRange:
+    return UnknownRange(
+        f"its values run from {low:g} to {high:g}, which does not tell what is black and white; "
+        "save it with 8 bits"
+    )

@@ -26,14 +26,14 @@ from alexnet_jax.data.store import Store
 
 Batch = dict[str, np.ndarray]  # {"image": uint8[B, S, S, 3], "label": int32[B]}
 
-# Batches that are read at the same time, each by one thread. Reading releases Python's lock.
+# Threads that read batches. Reading releases Python's lock.
 MAX_READS = max(2, min(8, os.cpu_count() or 1))
 # Batches on their way to the devices during a step. One is enough to overlap the transfer with the
 # step; a second one absorbs fluctuations of the reading time.
 MAX_PLACED = 2
-# Fewer, if the batches are large, so that each of the two stages holds about this much: for a host
-# that trains on 32,768 images of 256x256 per step, one batch has 6.4 GB.
-READ_AHEAD_BYTES = 4 * 2**30
+# Of all batches that are read before the consumer asks for them. A host that trains on 32,768
+# images of 256x256 per step has batches of 6.4 GB; of such it reads two ahead, the minimum.
+READ_AHEAD_BYTES = 2**30
 
 
 def train_batches(
@@ -54,7 +54,8 @@ def train_batches(
       store: of the train split.
       batch_size: global batch size B.
       seed: determines the permutations.
-      local_indices: the indices into every global batch that this host reads; by default all.
+      local_indices: the indices into every global batch that this host reads, in rising order; by
+        default all.
       place: called for each batch in a background thread, e.g. to transfer it to the devices.
 
     Returns:
@@ -64,8 +65,9 @@ def train_batches(
     """
     indices = np.arange(batch_size) if local_indices is None else local_indices
 
-    def read(number: int) -> Batch:
-        return store.read(shuffled(number * batch_size + indices, store.num_examples, seed))
+    def read(number: int, threads: int) -> Batch:
+        positions = number * batch_size + indices
+        return store.read(shuffled(positions, store.num_examples, seed), threads)
 
     return iter(_pipeline(sys.maxsize // batch_size, read, place, store, len(indices)))
 
@@ -78,20 +80,18 @@ def eval_batches(
 ) -> Iterator[Any]:
     """Yields each example once, in the order of the store; one host's part of every global batch.
 
-    The last batch is padded with copies of the last example with label -1, which the evaluation
-    step does not count. So every batch has the same shape, which avoids a second compilation, and
+    The last batch is padded with black images with label -1, which the evaluation step does not
+    count. So every batch has the same shape, which avoids a second compilation, and
     every host yields the same number of batches, without which collectives would hang.
 
     Arguments as for `train_batches`.
     """
     indices = np.arange(batch_size) if local_indices is None else local_indices
 
-    def read(number: int) -> Batch:
+    def read(number: int, threads: int) -> Batch:
         positions = number * batch_size + indices
-        batch = store.read(np.minimum(positions, store.num_examples - 1))
-        is_padding = positions >= store.num_examples
-        batch["label"] = np.where(is_padding, -1, batch["label"]).astype(np.int32)
-        return batch
+        real = positions[positions < store.num_examples]
+        return store.read(real, threads, pad_to=len(indices))
 
     num_batches = -(-store.num_examples // batch_size)
     return iter(_pipeline(num_batches, read, place, store, len(indices)))
@@ -133,7 +133,7 @@ _permutation_lock = threading.Lock()
 
 def _pipeline(
     num_batches: int,
-    read: Callable[[int], Batch],
+    read: Callable[[int, int], Batch],
     place: Callable[[Batch], Any],
     store: Store,
     local_batch_size: int,
@@ -142,15 +142,19 @@ def _pipeline(
 
     Grain's elements are the numbers of batches, not examples: its own shuffling and batching cost
     10 µs of Python per example, half the time of reading one.
+
+    Several threads read one batch each, as long as READ_AHEAD_BYTES allow that many batches.
+    Otherwise several threads share a batch, which needs less memory and is as fast if it is large.
     """
     batch_bytes = max(1, local_batch_size * store.image_size**2 * 3)
     affordable = READ_AHEAD_BYTES // batch_bytes
-    num_reads = max(2, min(MAX_READS, affordable))
+    num_placed = max(1, min(MAX_PLACED, affordable // 4))
+    # Another one is being placed. With 0, the thread that places batches also reads them.
+    num_reads = max(0, min(MAX_READS, affordable - num_placed - 1))
+    threads = -(-MAX_READS // max(1, num_reads))
     visible_in_profiles = jax.profiler.annotate_function(read, name="read batch")
-    batches = grain.MapDataset.range(num_batches).map(visible_in_profiles)
+    batches = grain.MapDataset.range(num_batches).map(lambda n: visible_in_profiles(n, threads))
     placed = batches.to_iter_dataset(
         grain.ReadOptions(num_threads=num_reads, prefetch_buffer_size=num_reads)
     ).map(place)
-    return grain.experimental.ThreadPrefetchIterDataset(
-        placed, prefetch_buffer_size=max(1, min(MAX_PLACED, affordable))
-    )
+    return grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=num_placed)

@@ -15,18 +15,20 @@ import json
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
 import numpy as np
 import simplejpeg
 import tensorstore as ts
+from crc32c import crc32c
 from jaxtyping import Float32, Float64, Int64, UInt8
 from tqdm import tqdm
 
+from alexnet_jax.config import FOLDER_PREFIX, folder_path
 from alexnet_jax.data.decode import decode_square, reason
 from alexnet_jax.data.shards import (
     Pieces,
@@ -36,20 +38,30 @@ from alexnet_jax.data.shards import (
     slots_per_shard,
     write_local,
 )
-from alexnet_jax.data.sources import Example, Source, check_folder_unchanged, open_source
+from alexnet_jax.data.sources import (
+    Example,
+    Source,
+    describe_skipped,
+    find_changes,
+    open_source,
+)
 from alexnet_jax.data.store import (
     CORRUPT_LABEL,
-    FOLDER_PREFIX,
     FORMAT_VERSION,
+    RENEW_COMMAND,
+    File,
     Store,
+    identity_of,
     is_url,
     needs_preparation,
     open_kvstore,
     open_store,
     read_attributes,
+    read_files,
     store_paths,
     write_array,
     write_attributes,
+    write_files,
     write_image_metadata,
 )
 from alexnet_jax.utils import distributed
@@ -59,11 +71,19 @@ from alexnet_jax.utils.files import explain_write_errors
 CORRUPT_KEY = "corrupt.log"
 RECORD_KEY, SUM_KEY = "parts/{}.json", "parts/{}.npy"
 RECORDS = ts.KvStore.KeyRange("parts/", "parts0")  # keys that begin with parts/
+# Even if they are more than max_corrupt allows: all of a small data set are named at once.
+MAX_CORRUPT_NAMED = 1000
 DECODES_AHEAD = 256  # images; keeps the decoders busy while a shard is written
 ALL = (1, 1)  # the only part of one
 
 
-def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
+class TooManyCorrupt(UserError):
+    """More images are corrupt than max_corrupt allows."""
+
+
+def open_or_prepare(
+    config: Mapping[str, Any], uses: Sequence[str] = ("train", "eval")
+) -> dict[str, Store]:
     """Opens the stores of a config, {"train": …, "eval": …}; prepares those that are not complete.
 
     Reads the fields dataset, data_dir, train_split, eval_split, image_size, storage, max_corrupt.
@@ -73,43 +93,71 @@ def open_or_prepare(config: Mapping[str, Any]) -> dict[str, Store]:
     shared by hosts or not, which no host can tell. Therefore the first host to arrive at a folder
     prepares the whole store, and the others wait for it.
 
-    Raises UserError as `open_store` and `prepare_splits` do.
+    Args:
+      uses: which stores are needed.
+
+    Raises UserError as `open_store` and `prepare_splits` do, and if the images of a folder are not
+    those that its store was prepared from.
     """
-    paths = store_paths(config)
+    paths = {use: path for use, path in store_paths(config).items() if use in uses}
     if any(needs_preparation(path) for path in paths.values()):
-        prepare_splits(config, paths, distributed.part() if is_url(paths["train"]) else ALL)
+        part = distributed.part() if is_url(config["data_dir"]) else ALL
+        prepare_splits(config, paths, part)
     distributed.wait_for_all("stores are prepared")
     stores = {use: open_store(path) for use, path in paths.items()}
-    for path in paths.values():
+    for use, store in stores.items():
         # A process killed just after it completed a store leaves the records behind. Without
         # write access they may stay.
         with contextlib.suppress(ValueError):
-            _remove_records(open_kvstore(path))
-    if config["dataset"].startswith(FOLDER_PREFIX):
-        for use, store in stores.items():
-            check_folder_unchanged(
-                config["dataset"], config[f"{use}_split"], config["train_split"], store
+            _remove_records(open_kvstore(store.path))
+        if changes := find_outdated(config, use, store):
+            raise UserError(
+                f"the store at {store.path} is outdated: {changes}; run {RENEW_COMMAND} with the "
+                "--config arguments of this run to prepare it again"
             )
     return stores
 
 
+def find_outdated(config: Mapping[str, Any], use: str, store: Store) -> str:
+    """Returns why the store of a folder does not have its present images, "" if it has them."""
+    if not config["dataset"].startswith(FOLDER_PREFIX):
+        return ""  # a version of a tfds data set does not change
+    root, split = folder_path(config["dataset"]), config[f"{use}_split"]
+    if not (root / split).is_dir():
+        return ""  # the store does not need it
+    if store.format_version < FORMAT_VERSION:
+        return "an earlier version prepared it, which ignored EXIF orientations"
+    recorded = read_files(store.path)
+    changes, current = find_changes(root, split, config["train_split"], store, recorded)
+    if changes:
+        return f"images in {root / split} changed since then ({changes})"
+    if current != recorded:
+        with contextlib.suppress(ValueError):  # without write access they are read at each start
+            write_files(open_kvstore(store.path), current)
+    return ""
+
+
 def prepare_splits(
-    config: Mapping[str, Any], paths: Mapping[str, str], part: tuple[int, int] = ALL
+    config: Mapping[str, Any],
+    paths: Mapping[str, str],
+    part: tuple[int, int] = ALL,
+    outdated: Collection[str] = (),
 ) -> None:
-    """Prepares the train and eval stores of a config if they are not complete.
+    """Prepares the stores of a config that are not complete.
 
     Args:
       config: see `open_or_prepare`.
       paths: of the stores, {"train": …, "eval": …}.
       part: (i, n) writes only the i-th of n parts of the shards, counted from 1.
+      outdated: paths of stores to prepare again, although they are complete.
 
     Raises:
       UserError: the data set, a split or its files are missing or cannot be downloaded; more than
         the fraction max_corrupt of the images is corrupt; a label is out of range; the store cannot
         be written.
     """
-    splits = {paths["train"]: config["train_split"], paths["eval"]: config["eval_split"]}
-    parent = os.path.dirname(paths["train"])
+    splits = {path: config[f"{use}_split"] for use, path in paths.items()}
+    parent = os.path.dirname(next(iter(splits)))
 
     def lock(during_all_work: bool) -> contextlib.AbstractContextManager[None]:
         """Processes that share the work lock only what each of them does: the start and the end.
@@ -117,6 +165,7 @@ def prepare_splits(
         """
         return _lock(parent) if during_all_work == (part == ALL) else contextlib.nullcontext()
 
+    corrupt = []
     with explain_write_errors(parent, "another data_dir"), lock(during_all_work=True):
         with lock(during_all_work=False):
             # Both sources are opened before any work: a typo in eval_split must not cost hours.
@@ -125,17 +174,45 @@ def prepare_splits(
                     config["dataset"], config["data_dir"], split, config["train_split"]
                 )
                 for path, split in splits.items()
-                if needs_preparation(path)
+                if path in outdated or needs_preparation(path)
             }
             fields = (config["image_size"], config["storage"], config["max_corrupt"], part)
             jobs = [_Job(source, path, *fields) for path, source in sources.items()]
             for job in jobs:
+                if job.source.skipped:
+                    print(
+                        f"{job.source.name}: skipped files that are not images: "
+                        f"{describe_skipped(job.source.skipped)}",
+                        file=sys.stderr,
+                    )
                 _begin(job)
         for job in jobs:
-            with explain_write_errors(job.path, "another data_dir"):
-                _write_missing_shards(job)
-                with lock(during_all_work=False):
-                    _complete(job)
+            try:
+                with explain_write_errors(job.path, "another data_dir"):
+                    _write_missing_shards(job)
+                    with lock(during_all_work=False):
+                        _complete(job)
+            except TooManyCorrupt as error:
+                corrupt.append(str(error))
+    if corrupt:
+        raise TooManyCorrupt(
+            f"{' and '.join(corrupt)}; repair or remove them, or raise --config.max_corrupt"
+        )
+
+
+def renew(config: Mapping[str, Any]) -> None:
+    """Prepares the stores of a folder again whose images changed. Other stores stay as they are.
+
+    Raises UserError as `open_store` and `prepare_splits` do.
+    """
+    paths = store_paths(config)
+    complete = {use: path for use, path in paths.items() if not needs_preparation(path)}
+    outdated = [
+        path
+        for use, path in complete.items()
+        if find_outdated(config, use, open_store(path, check_shards=False))
+    ]
+    prepare_splits(config, paths, outdated=outdated)
 
 
 @contextlib.contextmanager
@@ -203,7 +280,7 @@ class _Job:
         return range(shard * num_slots, min((shard + 1) * num_slots, self.source.num_examples))
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
         """The attributes that tell what a store is made from, and in which format."""
         return {
             "format_version": FORMAT_VERSION,
@@ -224,17 +301,19 @@ class _Record:
       corrupt: a line for each of these.
       outer_sum: see `_outer_sum`, summed over its images.
       num_bytes: of its file.
+      files: of its rows, if the source is a folder.
     """
 
     labels: list[int]
     corrupt: list[str]
     outer_sum: Float64[np.ndarray, "3 3"]
     num_bytes: int
+    files: list[File] = field(default_factory=list)
 
 
 def _begin(job: _Job) -> None:
     """Keeps an incomplete store of the same source and settings; else starts an empty one."""
-    unfinished = job.identity | {"complete": False}
+    unfinished = job.origin | {"complete": False}
     attributes = read_attributes(job.path)
     if attributes == unfinished:
         return
@@ -260,7 +339,7 @@ def _write_missing_shards(job: _Job) -> None:
     missing = [
         shard
         for shard in share
-        if shard not in records or _was_repaired(job, shard, records[shard])
+        if shard not in records or _has_new_files(job, shard, records[shard])
     ]
     progress = tqdm(
         total=sum(len(job.rows(shard)) for shard in share),
@@ -291,11 +370,19 @@ def _consecutive_runs(numbers: list[int]) -> Iterator[range]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image and its chunk in the shard, or None and None if it is corrupt, and the error."""
+    """A decoded example.
+
+    Attributes:
+      image: None if it is corrupt.
+      chunk: what the shard contains of it.
+      error: why it is corrupt.
+      checksum: of the encoded image of a folder; None if it cannot be read.
+    """
 
     image: UInt8[np.ndarray, "S S 3"] | None
     chunk: np.ndarray | bytes | None
     error: str = ""
+    checksum: int | None = None
 
 
 def _decode_in_order(
@@ -316,15 +403,19 @@ def _decode_in_order(
 
 
 def _decode(job: _Job, example: Example) -> Decoded:
+    checksum = None
     try:
-        image = decode_square(example.load(), job.image_size)
+        encoded = example.load()
+        if job.source.files:
+            checksum = crc32c(encoded)
+        image = decode_square(encoded, job.image_size)
     except Exception as error:  # damaged bytes make the decoders raise almost any exception
-        return Decoded(None, None, reason(error))
+        return Decoded(None, None, reason(error), checksum)
     if job.storage == "raw":
-        return Decoded(image, image)
+        return Decoded(image, image, "", checksum)
     jpeg = encode_jpeg(image)
     # The statistics describe the images that training reads, so they include the JPEG's loss.
-    return Decoded(simplejpeg.decode_jpeg(jpeg), jpeg)
+    return Decoded(simplejpeg.decode_jpeg(jpeg), jpeg, "", checksum)
 
 
 def _assemble_shard(
@@ -342,13 +433,15 @@ def _assemble_shard(
     # float32 is exact here: it represents all integers up to 2**24, and MAX_SLOTS * 255 is 2**18.
     image_sum = np.zeros((job.image_size, job.image_size, 3), np.float32)
     chunks: list[np.ndarray | bytes | None] = []
-    for example, found in itertools.islice(decoded, len(job.rows(shard))):
+    for row, (example, found) in zip(job.rows(shard), decoded, strict=False):
         progress.update()
         chunks.append(found.chunk)
+        if job.source.files:
+            record.files.append(job.source.files[row]._replace(crc32c=found.checksum))
         if found.image is None:
             record.labels.append(CORRUPT_LABEL)
             record.corrupt.append(f"{example.name}: {found.error}")
-            _check_corrupt(job, records, seen=progress.n)
+            _check_corrupt(job, records, MAX_CORRUPT_NAMED, seen=progress.n)
             continue
         _check_label(job.source, example)
         record.labels.append(example.label)
@@ -375,16 +468,22 @@ def _check_label(source: Source, example: Example) -> None:
         )
 
 
-def _check_corrupt(job: _Job, records: Mapping[int, _Record], seen: int) -> list[str]:
-    """Returns a line per corrupt image. If there are too many, logs them and raises UserError."""
+def _check_corrupt(
+    job: _Job, records: Mapping[int, _Record], tolerated: int, seen: int
+) -> list[str]:
+    """Returns a line per corrupt image. If there are too many, logs them and raises TooManyCorrupt.
+
+    Args:
+      tolerated: a number of corrupt images that is not too many, whatever max_corrupt is.
+    """
     lines = [line for _, record in sorted(records.items()) for line in record.corrupt]
     limit = int(job.max_corrupt * job.source.num_examples + 1e-9)  # 0.29 * 100 is 28.999…
-    if len(lines) > limit:
+    if len(lines) > max(limit, tolerated):
         _write_corrupt_log(job, lines)
-        raise UserError(
-            f"{len(lines)} of the first {seen} images of {job.source.name} cannot be "
-            f"decoded, more than max_corrupt allows ({limit} of {job.source.num_examples}); "
-            f"{job.path}/{CORRUPT_KEY} names them: repair them, or raise --config.max_corrupt"
+        raise TooManyCorrupt(
+            f"{len(lines)} of {'the first ' if seen < job.source.num_examples else ''}{seen} "
+            f"images of {job.source.name} cannot be decoded, more than max_corrupt allows "
+            f"({limit}; {job.path}/{CORRUPT_KEY} names them)"
         )
     return lines
 
@@ -394,19 +493,11 @@ def _write_corrupt_log(job: _Job, lines: list[str]) -> None:
     job.root.write(CORRUPT_KEY, log or None).result()  # None deletes an older log
 
 
-def _was_repaired(job: _Job, shard: int, record: _Record) -> bool:
-    """Returns whether an image of a folder that was corrupt can be decoded now."""
-    if not job.source.name.startswith(FOLDER_PREFIX):
-        return False  # tfds's copies do not change, and reading them is expensive
-    corrupt = [
-        row
-        for row, label in zip(job.rows(shard), record.labels, strict=True)
-        if label == CORRUPT_LABEL
-    ]
+def _has_new_files(job: _Job, shard: int, record: _Record) -> bool:
+    """Returns whether a file of a folder may have another content than in the shard."""
+    now = job.source.files[job.rows(shard).start : job.rows(shard).stop]
     return any(
-        _decode(job, example).image is not None
-        for row in corrupt
-        for example in job.source.read(row, row + 1)
+        old.crc32c is None or new[:3] != old[:3] for old, new in zip(record.files, now, strict=True)
     )
 
 
@@ -425,10 +516,13 @@ def _complete(job: _Job) -> None:
     labels = np.array([label for record in ordered for label in record.labels], np.int32)
     num_examples = int((labels != CORRUPT_LABEL).sum())
     # Once more, because the corrupt images of all hosts count.
-    _write_corrupt_log(job, _check_corrupt(job, records, seen=labels.size))
-    if not num_examples:
+    _write_corrupt_log(job, _check_corrupt(job, records, 0, seen=labels.size))
+    empty = sorted({*range(len(job.source.class_names))} - {*labels.tolist()})
+    if not num_examples or (job.source.needs_all_classes and empty):
+        which = ", ".join(job.source.class_names[label] for label in empty[:5])
         raise UserError(
-            f"no image of {job.source.name} can be decoded; see {job.path}/{CORRUPT_KEY}"
+            f"no image of the classes {which} of {job.source.name} can be decoded; "
+            f"{job.path}/{CORRUPT_KEY} says why: repair them"
         )
     image_sum = np.zeros((job.image_size, job.image_size, 3), np.int64)
     for shard in range(job.num_shards):
@@ -438,12 +532,16 @@ def _complete(job: _Job) -> None:
     write_image_metadata(job.root, job.image_size, job.source.num_examples, job.storage)
     write_array(job.root, "label", labels)
     write_array(job.root, "mean_image", mean_image.astype(np.float32))
+    files = [file for record in ordered for file in record.files]
+    if files:
+        write_files(job.root, files)
     # Last, since this makes the store usable.
     write_attributes(
         job.root,
-        job.identity
+        job.origin
         | statistics
         | {
+            "identity": identity_of(files) if files else job.source.name,
             "num_examples": num_examples,
             "shard_bytes": [record.num_bytes for record in ordered],
             "complete": True,
@@ -479,7 +577,13 @@ def _read_records(job: _Job) -> dict[int, _Record]:
     }
     contents = {shard: json.loads(request.result().value) for shard, request in requests.items()}
     return {
-        shard: _Record(**content | {"outer_sum": np.array(content["outer_sum"])})
+        shard: _Record(
+            **content
+            | {
+                "outer_sum": np.array(content["outer_sum"]),
+                "files": [File(*row) for row in content["files"]],
+            }
+        )
         for shard, content in contents.items()
     }
 

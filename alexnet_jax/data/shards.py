@@ -50,6 +50,10 @@ class CorruptShardError(Exception):
     """A shard, or an image in it, is missing or differs from what was written."""
 
 
+class ReplacedShardError(Exception):
+    """A shard was written again after its store was opened."""
+
+
 def slots_per_shard(image_size: int) -> int:
     """Returns the number of images per shard: a power of two, at most 1,024 and 256 MiB."""
     fitting = max(1, min(MAX_SLOTS, MAX_BYTES // (image_size * image_size * 3)))
@@ -148,16 +152,22 @@ class LocalShards:
       path: of the store.
       storage: "raw" or "jpeg".
       num_slots: images per shard.
+      times: when each shard was last modified. Shards are opened when they are first read. One that
+        was replaced until then is of another data set than the labels.
     """
 
-    def __init__(self, path: str, storage: str, num_slots: int):
+    def __init__(self, path: str, storage: str, num_slots: int, times: Sequence[int] = ()):
         self._path, self._storage, self._num_slots = path, storage, num_slots
+        self._times = times
         # Shards stay open. Half of the permitted descriptors remain for the rest of the program.
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._open = functools.lru_cache(maxsize=max(16, descriptors // 2))(self._open_shard)
 
     def read(self, rows: Int[np.ndarray, " B"], images: UInt8[np.ndarray, "B S S 3"]) -> None:
-        """Reads the images at `rows` into `images`. Raises CorruptShardError or OSError."""
+        """Reads the images at `rows` into `images`.
+
+        Raises CorruptShardError, ReplacedShardError or OSError.
+        """
         for row, image in zip(rows.tolist(), images, strict=True):
             self._read_one(row, image)
 
@@ -184,6 +194,8 @@ class LocalShards:
             raise CorruptShardError(f"shard {shard_key(shard)} is missing") from error
         opened = _OpenShard(file, np.zeros(0, INDEX_ENTRY))
         index_bytes = self._num_slots * INDEX_ENTRY.itemsize
+        if self._times and os.fstat(file).st_mtime_ns != self._times[shard]:
+            raise ReplacedShardError(f"shard {shard_key(shard)} was replaced")
         start = os.fstat(file).st_size - index_bytes - CHECKSUM_BYTES
         tail = os.pread(file, index_bytes + CHECKSUM_BYTES, start) if start >= 0 else b""
         if len(tail) < index_bytes or checksum(tail[:index_bytes]) != tail[index_bytes:]:

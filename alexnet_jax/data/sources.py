@@ -13,23 +13,26 @@ import operator
 import os
 import socket
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
+from crc32c import crc32c
 
-from alexnet_jax.data.store import FOLDER_PREFIX, Store, expand_dir, is_url
+from alexnet_jax.config import FOLDER_PREFIX, folder_path
+from alexnet_jax.data.decode import is_image
+from alexnet_jax.data.store import File, Store, expand_dir, is_url
 from alexnet_jax.utils.errors import UserError, one_line
+from alexnet_jax.utils.files import files_below, printable
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-)
 # If one archive is missing, tfds builds imagenet2012 without its split. We check for both instead.
 MANUAL_ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 FILE_NAME_KEY = "file_name"
@@ -58,12 +61,18 @@ class Source:
       num_examples: N.
       class_names: one per label.
       read: `read(first, end)` yields the examples in [first, end), the same ones each time.
+      files: one per example of a folder, without checksums; empty for other data sets.
+      skipped: number of the folder's files that are not images, by extension.
+      needs_all_classes: whether each class must have an image that can be decoded.
     """
 
     name: str
     num_examples: int
     class_names: tuple[str, ...]
     read: Callable[[int, int], Iterator[Example]]
+    files: tuple[File, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    needs_all_classes: bool = False
 
 
 def open_source(dataset: str, data_dir: str, split: str, train_split: str) -> Source:
@@ -78,91 +87,165 @@ def open_source(dataset: str, data_dir: str, split: str, train_split: str) -> So
     Raises:
       UserError: there is no such data set, split or folder; its archives are missing or cannot be
         downloaded; it has no images with class labels; a folder has classes that the training
-        split lacks.
+        split lacks, or a class without images to train on.
     """
     if dataset.startswith(FOLDER_PREFIX):
-        return _folder_source(dataset.removeprefix(FOLDER_PREFIX), split, train_split)
+        return _folder_source(folder_path(dataset), split, train_split)
     return _tfds_source(dataset, expand_dir(data_dir), split)
 
 
 # Folders of images
 
 
-def _folder_source(folder: str, split: str, train_split: str) -> Source:
-    """Opens `<folder>/<split>/<class>/…/<image>`. Label n is the n-th of train's sorted classes."""
-    root = Path(folder).expanduser().resolve()
-    classes, own_classes = _class_folders(root, train_split), _class_folders(root, split)
+def _folder_source(root: Path, split: str, train_split: str) -> Source:
+    """Opens `<root>/<split>/<class>/…/<image>`. Label n is the n-th of train's sorted classes."""
+    classes = _class_folders(root, train_split, train_split)
+    own_classes = _class_folders(root, split, train_split)
     unknown = sorted(set(own_classes) - set(classes))
     if unknown:
         raise UserError(
             f"{root / split} has class folders that {root / train_split} lacks: "
             f"{', '.join(unknown[:5])}; every class must be in both"
         )
-    files = [
-        (file, classes.index(name))
-        for name in own_classes
-        for file in _image_files(root / split / name)
-    ]
-    if not files:
+    files: list[File] = []
+    labels: list[int] = []
+    skipped: Counter[str] = Counter()
+    empty = []
+    for name in own_classes:
+        found, others = _list_images(root / split, name)
+        files += found
+        labels += [classes.index(name)] * len(found)
+        skipped += others
+        if not found:
+            empty.append(f"{name} (only {describe_skipped(others)})" if others else name)
+    if not files or (split == train_split and empty):
         raise UserError(
-            f"no images in the class folders of {root / split}; images are files that end in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"no images in the class folders {', '.join(empty[:5])} of {root / split}; add images "
+            "that Pillow can read, or remove the folders"
         )
-    names = [str(file.relative_to(root / split)) for file, _ in files]
-    digest = hashlib.sha256("\n".join([*classes, "", *names]).encode()).hexdigest()[:8]
 
     def read(first: int, end: int) -> Iterator[Example]:
-        for (file, label), name in zip(files[first:end], names[first:end], strict=True):
-            yield Example(name, label, file.read_bytes)
+        for file, label in zip(files[first:end], labels[first:end], strict=True):
+            yield Example(printable(file.name), label, (root / split / file.name).read_bytes)
 
+    names = "\n".join([*classes, "", *(file.name for file in files)])
     return Source(
-        name=f"{FOLDER_PREFIX}{root} {split} ({len(files)} files, names {digest})",
+        name=f"{FOLDER_PREFIX}{printable(root)} {split} "
+        f"({len(files)} files, names {hashlib.sha256(os.fsencode(names)).hexdigest()[:8]})",
         num_examples=len(files),
-        class_names=tuple(classes),
+        class_names=tuple(map(printable, classes)),
         read=read,
+        files=tuple(files),
+        skipped=skipped,
+        needs_all_classes=split == train_split,
     )
 
 
-def check_folder_unchanged(dataset: str, split: str, train_split: str, store: Store) -> None:
-    """Raises UserError if a folder contains other files than when its store was prepared.
+def describe_skipped(skipped: Mapping[str, int]) -> str:
+    """Returns for example "2 .heic, 1 without extension"."""
+    kinds = sorted(skipped.items(), key=lambda kind: -kind[1])
+    return ", ".join(f"{count} {extension or 'without extension'}" for extension, count in kinds)
 
-    A folder that no longer exists is not an error: the store does not need it.
+
+def find_changes(
+    root: Path, split: str, train_split: str, store: Store, recorded: Sequence[File]
+) -> tuple[str, list[File]]:
+    """Compares a folder's split with what its store was prepared from.
+
+    Files are read only if their size or time is not the recorded one.
+
+    Args:
+      recorded: the files that the store was prepared from.
+
+    Returns:
+      What changed, "" if nothing did. And the recorded files with their present sizes and times.
     """
-    folder = Path(dataset.removeprefix(FOLDER_PREFIX)).expanduser()
-    if not folder.is_dir():
-        return
-    if _folder_source(str(folder), split, train_split).name != store.source:
-        raise UserError(
-            f"the images in {folder / split} are not those that the store at {store.path} was "
-            "prepared from; delete the store to prepare it again"
-        )
+    folder = root / split
+    before = {file.name: file for file in recorded}
+    now: dict[str, File] = {}
+    for name in _subfolders(folder):
+        now |= {file.name: file for file in _list_images(folder, name, known=before)[0]}
+    touched = [
+        name
+        for name, file in now.items()
+        if name in before and (before[name].crc32c is None or before[name][:3] != file[:3])
+    ]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda name: _checksum(folder / name), touched)
+        checksums = dict(zip(touched, found, strict=True))
+    changes = {
+        "added": [name for name in now if name not in before],
+        "missing": [name for name in before if name not in now],
+        "changed": [name for name in touched if checksums[name] != before[name].crc32c],
+    }
+    parts = [
+        f"{len(names)} {kind}, such as {printable(names[0])}"
+        for kind, names in changes.items()
+        if names
+    ]
+    classes = root / train_split
+    if classes.is_dir() and tuple(map(printable, _subfolders(classes))) != store.class_names:
+        parts.append(f"other class folders in {classes}")
+    current = [now.get(f.name, f)._replace(crc32c=f.crc32c) for f in recorded]
+    return ", ".join(parts), current
 
 
-def _class_folders(root: Path, split: str) -> list[str]:
+def _list_images(
+    split: Path, class_name: str, known: Collection[str] = ()
+) -> tuple[list[File], Counter[str]]:
+    """Lists the images of a class, and counts its other files by extension.
+
+    Args:
+      known: names of files that are images, so that they need not be opened.
+    """
+    images = []
+    others: Counter[str] = Counter()
+    for path in files_below(split / class_name):
+        name = str(path)[len(str(split)) + 1 :]
+        if name in known or is_image(path):
+            images.append(File(name, *_size_and_time(path)))
+        else:
+            others[printable(path.suffix.lower())] += 1
+    return images, others
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:  # such as a link to nothing; reading it will say so
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _checksum(path: Path) -> int | None:
+    try:
+        return crc32c(path.read_bytes())
+    except OSError:
+        return None
+
+
+def _class_folders(root: Path, split: str, train_split: str) -> list[str]:
     shape = f"it must contain one folder per class: {root}/{split}/CLASS/IMAGE.jpg"
+    if not root.is_dir():
+        raise UserError(f"no folder {root}; {shape}")
     if not (root / split).is_dir():
-        raise UserError(f"no folder {root / split}; {shape}")
-    entries = (entry for entry in (root / split).iterdir() if not entry.name.startswith("."))
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
+        splits = [name for name in _subfolders(root) if _subfolders(root / name)]
+        nearest = difflib.get_close_matches(split, {*splits} - {train_split}, n=1, cutoff=0)
+        if not nearest:
+            raise UserError(f"no folder {root / split}; {shape}")
+        raise UserError(
+            f"no folder {root / split}; {root} has {', '.join(splits[:9])}: name one of these, "
+            f"such as --config.{'train' if split == train_split else 'eval'}_split={nearest[0]}"
+        )
+    classes = _subfolders(root / split)
     if not classes:
         raise UserError(f"{root / split} has no class folders; {shape}")
     return classes
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
-    _check_no_loop(folder)
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in folders:
-            _check_no_loop(Path(parent, name))
-        for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
-                yield Path(parent, name)
-
-
-def _check_no_loop(folder: Path) -> None:
-    if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{folder} is a link to a folder that contains the link; remove it")
+def _subfolders(folder: Path) -> list[str]:
+    entries = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 # Data sets of tfds
@@ -174,6 +257,7 @@ def _tfds_source(dataset: str, data_dir: str, split: str) -> Source:
     import tensorflow_datasets as tfds
 
     builder = _find_builder(dataset, data_dir)
+    image_key, label_key = _image_and_label(builder, dataset)  # before a download of hours
     _build(builder, dataset, data_dir)
     try:
         count = builder.info.splits[split].num_examples
@@ -184,7 +268,6 @@ def _tfds_source(dataset: str, data_dir: str, split: str) -> Source:
             f"{dataset} has no split {split!r}; set train_split and eval_split to splits among "
             f"{', '.join(sorted(builder.info.splits))}"
         ) from error
-    image_key, label_key = _image_and_label(builder, dataset)
 
     def read(first: int, end: int) -> Iterator[Example]:
         with _damage_explained(builder):
@@ -192,7 +275,11 @@ def _tfds_source(dataset: str, data_dir: str, split: str) -> Source:
             for index, example in enumerate(examples, first):
                 image, label = example[image_key], int(example[label_key])
                 file_name = example.get(FILE_NAME_KEY, b"")
-                name = file_name.decode() if file_name else f"{split} example {index}"
+                name = (
+                    file_name.decode(errors="backslashreplace")
+                    if file_name
+                    else f"{split} example {index}"
+                )
                 yield Example(name, label, _constant(image))
 
     return Source(
@@ -309,19 +396,49 @@ def _check_internet(builder: "DatasetBuilder", dataset: str, data_dir: str) -> N
 
 
 def _image_and_label(builder: "DatasetBuilder", dataset: str) -> tuple[str, str]:
-    """Returns the names of the features that hold the image and the class label."""
+    """Returns the names of the features that hold the image and the class label.
+
+    They are those that tfds trains on, or the only image and the only label.
+    """
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    keys = builder.info.supervised_keys or ("image", "label")
-    if len(keys) == 2 and all(isinstance(key, str) and key in features for key in keys):
-        image, label = (features[key] for key in keys)
-        if isinstance(label, tfds.features.ClassLabel) and image.np_dtype in (np.uint8, np.uint16):
-            return keys
+    labels = [key for key, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
+    faults = {key: _fault_of_image(feature) for key, feature in features.items()}
+    images = [key for key, fault in faults.items() if not fault]
+    match builder.info.supervised_keys:
+        case (str(image), str(label)) if image in features and label in labels:
+            images, labels = [image], [label]
+    if len(images) == len(labels) == 1 and not faults[images[0]]:
+        return images[0], labels[0]
+    named = [f"{key} ({fault})" if (fault := faults[key]) else key for key in features]
     raise UserError(
-        f"{dataset} has no 8-bit or 16-bit images with one class label each (its features are "
-        f"{', '.join(features)}); use another data set"
+        f"{dataset} must have one image feature and one class label, but its features are "
+        f"{', '.join(named)}; use another data set"
     )
+
+
+def _fault_of_image(feature: Any) -> str:
+    """Returns why a feature of tfds is not an image that can be decoded, "" if it is one."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Video):
+        return "a video"
+    if not isinstance(feature, tfds.features.Image | tfds.features.Tensor):
+        return type(feature).__name__
+    if isinstance(feature, tfds.features.LabeledImage) or len(feature.shape) not in (2, 3):
+        return type(feature).__name__
+    dtype, channels = np.dtype(feature.np_dtype), (*feature.shape, 1)[2]
+    if dtype not in (np.uint8, np.uint16):
+        return f"{dtype} instead of uint8 or uint16"
+    allowed: tuple[int | None, ...] = (1, 3, 4)
+    if isinstance(feature, tfds.features.Image):
+        allowed = (None, 0, 1, 3, 4)  # without a number, each file has its own
+    elif dtype == np.uint16:
+        allowed = (1,)
+    if channels not in allowed:
+        return f"{channels} channels"
+    return ""
 
 
 def _read_encoded(

@@ -11,6 +11,7 @@ A store is a folder or a bucket prefix `<data_dir>/<dataset>_<image_size>/<split
     label/       int32[R]; CORRUPT_LABEL where the source's image cannot be decoded
     mean_image/  float32[S, S, 3]
     corrupt.log  one line for each such image, if there are any
+    files.json   of a folder of images: name, size, time and CRC-32C of each file, see `File`
     parts/       only during preparation: records of the finished shards, see `prepare`
 
 Row r is example r of the source. The examples of a store are its rows except the corrupt ones.
@@ -22,16 +23,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Float32, Int, Int32, Int64
 from tqdm import tqdm
 
+from alexnet_jax.config import FOLDER_PREFIX, folder_path
 from alexnet_jax.data.shards import (
     DECODERS,
     INDEX_CODECS,
@@ -40,16 +42,39 @@ from alexnet_jax.data.shards import (
     CorruptShardError,
     LocalShards,
     RemoteShards,
+    ReplacedShardError,
     Shards,
     shard_key,
     slots_per_shard,
 )
 from alexnet_jax.utils.errors import UserError, one_line
+from alexnet_jax.utils.files import printable
 
-FORMAT_VERSION = 2
-FOLDER_PREFIX = "folder:"  # of a `dataset` that is a folder of images
+FORMAT_VERSION = 3
+# Version 2 has the same arrays. Its images are not turned upright, and it has no files.json.
+READABLE_VERSIONS = (2, FORMAT_VERSION)
+FILES_KEY = "files.json"
 CORRUPT_LABEL = -1
 PREPARE_COMMAND = "python -m alexnet_jax.store prepare --config CONFIG"
+
+
+RENEW_COMMAND = "python -m alexnet_jax.store renew"
+
+
+class File(NamedTuple):
+    """A file of a folder of images.
+
+    Attributes:
+      name: class/…/file, relative to the folder of the split.
+      size: in bytes; -1 if it could not be determined.
+      mtime_ns: time of its last modification. Size and time tell only whether to read it again.
+      crc32c: checksum of its content; None if it was not read.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    crc32c: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +84,9 @@ class Store:
     Attributes:
       path: a local path or a URL.
       source: what it was prepared from, e.g. "imagenet2012/5.1.0 train".
+      identity: the same for the same data. Of a folder it depends on the name and the checksum of
+        each file, but not on the folder's path.
+      format_version: one of READABLE_VERSIONS.
       storage: "raw" or "jpeg".
       num_examples: N.
       num_corrupt: number of the source's examples that cannot be decoded.
@@ -77,6 +105,8 @@ class Store:
 
     path: str
     source: str
+    identity: str
+    format_version: int
     storage: str
     num_examples: int
     num_corrupt: int
@@ -92,8 +122,15 @@ class Store:
     shards: Shards = field(repr=False)
     buffers: BufferPool = field(repr=False, default_factory=BufferPool)
 
-    def read(self, indices: Int[np.ndarray, " B"]) -> dict[str, np.ndarray]:
+    def read(
+        self, indices: Int[np.ndarray, " B"], threads: int = 1, pad_to: int = 0
+    ) -> dict[str, np.ndarray]:
         """Reads the examples at `indices`, in this order. May be called from several threads.
+
+        Args:
+          threads: that share the work, which pays off for hundreds of images.
+          pad_to: at least this many rows are returned. Those after the examples are black, with
+            the label -1.
 
         Returns {"image": uint8[B, S, S, 3], "label": int32[B]}.
 
@@ -105,14 +142,30 @@ class Store:
         # NumPy would accept a negative index and return another example.
         if indices.size and not 0 <= indices.min() <= indices.max() < self.num_examples:
             raise IndexError(f"indices must be in [0, {self.num_examples})")
-        images = self.buffers.take((len(indices), self.image_size, self.image_size, 3))
+        count, total = len(indices), max(len(indices), pad_to)
+        images = self.buffers.take((total, self.image_size, self.image_size, 3))
+        labels = np.full(total, -1, np.int32)
+        images[count:], labels[:count] = 0, self.labels[indices]
         try:
-            self.shards.read(self.rows[indices], images)
+            self._read_rows(self.rows[indices], images[:count], threads)
         except CorruptShardError as error:
             raise damaged(self.path, str(error)) from error
+        except ReplacedShardError as error:
+            raise UserError(
+                f"the store at {self.path} was prepared again while it was used ({error}); start "
+                "the same command again"
+            ) from error
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        return {"image": images, "label": self.labels[indices]}
+        return {"image": images, "label": labels}
+
+    def _read_rows(self, rows: np.ndarray, images: np.ndarray, threads: int) -> None:
+        if threads == 1:
+            self.shards.read(rows, images)
+            return
+        parts = np.array_split(rows, threads), np.array_split(images, threads)
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(self.shards.read, *parts))
 
 
 def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store:
@@ -130,7 +183,7 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
     attributes = read_attributes(path)
     if attributes is None:
         raise UserError(f"no prepared store at {path}; prepare it with {PREPARE_COMMAND}")
-    if attributes["format_version"] != FORMAT_VERSION:
+    if attributes["format_version"] not in READABLE_VERSIONS:
         raise UserError(
             f"the store at {path} has format version {attributes['format_version']}, but this "
             f"program reads version {FORMAT_VERSION}; delete it and prepare it again"
@@ -140,8 +193,7 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
     num_rows, size = attributes["num_rows"], attributes["image_size"]
     storage, num_slots = attributes["storage"], slots_per_shard(size)
     shard_bytes = tuple(attributes["shard_bytes"])
-    if check_shards:
-        _check_shard_files(path, shard_bytes)
+    times = _check_shard_files(path, shard_bytes) if check_shards else []
     root = open_kvstore(path)
     try:
         labels = read_array(root, "label")
@@ -154,6 +206,8 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
     return Store(
         path=path,
         source=attributes["source"],
+        identity=attributes.get("identity", attributes["source"]),
+        format_version=attributes["format_version"],
         storage=storage,
         num_examples=len(rows),
         num_corrupt=num_rows - len(rows),
@@ -168,19 +222,19 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
         shard_bytes=shard_bytes,
         shards=RemoteShards(root, storage, num_slots)
         if is_url(path)
-        else LocalShards(path, storage, num_slots),
+        else LocalShards(path, storage, num_slots, times),
     )
 
 
 def needs_preparation(path: str) -> bool:
-    """Returns whether there is no store at `path`, or an incomplete one of this format version.
+    """Returns whether there is no store at `path`, or an incomplete one.
 
-    A store of another version is not overwritten: `open_store` explains what to do about it.
+    A store of an unknown version is not overwritten: `open_store` explains what to do about it.
     """
     attributes = read_attributes(path)
     if attributes is None:
         return True
-    return attributes["format_version"] == FORMAT_VERSION and not attributes["complete"]
+    return attributes["format_version"] in READABLE_VERSIONS and not attributes["complete"]
 
 
 def find_damage(store: Store) -> Iterator[str]:
@@ -199,14 +253,21 @@ def find_damage(store: Store) -> Iterator[str]:
                 yield str(error)
 
 
-def _check_shard_files(path: str, shard_bytes: Sequence[int]) -> None:
+def _check_shard_files(path: str, shard_bytes: Sequence[int]) -> list[int]:
+    """Raises UserError if a shard is missing or truncated. Returns their times on local disks."""
     keys = {f"image/{key.decode()}" for key in (open_kvstore(path) / "image/").list().result()}
+    times = []
     for shard, expected in enumerate(shard_bytes):
         key = shard_key(shard)
         if key not in keys:
             raise damaged(path, f"shard {key} is missing")
-        if not is_url(path) and (actual := os.path.getsize(f"{path}/{key}")) != expected:
-            raise damaged(path, f"shard {key} has {actual} bytes instead of {expected}")
+        if is_url(path):
+            continue
+        found = os.stat(f"{path}/{key}")
+        if found.st_size != expected:
+            raise damaged(path, f"shard {key} has {found.st_size} bytes instead of {expected}")
+        times.append(found.st_mtime_ns)
+    return times
 
 
 def damaged(path: str, what: str) -> UserError:
@@ -243,7 +304,7 @@ def store_path(config: Mapping[str, Any], split: str) -> str:
     """
     dataset = config["dataset"]
     if dataset.startswith(FOLDER_PREFIX):
-        folder = Path(dataset.removeprefix(FOLDER_PREFIX)).expanduser().resolve()
+        folder = folder_path(dataset)
         name = _file_name(f"folder-{folder.name}", unique=str(folder))
     else:
         name = _file_name(dataset)
@@ -256,14 +317,20 @@ def _file_name(text: str, unique: str = "") -> str:
     safe = re.sub(r"[^\w.+-]+", "-", text).strip("-")
     if safe == text and not unique:
         return text
-    return f"{safe}-{hashlib.sha256((unique or text).encode()).hexdigest()[:8]}"
+    return f"{safe}-{hashlib.sha256(os.fsencode(unique or text)).hexdigest()[:8]}"
 
 
 def expand_dir(data_dir: str) -> str:
-    """Returns an absolute local path with `~` expanded, or a URL without its final slash."""
+    """Returns an absolute local path with `~` expanded, or a URL without its final slash.
+
+    Raises UserError if it is not UTF-8, as TensorStore requires.
+    """
     if is_url(data_dir):
         return data_dir.rstrip("/")
-    return os.path.abspath(os.path.expanduser(data_dir))
+    path = os.path.abspath(os.path.expanduser(data_dir))
+    if printable(path) != path:
+        raise UserError(f"the name of {printable(path)} is not UTF-8; choose another data_dir")
+    return path
 
 
 def is_url(path: str) -> bool:
@@ -299,6 +366,28 @@ def write_attributes(root: ts.KvStore, attributes: dict[str, Any]) -> None:
     """Writes the attributes of the store's zarr group."""
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     root.write("zarr.json", json.dumps(group, indent=1).encode()).result()
+
+
+def read_files(path: str) -> list[File]:
+    """Returns the files of a folder that the store at `path` was prepared from."""
+    found = open_kvstore(path).read(FILES_KEY).result()
+    try:
+        return [File(*row) for row in json.loads(found.value)]
+    except (ValueError, TypeError) as error:  # ValueError: also if it is missing
+        raise _unreadable(path, error) from error
+
+
+def write_files(root: ts.KvStore, files: Iterable[File]) -> None:
+    """Writes what `read_files` returns, a line for each file."""
+    lines = ",\n".join(map(json.dumps, files))
+    root.write(FILES_KEY, f"[\n{lines}\n]\n".encode()).result()
+
+
+def identity_of(files: Iterable[File]) -> str:
+    """Returns the identity of a folder of images; see `Store`."""
+    rows = [(file.name, file.crc32c) for file in files]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+    return f"folder of {len(rows)} files, sha256 {digest}"
 
 
 def read_array(root: ts.KvStore, name: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """How commands end: exit codes, and one-line messages for errors that the user can fix."""
 
 import functools
+import io
 import logging
 import os
 import sys
@@ -35,6 +36,9 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
         # Orbax and tfds log errors that they also raise.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         sys.unraisablehook = _ignore_errors_after_failed_write
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A file name may have characters that the terminal's encoding lacks.
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             sys.exit(main(*args, **kwargs))
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Writing files: atomically, and with one-line messages if the file system refuses."""
+"""Files: writing them atomically, messages if the system refuses, and finding them in folders."""
 
 import errno
 import os
@@ -70,3 +70,30 @@ def _find_errno(error: BaseException | None, codes: Collection[int]) -> int | No
             return errno.ENOSPC
         error = error.__cause__ or error.__context__
     return None
+
+
+def files_below(folder: str | Path) -> Iterator[Path]:
+    """Yields all files below a folder, sorted by name, except hidden ones. Links are followed.
+
+    Raises UserError for a link to a folder that contains it.
+    """
+    _check_no_loop(Path(folder))
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            _check_no_loop(Path(parent, name))
+        yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _check_no_loop(folder: Path) -> None:
+    if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} is a link to a folder that contains the link; remove it")
+
+
+def printable(name: str | Path) -> str:
+    r"""Returns a file name as text that any program can write and draw.
+
+    Linux allows any bytes in names. Python represents those that are not UTF-8 by characters which
+    cannot be encoded; here they become \udcXX, as Python's JSON writes them.
+    """
+    return str(name).encode("utf-8", "backslashreplace").decode()
