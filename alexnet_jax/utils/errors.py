@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,8 +20,8 @@ class UserError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """Returns an error's text on one line."""
-    return " ".join(str(error).split())
+    """Returns an error's text on one line, without a terminal's color codes."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
