@@ -170,9 +170,14 @@ def _check_no_loop(folder: Path) -> None:
 
 def _tfds_source(dataset: str, data_dir: str, split: str) -> Source:
     """Opens a tfds data set in the order of its files, without decoding its images."""
-    _import_tensorflow()
-    import tensorflow_datasets as tfds
-
+    try:
+        _import_tensorflow()
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"preparing {dataset} of tfds needs {error.name}, which is not installed: pip install "
+            "tensorflow tensorflow-datasets importlib_resources mlxtend"
+        ) from error
     builder = _find_builder(dataset, data_dir)
     _build(builder, dataset, data_dir)
     try:
