@@ -1,4 +1,5 @@
-"""Tries the installed package as a user would, in an empty folder: help, training, prediction.
+"""Tries the installed package, without its extras, as a user would: every command's help; a folder
+of images, training, a prediction and an export.
 
 cd "$(mktemp -d)" && PYTHON -P CHECKOUT/.ci/smoke.py      (-P: imports nothing from beside it)
 """
@@ -13,13 +14,17 @@ import sys
 from importlib.metadata import distribution
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 import alexnet_jax
 
-FEW_DIGITS = (
-    *("--config", "configs/quickstart.py", "--config.data_dir=data", "--config.num_epochs=1"),
-    *("--config.train_split=train[:480]", "--config.eval_split=test[:480]"),
-    *("--config.batch_size=24", "--config.model.variant=bn", "--config.model.width=0.1"),
-)  # 20 steps
+SMALL_RUN = (
+    *("--config", "quickstart", "--config.dataset=folder:images", "--config.data_dir=data"),
+    *("--config.train_split=train", "--config.eval_split=val", "--config.model.num_classes=2"),
+    *("--config.num_epochs=2", "--config.batch_size=8"),
+    *("--config.model.variant=bn", "--config.model.width=0.1"),
+)  # 4 steps
 BIN = Path(sys.executable).parent
 
 
@@ -33,6 +38,18 @@ def help_of(command: str) -> str:
         except SystemExit as leaving:
             assert not leaving.code, f"{command} --help left with {leaving.code}"
     return told.getvalue()
+
+
+def write_images() -> None:
+    """Writes images of two classes: dark and bright noise."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for level, name in ((0, "dark"), (128, "bright")):
+            folder = Path("images", split, name)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(level, level + 128, (80, 96, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
 
 
 def run(command: str, *arguments: str) -> str:
@@ -54,11 +71,13 @@ def main() -> None:
     commands = [e.name for e in distribution("alexnet-jax").entry_points]
     for command in commands:
         assert "usage: " in help_of(command), command
-    assert "finished at step 20" in run("alexnet-train", *FEW_DIGITS)
-    told = run("alexnet-predict", "--json", "runs/quickstart", "runs/quickstart/samples.png")
+    write_images()
+    assert "finished at step 4" in run("alexnet-train", *SMALL_RUN)
+    told = run("alexnet-predict", "--json", "runs/quickstart", "images/val/dark/0.jpg")
     first = json.loads(told)["predictions"][0]
-    assert first["class"] in "0123456789", told
-    print(f"{len(commands)} commands help, training ends, a prediction: {first}")
+    assert first["class"] in ("dark", "bright"), told
+    assert "wrote net.jaxexport" in run("alexnet-export", "runs/quickstart", "net.jaxexport")
+    print(f"{len(commands)} commands help, training and export end, a prediction: {first}")
 
 
 if __name__ == "__main__":

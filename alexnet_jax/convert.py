@@ -3,13 +3,14 @@
     python -m alexnet_jax.convert alexnet.pth runs/torchvision
     python -m alexnet_jax.convert runs/torchvision alexnet.safetensors
 
-The suffix of SOURCE says what it is:
+SOURCE is one of these, whatever its suffix:
 
-  .pth .pt .safetensors  a state_dict of torchvision's alexnet; becomes variant owt
-  .caffemodel            Caffe's bvlc_alexnet (paper) or bvlc_reference_caffenet (caffenet)
-  any other              a checkpoint EPOCH.BATCH of the authors' 2012 program, run #145, or the
-                         folder with its checkpoints; becomes variant original
-  a workdir              of variant owt; becomes a state_dict of torchvision's alexnet
+  PyTorch, safetensors  a state_dict of torchvision's alexnet, or a training checkpoint that
+                        contains one; becomes variant owt
+  .caffemodel           Caffe's bvlc_alexnet (paper) or bvlc_reference_caffenet (caffenet)
+  EPOCH.BATCH           a checkpoint of the authors' 2012 program, run #145, or the folder with
+                        its checkpoints; becomes variant original
+  a workdir             of variant owt; becomes a state_dict of torchvision's alexnet
 """
 
 import argparse
@@ -40,7 +41,7 @@ def to_workdir(
     """
     if not source.exists():
         raise UserError(f"{source} does not exist; name a file of weights or a workdir")
-    if workdir.suffix in torchvision.SUFFIXES:
+    if workdir.suffix.lower() in torchvision.SUFFIXES:
         raise UserError(
             f"{source} is not a workdir; convert it to a workdir first, and that to {workdir}"
         )
@@ -74,7 +75,7 @@ def to_torch(workdir: Path, target: Path, step: int | None = None) -> str:
     Raises:
       UserError: torchvision has no such network, or the file exists.
     """
-    if target.suffix not in torchvision.SUFFIXES:
+    if target.suffix.lower() not in torchvision.SUFFIXES:
         raise UserError(f"{target} must end in one of {' '.join(torchvision.SUFFIXES)}")
     if target.exists():
         raise UserError(f"{target} exists; choose another file, or remove it")
@@ -101,7 +102,7 @@ def read_class_names(path: Path, count: int) -> list[str]:
       UserError: the file cannot be read, or has another number of names.
     """
     try:
-        names = [name.strip() for name in path.read_text("utf-8").split("\n") if name.strip()]
+        names = [name.strip() for name in path.read_text("utf-8-sig").split("\n") if name.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if len(names) != count:

@@ -50,7 +50,7 @@ def export(
     Raises:
       UserError: the file cannot be written, or the converter to ONNX is not installed.
     """
-    match file.suffix:
+    match file.suffix.lower():
         case ".jaxexport":
             files = _jaxexport_files(network, file, views, platforms)
         case ".safetensors":
@@ -222,13 +222,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _check(file: Path, args: argparse.Namespace) -> tuple[str, ...]:
     """Checks the arguments before anything is loaded, and returns the platforms."""
-    if file.suffix not in FORMATS:
+    suffix = file.suffix.lower()
+    if suffix not in FORMATS:
         raise UserError(f"{file} must end in {', '.join(FORMATS)}, which selects the format")
     if file.is_dir():
         raise UserError(f"{file} is a folder; name a file")
-    if args.platforms and file.suffix != ".jaxexport":
+    if args.platforms and suffix != ".jaxexport":
         raise UserError(f"--platforms applies to .jaxexport, not to {file}; omit it")
-    if args.views and file.suffix == ".safetensors":
+    if args.views and suffix == ".safetensors":
         raise UserError(f"{file} contains parameters and no computation; omit --views")
     platforms = tuple(dict.fromkeys((args.platforms or ",".join(PLATFORMS)).split(",")))
     for name in platforms:

@@ -50,6 +50,28 @@ def run(*argv, **options):
     return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
 
 
+# Modules of the extra `prepare` in pyproject.toml.
+OF_EXTRA_PREPARE = [
+    *("tensorflow", "tensorflow_datasets", "importlib_resources", "requests", "mlxtend"),
+]
+WITHOUT = """
+import importlib, shlex, sys
+for name in {modules}:
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+for line in sys.argv[1:]:
+    command, *words = shlex.split(line)
+    try:
+        importlib.import_module("alexnet_jax." + command).main(words)
+    except SystemExit as end:
+        print("exit code", end.code or 0)
+"""
+
+
+def run_without_extra_prepare(*lines):
+    """Runs commands such as "predict WORKDIR FILE" in one process that cannot import TensorFlow."""
+    return run(sys.executable, "-c", WITHOUT.format(modules=OF_EXTRA_PREPARE), *lines)
+
+
 def run_with_file_limit(blocks, *argv):
     """Runs a command that cannot write files of more than `blocks` blocks of 1,024 bytes.
 

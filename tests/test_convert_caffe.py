@@ -96,6 +96,13 @@ def net(name: str = "bvlc_alexnet", without: str = "", **others) -> bytes:
     return caffemodel.net(name, weights, **others)
 
 
+@pytest.mark.parametrize("v1", [True, False], ids=["2014", "later"])
+def test_file_is_known_by_its_content(tmp_path, v1):
+    path = tmp_path / "download"
+    path.write_bytes(net(v1=v1))
+    assert programs.program_of(path) is programs.CAFFE
+
+
 FAULTS = {
     "cannot be read as Caffe's protobuf": lambda: net()[:-10],
     r"neither bvlc_alexnet nor bvlc_reference_caffenet: it has 0 layers": lambda: b"",

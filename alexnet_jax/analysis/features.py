@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
 from alexnet_jax import inference
-from alexnet_jax.analysis import figures
+from alexnet_jax.analysis import figures, fonts
 from alexnet_jax.data import augment
 from alexnet_jax.inference import Trained
 from alexnet_jax.models.alexnet import (
@@ -108,7 +108,7 @@ def features_figure(network: Trained, image: UInt8[np.ndarray, "S S 3"]) -> "Fig
             _draw_units(axes, name, output)
         else:
             _draw_maps(axes, name, output)
-    return figure
+    return fonts.prepare(figure)
 
 
 def _draw_maps(axes: "Axes", name: str, maps: np.ndarray) -> None:

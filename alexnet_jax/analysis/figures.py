@@ -5,15 +5,16 @@ pyplot is not used, because it would change the backend of the caller, such as a
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from alexnet_jax.analysis import fonts
 from alexnet_jax.data.augment import Augment
 from alexnet_jax.data.pipeline import shuffled
 from alexnet_jax.data.store import Store
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 MIN_TILE = 112  # pixels: enough for a class name below an image
 CAPTION_HEIGHT = 16
+BASELINE = 12  # below an image
 MAX_SAMPLES = 36  # images of a batch
 FILTER_ZOOM = 4  # at least; few filters are enlarged more, to about FILTERS_WIDTH pixels in all
 FILTERS_WIDTH = 700
@@ -107,13 +109,17 @@ def _save_rows(
     cell = (side + 4, side + CAPTION_HEIGHT + 4)
     columns = max(map(len, rows))
     sheet = Image.new("RGB", (columns * cell[0] + gap_after_first, len(rows) * cell[1]), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw = ImageDraw.Draw(sheet)
+    runs_of = fonts.for_captions([caption for texts in captions for caption in texts], 12)
     for row, (images, texts) in enumerate(zip(rows, captions, strict=True)):
         for column, (image, caption) in enumerate(zip(images, texts, strict=True)):
             x = column * cell[0] + 2 + (gap_after_first if column else 0)
             y = row * cell[1] + 2
             sheet.paste(Image.fromarray(enlarge(image, side // size)), (x, y))
-            draw.text((x + 2, y + side), _shorten(caption, side, font), "black", font)
+            left = x + 2.0
+            for font, run in runs_of(_shorten(caption, side - 4, runs_of)):
+                draw.text((left, y + side + BASELINE), run, "black", font, anchor="ls")
+                left += font.getlength(run)
     sheet.save(path)
 
 
@@ -176,7 +182,7 @@ def curves_of_runs(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
     panels[0].plot([], [], color="gray", linewidth=1.8, marker="o", markersize=3, label="eval")
     columns = min(len(runs) + 2, 6)
     figure.legend(loc="outside upper left", ncols=columns, frameon=False)
-    return figure
+    return fonts.prepare(figure)
 
 
 def _curve_panels() -> tuple["Figure", Sequence["Axes"]]:
@@ -240,7 +246,7 @@ def save_predictions(
         bars.set(xlim=(0, 1), ylim=(len(colors) - 0.4, -0.6))
         for rank, name in enumerate(classes[index]):
             bars.text(0.02, rank, name, va="center", fontsize=8, clip_on=True)
-    figure.savefig(path, dpi=100)
+    fonts.prepare(figure).savefig(path, dpi=100)
 
 
 def save_confusion(
@@ -273,10 +279,10 @@ def save_confusion(
             text = f"{confusion[row, column]}"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     axes.set(xlabel="prediction", ylabel="label")
-    figure.savefig(path, dpi=100)
+    fonts.prepare(figure).savefig(path, dpi=100)
 
 
-def _shorten(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    while text and font.getlength(text) > width - 4:
+def _shorten(text: str, width: int, runs_of: Callable[[str], list[fonts.Run]]) -> str:
+    while text and sum(font.getlength(run) for font, run in runs_of(text)) > width:
         text = text[:-2] + "…" if len(text) > 2 else ""
     return text

@@ -13,6 +13,7 @@ from jaxtyping import Float32, UInt8
 from tqdm import tqdm
 
 from alexnet_jax import inference
+from alexnet_jax.analysis import fonts
 from alexnet_jax.data import augment
 from alexnet_jax.inference import Trained
 from alexnet_jax.utils.errors import UserError
@@ -153,7 +154,7 @@ def occlusion_figure(occlusion: Occlusion, class_name: str) -> "Figure":
         f"{name}: probability {occlusion.probability:.3f} for the whole image; the map is for a "
         f"gray square of {occlusion.patch}×{occlusion.patch} pixels, stride {occlusion.stride}"
     )
-    return figure
+    return fonts.prepare(figure)
 
 
 def _square_of_largest_change(occlusion: Occlusion) -> "Rectangle":

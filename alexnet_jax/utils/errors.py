@@ -4,6 +4,7 @@ import functools
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,15 +21,16 @@ class UserError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """Returns an error's text on one line."""
-    return " ".join(str(error).split())
+    """Returns an error's text on one line, without a terminal's color codes."""
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error)).split())
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
     """Decorates a command's `main`: prints a `UserError` as one line and exits with code 2.
 
-    Ctrl-C outside of training exits with 130. All other exceptions are bugs: they keep their
-    traceback and exit with 1. `main` returns the exit code; None means 0.
+    So are a device that is missing, occupied or too small. Ctrl-C outside of training exits with
+    130. All other exceptions are bugs: they keep their traceback and exit with 1. `main` returns
+    the exit code; None means 0.
     """
 
     @functools.wraps(main)
@@ -45,10 +47,47 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
             _exit(EXIT_USER_ERROR, f"error: {error}")
         except KeyboardInterrupt:
             _exit(EXIT_KILLED_BY_CTRL_C, "interrupted")
-        except Exception:
+        except Exception as error:
+            if explained := _device_fault(error):
+                _exit(EXIT_USER_ERROR, f"error: {explained}")
             _exit(1, traceback.format_exc().rstrip())
 
     return command
+
+
+def _device_fault(error: Exception) -> str | None:
+    """Returns a sentence about a device that is missing, occupied or too small; else None."""
+    if not isinstance(error, (AssertionError, RuntimeError)):  # JAX's have one of these types
+        return None
+    import jax
+
+    try:
+        # If JAX could not start a platform, this fails again. Otherwise it returns at once.
+        device = f"the {jax.devices()[0].platform} device"
+    except (AssertionError, RuntimeError) as again:
+        asked = os.environ.get("JAX_PLATFORMS")
+        what = f"the platform of JAX_PLATFORMS={asked}" if asked else "its platform"
+        detail = f" ({one_line(again)[:200]})" if str(again) else ""
+        return (
+            f"JAX cannot start {what}{detail}; install what it needs, such as a driver and "
+            "pip install 'jax[cuda13]' for cuda, end other programs that use the device, or set "
+            "JAX_PLATFORMS=cpu"
+        )
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        status = str(error).partition(":")[0]  # the name of a gRPC status code
+        if status == "RESOURCE_EXHAUSTED":
+            return (
+                f"{device} has too little free memory ({one_line(error)[:150]}); end other "
+                "programs that use it, or choose a smaller batch (in training, "
+                "optimizer.accumulate_steps saves memory too)"
+            )
+        # Libraries such as cuDNN could not start. Between processes it has other causes.
+        if status == "FAILED_PRECONDITION" and jax.process_count() == 1:
+            return (
+                f"{device} cannot be used ({one_line(error)[:150]}); end other programs that use "
+                "it, or set JAX_PLATFORMS=cpu"
+            )
+    return None
 
 
 def exit_now(code: int, message: str) -> NoReturn:

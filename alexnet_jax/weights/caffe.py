@@ -60,6 +60,15 @@ LRN_OF_BOTH = LRN_DEFAULTS | {"alpha": 1e-4}
 CAFFE_VARIANTS = ("paper", "caffenet")
 
 
+def starts_net(head: bytes) -> bool:
+    """Returns whether a file may be a network: it starts with the name, or with a layer.
+
+    No pickle starts with these bytes.
+    """
+    name, v1_layer, layer = b"\x0a", b"\x12", b"\xa2\x06"  # field number · 8 + 2, as a varint
+    return head.startswith((name, v1_layer, layer))
+
+
 def read(path: Path) -> tuple[str, ChannelsFirst]:
     """Returns the variant and its weights, for RGB images.
 

@@ -119,5 +119,5 @@ def load(path: Path) -> Any:
     except Exception as error:  # a damaged or hostile pickle can raise anything
         raise UserError(
             f"{path} cannot be read as a Python 2 pickle ({one_line(error)[:100]}); "
-            "it is damaged or has another format: copy it again"
+            "it is damaged or has another format: copy it again, or see the formats in --help"
         ) from error

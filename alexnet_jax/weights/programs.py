@@ -58,10 +58,13 @@ CUDA_CONVNET = Program(cuda_convnet.read, 224, caffe.CHANNEL_MEAN, image_mean="i
 
 
 def program_of(source: Path) -> Program:
-    """Returns the program that wrote a file, according to the file's suffix."""
-    if source.suffix in torchvision.SUFFIXES:
+    """Returns the program that wrote a file, according to its content and then its suffix."""
+    if source.is_dir():
+        return CUDA_CONVNET
+    head, suffix = torchvision.read_head(source), source.suffix.lower()
+    if torchvision.format_of(head) or suffix in torchvision.SUFFIXES:
         return TORCHVISION
-    return CAFFE if source.suffix == ".caffemodel" else CUDA_CONVNET
+    return CAFFE if suffix == ".caffemodel" or caffe.starts_net(head) else CUDA_CONVNET
 
 
 def read_mean(
@@ -78,8 +81,9 @@ def read_mean(
     """
     if program.image_mean is None:
         raise UserError(f"torchvision's alexnet has no mean image; omit --mean {path}")
-    is_bgr = path.suffix == ".binaryproto"
-    if path.suffix == ".npy":
+    suffix = path.suffix.lower()
+    is_bgr = suffix == ".binaryproto"
+    if suffix == ".npy":
         mean, is_bgr = _read_npy(path), program is CAFFE
     else:
         mean = (caffe if is_bgr else cuda_convnet).read_mean(path)
