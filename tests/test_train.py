@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import evaluate
 from alexnet_jax.data import prepare
 from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.utils import process
 from alexnet_jax.utils.errors import (
     EXIT_KILLED_BY_CTRL_C,
     EXIT_STOPPED,
@@ -269,6 +271,16 @@ def test_visualize_data_draws_the_first_batch_of_a_run(undisturbed, digits, tmp_
     drawn = [np.asarray(Image.open(w / "samples.png")) for w in (tmp_path, workdir)]
     np.testing.assert_array_equal(*drawn)
     assert drawn[0].std() > 20
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_gpu_sets_its_compiler_option(wanted, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--of_the_user=1")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    process.set_up(wanted)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert ("--xla_gpu_deterministic_ops=true" in flags) == wanted
+    assert flags[-1] == "--of_the_user=1"  # so that it takes precedence
 
 
 QUICKSTART = ("--config", "configs/quickstart.py")

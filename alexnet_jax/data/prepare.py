@@ -52,7 +52,6 @@ from alexnet_jax.data.store import (
     File,
     Store,
     identity_of,
-    is_url,
     needs_preparation,
     open_kvstore,
     open_store,
@@ -65,6 +64,7 @@ from alexnet_jax.data.store import (
     write_image_metadata,
 )
 from alexnet_jax.utils import distributed
+from alexnet_jax.utils.buckets import is_url
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import explain_write_errors
 

@@ -26,7 +26,8 @@ from crc32c import crc32c
 
 from alexnet_jax.config import FOLDER_PREFIX, folder_path
 from alexnet_jax.data.decode import is_image
-from alexnet_jax.data.store import File, Store, expand_dir, is_url
+from alexnet_jax.data.store import File, Store, expand_dir
+from alexnet_jax.utils.buckets import is_url
 from alexnet_jax.utils.errors import UserError, one_line
 from alexnet_jax.utils.files import files_below, printable
 

@@ -47,6 +47,7 @@ from alexnet_jax.data.shards import (
     shard_key,
     slots_per_shard,
 )
+from alexnet_jax.utils.buckets import is_url
 from alexnet_jax.utils.errors import UserError, one_line
 from alexnet_jax.utils.files import printable
 
@@ -331,11 +332,6 @@ def expand_dir(data_dir: str) -> str:
     if printable(path) != path:
         raise UserError(f"the name of {printable(path)} is not UTF-8; choose another data_dir")
     return path
-
-
-def is_url(path: str) -> bool:
-    """Returns whether `path` is a URL such as gs://bucket/folder."""
-    return "://" in path
 
 
 # The files of a store besides its shards
