@@ -21,7 +21,7 @@ import numpy as np
 
 from alexnet_jax import inference
 from alexnet_jax.data import augment
-from alexnet_jax.utils import process
+from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.weights import layouts, torchvision
 from alexnet_jax.weights.programs import program_of, read_mean
@@ -122,8 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, help="file of weights, or workdir")
-    parser.add_argument("target", type=Path, help="new workdir, or new .pth or .safetensors file")
+    parser.add_argument("source", type=buckets.readable, help="file of weights, or workdir")
+    parser.add_argument(
+        "target", type=buckets.local, help="new workdir, or new .pth or .safetensors file"
+    )
     parser.add_argument(
         "--class-names",
         type=Path,

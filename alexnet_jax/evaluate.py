@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--data-dir", help="folder with the prepared data (default: data_dir of the config)"
     )
     parser.add_argument(
-        "--out", type=Path, help="folder for the results (default: the first workdir)"
+        "--out", type=buckets.local, help="folder for the results (default: the first workdir)"
     )
     args = parser.parse_args(argv)
     process.set_up()

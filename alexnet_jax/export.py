@@ -195,7 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "workdir", type=buckets.readable, help="workdir of a training run or of alexnet_jax.convert"
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help=f"ends in {', '.join(FORMATS)}")
+    parser.add_argument(
+        "file", type=buckets.local, metavar="FILE", help=f"ends in {', '.join(FORMATS)}"
+    )
     parser.add_argument(
         "--step",
         type=int,

@@ -23,6 +23,7 @@ from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import needs_preparation, open_store, store_path
 from alexnet_jax.models.alexnet import DTYPES
 from alexnet_jax.training import sharding
+from alexnet_jax.utils import buckets
 from alexnet_jax.utils.errors import UserError, exits_cleanly
 from alexnet_jax.utils.files import explain_write_errors
 
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--layouts", nargs="+", help="for example mesh.data or mesh.zero,bfloat16; default: all"
     )
-    parser.add_argument("--workdir", type=Path, help="default: runs/<config name>_plan")
+    parser.add_argument("--workdir", type=buckets.local, help="default: runs/<config name>_plan")
     config, args = configs.parse(argv, parser)
     layouts = choose_layouts(args.layouts)
     jax.config.update("jax_platforms", "cpu")

@@ -227,12 +227,14 @@ def _make_parser() -> argparse.ArgumentParser:
         picture = pictures.add_parser(name, parents=parents, help=text, description=text)
         picture.set_defaults(draw=draw)
         if out:
-            picture.add_argument("--out", type=Path, metavar="FILE.png", help=f"default: {out}")
+            picture.add_argument(
+                "--out", type=buckets.local, metavar="FILE.png", help=f"default: {out}"
+            )
         return picture
 
     picture = add("data", data)
     _add_config(picture, required=True)
-    picture.add_argument("--workdir", type=Path, help="default: runs/<config name>")
+    picture.add_argument("--workdir", type=buckets.local, help="default: runs/<config name>")
     add("filters", filters, of_network, out="WORKDIR/filters.png")
     picture = add("features", features, of_network, out="WORKDIR/features.png")
     picture.add_argument("image", type=Path, metavar="IMAGE", help=IMAGE_HELP)

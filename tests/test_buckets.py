@@ -8,7 +8,7 @@ from commands import OFTEN, signalled_at, train
 from gcs import bucket_server
 from test_train import assert_same_run
 
-from alexnet_jax import inference, visualize
+from alexnet_jax import convert, evaluate, export, inference, plan, visualize
 from alexnet_jax.utils import buckets
 from alexnet_jax.utils.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
@@ -132,6 +132,24 @@ def test_unfinished_checkpoint_in_the_bucket_is_not_used(objects, quick):
     with buckets.local_copy(URL) as folder:
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["5"]
     assert not under(objects, "checkpoints/7/")
+
+
+WRITERS = [
+    (visualize.main, ["network", "--config=quickstart", "--out=gs://bucket/x.png"]),
+    (visualize.main, ["data", "--config=quickstart", "--workdir=gs://bucket/run"]),
+    (evaluate.main, ["runs/quickstart", "--out=gs://bucket/x"]),
+    (export.main, ["runs/quickstart", "gs://bucket/x.onnx"]),
+    (convert.main, ["weights.pth", "gs://bucket/run"]),
+    (plan.main, ["--config=quickstart", "--workdir=gs://bucket/plan", "--topology=v5e:2x2"]),
+]
+
+
+@pytest.mark.parametrize(("command", "argv"), WRITERS)
+def test_other_commands_do_not_write_to_buckets(command, argv, capsys):
+    with pytest.raises(SystemExit) as exited:
+        command(argv)
+    assert exited.value.code == EXIT_USER_ERROR
+    assert "cannot write to gs://bucket/" in capsys.readouterr().err
 
 
 def test_bucket_without_access_is_reported_in_one_sentence(digits, tmp_path, monkeypatch):

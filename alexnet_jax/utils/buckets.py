@@ -72,6 +72,13 @@ def readable(workdir: str | Path) -> Path:
     return folder
 
 
+def local(path: str) -> Path:
+    """Returns a path to write to. Raises UserError if it is a URL. A type of arguments too."""
+    if is_url(path):
+        raise UserError(f"this command cannot write to {path}; name a local path")
+    return Path(path)
+
+
 def folder_for_results(workdir: Path) -> Path:
     """Returns where a command writes by default: the workdir, or the current folder if the workdir
     was downloaded from a bucket.
