@@ -88,15 +88,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 
         # ---- Claim the workdir, and open the data, which may have to be prepared first ---------
         # The workdir first: two runs that write to one workdir would lose each other's work.
-        if in_bucket:
+        if in_bucket:  # what a run writes is a file, so it works in a local copy
             workdir = resources.enter_context(buckets.local_copy(str(workdir)))
         workdir = Path(workdir).expanduser()
+        source = finetune.load_source(config, model, workdir)
         resources.enter_context(explain_write_errors(workdir, "another --workdir", DISK_FULL))
         if is_first:
             resources.enter_context(claim_workdir(workdir, config))
         if not in_bucket:
             distributed.check_shared(workdir)
-        source = finetune.load_source(config, model, workdir)
         summary = format_layer_table(layers) + finetune.describe_frozen(config, layers)
         distributed.say(f"AlexNet, variant {config.model.variant}:\n{summary}\n")
         stores = open_or_prepare(config)
