@@ -109,7 +109,7 @@ def test_values_of_all_layers_and_logits(reference, params, size):
 @pytest.mark.parametrize("size", [64, 127, 224, 256])
 def test_gradients(reference, params, size):
     """A value at ReLU's zero, or a tie in a pooling window, sends a gradient elsewhere if it is
-    rounded differently. That happens for some images, so the best of three batches counts.
+    rounded differently. That happens for some images, so one of three batches must agree.
     """
     labels = np.array([3, 7])
 
@@ -133,4 +133,4 @@ def test_gradients(reference, params, size):
         )
         return max(jax.tree.leaves(errors))
 
-    assert min(largest_error(images(size, seed=seed)) for seed in range(3)) < 1e-4
+    assert any(largest_error(images(size, seed=seed)) < 1e-4 for seed in range(3))
