@@ -67,7 +67,7 @@ def test_run_in_a_bucket_is_stopped_and_continues_like_one_on_a_disk(
     assert (tmp_path / "filters.png").is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_resumes_when_its_lock_expires(objects, undisturbed, digits):
     signalled_at(digits, URL, "step     37", 9, *OFTEN)
     assert ".lock" in under(objects, "")

@@ -95,7 +95,7 @@ def traced(dtype):
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize(
     ("dtype", "element"),
-    [pytest.param("float32", "f32", marks=pytest.mark.slow), ("bfloat16", "bf16")],
+    [pytest.param("float32", "f32", marks=pytest.mark.long), ("bfloat16", "bf16")],
 )
 def test_accelerators_get_ordinary_convolutions_and_products(platform, dtype, element):
     """In the model's dtype, without loops, calls to the host, float64 or layout changes."""

@@ -180,7 +180,7 @@ def test_gradients_that_no_layer_needs_are_not_computed(
     assert count == {"convolution": convolutions, "dot_general": products + 1}  # color noise
 
 
-@pytest.mark.parametrize("kind", [pytest.param("pmap", marks=pytest.mark.slow), "mesh.data"])
+@pytest.mark.parametrize("kind", [pytest.param("pmap", marks=pytest.mark.long), "mesh.data"])
 def test_gradients_of_frozen_layers_are_not_sent_between_devices(kind):
     def bytes_added_up(freeze):
         c = quickstart(freeze=freeze, parallel=kind, **{"model.variant": "single"})
@@ -340,7 +340,7 @@ OPTIONS = (
 STEPS = 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stopped_run_resumes_bitwise_on_eight_devices_without_its_source(created, digits, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(created, source)

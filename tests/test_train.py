@@ -249,7 +249,7 @@ def test_finished_run_continues_with_more_epochs(undisturbed, digits, tmp_path):
     assert_same_run(tmp_path, undisturbed[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_second_start_uses_compiled_programs_of_the_first(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")

@@ -113,8 +113,8 @@ def train_on_one_device(variant):
         *(("paper", kind) for kind in MULTI_DEVICE_KINDS),
         ("bn", "mesh.data"),
         ("bn", "pmap"),
-        pytest.param("bn", "mesh.zero", marks=pytest.mark.slow),
-        pytest.param("owt", "mesh.hybrid", marks=pytest.mark.slow),
+        pytest.param("bn", "mesh.zero", marks=pytest.mark.long),
+        pytest.param("owt", "mesh.hybrid", marks=pytest.mark.long),
     ],
 )
 def test_every_kind_on_eight_devices_equals_one_device(variant, kind):
@@ -130,7 +130,7 @@ def test_every_kind_on_eight_devices_equals_one_device(variant, kind):
         assert a == pytest.approx(b, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_norms_are_those_of_whole_arrays_where_kernels_are_sharded():
     """LARS computes a norm of each kernel, clipping one of all gradients."""
     fields = {"optimizer.kind": "lars", "optimizer.clip_norm": 0.5}
