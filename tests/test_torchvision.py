@@ -95,7 +95,9 @@ def test_values_of_all_layers_and_logits(reference, params, size):
     x = images(size)
     with torch.no_grad():
         theirs = torch_outputs(reference, torch.from_numpy(x).permute(0, 3, 1, 2))
-    logits, ours = jax.jit(lambda x: MODEL.apply({"params": params}, x, features=NAMES))(x)
+    # An argument and not a constant, with which compiling takes much longer.
+    apply = jax.jit(lambda params, x: MODEL.apply({"params": params}, x, features=NAMES))
+    logits, ours = apply(params, x)
     for name in NAMES:
         want = theirs[name].numpy()
         if want.ndim == 4:
@@ -114,12 +116,10 @@ def test_gradients(reference, params, size):
     labels = np.array([3, 7])
 
     @jax.jit
-    def gradients(x):
-        def loss(params):
-            logits = MODEL.apply({"params": params}, x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-        return jax.grad(loss)(params)
+    @jax.grad
+    def gradients(params, x):
+        logits = MODEL.apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def largest_error(x):
         reference.zero_grad()
@@ -128,7 +128,7 @@ def test_gradients(reference, params, size):
         theirs = from_torch({name: p.grad for name, p in reference.named_parameters()})
         errors = jax.tree.map(
             lambda ours, want: np.linalg.norm(ours - want) / np.linalg.norm(want),
-            gradients(x),
+            gradients(params, x),
             theirs,
         )
         return max(jax.tree.leaves(errors))
