@@ -330,16 +330,23 @@ def serve(page: "gradio.Blocks", listener: socket.socket) -> None:
         ),
     )
 
+    received: list[int] = []
+
     class Server(uvicorn.Server):
-        def handle_exit(self, *signal_and_frame: Any) -> None:
+        def handle_exit(self, number: int, frame: Any) -> None:
+            received.append(number)
             # Open pages hold event streams, for which uvicorn would wait.
             app.routes[-1].app.stop_event.set()
-            super().handle_exit(*signal_and_frame)
+            super().handle_exit(number, frame)
 
     server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     host, port = listener.getsockname()[:2]
     print(f"serving http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
     server.run(sockets=[listener])
+    # uvicorn raises a signal again when it has stopped, but within asyncio, which lost it once on a
+    # busy machine.
+    for number in received:
+        signal.raise_signal(number)
 
 
 def delete_older(folder: Path, seconds: float) -> None:
