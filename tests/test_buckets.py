@@ -118,14 +118,15 @@ def test_changes_and_complete_checkpoints_are_copied(objects, quick):
         (folder / "checkpoints" / "1" / "state").rmdir()
         (folder / "checkpoints" / "1").rmdir()
         wait_until(lambda: not under(objects, "checkpoints/1/"))
-    complete = {"metrics.jsonl", "checkpoints/2/state/w", "checkpoints/2/.part_0_of_1"}
-    assert under(objects, "") == complete
+    ours = {"checkpoints/2/.begun", "checkpoints/2/.part_0_of_1"}
+    assert under(objects, "") == {"metrics.jsonl", "checkpoints/2/state/w", *ours}
     assert objects["runs/here/metrics.jsonl"] == b"1 2"
 
 
 def test_unfinished_checkpoint_in_the_bucket_is_not_used(objects, quick):
     """Process 1 of two was killed before it had copied its part of step 7."""
-    for name in ("5/state/a", "5/.part_0_of_2", "5/.part_1_of_2", "7/state/a", "7/.part_0_of_2"):
+    names = ("state/a", ".begun", ".part_0_of_2", ".part_1_of_2")
+    for name in (*(f"5/{name}" for name in names), *(f"7/{name}" for name in names[:3])):
         objects[f"runs/here/checkpoints/{name}"] = b""
     folder = buckets.readable(URL)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["5"]
@@ -150,6 +151,14 @@ def test_other_commands_do_not_write_to_buckets(command, argv, capsys):
         command(argv)
     assert exited.value.code == EXIT_USER_ERROR
     assert "cannot write to gs://bucket/" in capsys.readouterr().err
+
+
+def test_workdir_that_was_copied_to_a_bucket_continues_there(objects, quick):
+    for name in ("config.json", "checkpoints/7/state/a", "checkpoints/9/state/a"):
+        objects[f"runs/here/{name}"] = b"x"
+    with buckets.local_copy(URL) as folder:
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["7", "9"]
+    assert under(objects, "checkpoints/") == {"7/state/a", "9/state/a"}
 
 
 def test_bucket_without_access_is_reported_in_one_sentence(digits, tmp_path, monkeypatch):

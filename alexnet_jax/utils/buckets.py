@@ -5,10 +5,12 @@ run works in a local folder, and this module copies to the bucket what changes t
 background and through TensorStore. Objects have the names of files. Two more kinds exist:
 
     .lock                                of the run that writes here now
-    checkpoints/<step>/.part_<i>_of_<n>  process i has copied all that it saved of this checkpoint
+    checkpoints/<step>/.begun            a process has begun to copy this checkpoint
+    checkpoints/<step>/.part_<i>_of_<n>  process i has copied all that it saved of it
 
-A checkpoint counts when all its parts are there. Without a barrier between processes, a run that is
-killed at any moment leaves the latest complete checkpoint in the bucket.
+A checkpoint that was begun counts when all its parts are there. Without a barrier between
+processes, a run that is killed at any moment leaves the latest complete checkpoint in the bucket. A
+checkpoint without these objects was copied by another program, and counts too.
 """
 
 import atexit
@@ -37,6 +39,7 @@ LOCK_EXPIRES_S = 40.0  # its holder renews it four times as often
 REQUESTS_IN_FLIGHT = 16
 
 PART = re.compile(r"checkpoints/(\d+)/\.part_\d+_of_(\d+)")
+BEGUN = re.compile(r"checkpoints/(\d+)/\.begun")
 
 _downloads: list[Path] = []
 
@@ -238,6 +241,8 @@ class _Uploader:
     def copy(self) -> None:
         """Copies all files that changed since the last call."""
         changes = {n: c for n, c in self._changes().items() if self._copied.get(n) != c}
+        for step in {_step(name) for name in changes} - {None, *self._marked}:
+            self._objects.write(f"checkpoints/{step}/.begun", b"").result()
         # Files of checkpoints last: the metrics in the bucket must not be older than they are.
         for names in _batches(sorted(changes, key=lambda n: (n.startswith("checkpoints/"), n))):
             writes = {}
@@ -299,9 +304,8 @@ def _download(objects: ts.KvStore, folder: Path) -> int:
     """Downloads all objects except unfinished checkpoints. Returns their number."""
     names = _list(objects)
     steps = _complete_steps(names)
-    wanted = [
-        n for n in names if _step(n) in (None, *steps) and "/.part_" not in n and n != ".lock"
-    ]
+    ours = {n for n in names if PART.fullmatch(n) or BEGUN.fullmatch(n)} | {".lock"}
+    wanted = [n for n in names if _step(n) in (None, *steps) and n not in ours]
     for batch in _batches(wanted):
         reads = [(name, objects.read(name)) for name in batch]
         for name, read in reads:
@@ -322,19 +326,24 @@ def _step(name: str) -> int | None:
 
 
 def _complete_steps(names: Iterable[str]) -> set[int]:
+    names = list(names)
     parts: dict[tuple[int, int], int] = defaultdict(int)
     for name in names:
         if found := PART.fullmatch(name):
             parts[int(found[1]), int(found[2])] += 1
-    return {step for (step, count), found in parts.items() if found == count}
+    begun = {int(found[1]) for found in map(BEGUN.fullmatch, names) if found}
+    foreign = {step for step in map(_step, names) if step is not None} - begun
+    return foreign | {step for (step, count), found in parts.items() if found == count}
 
 
 def _delete_other_steps(objects: ts.KvStore, keep: set[int]) -> None:
     for step in {_step(name) for name in _list(objects)} - {None, *keep}:
+        # In this order, so that a checkpoint that was deleted in part does not count.
         prefix = f"checkpoints/{step}/"
-        # The marks first: a checkpoint that is deleted in part must not count.
-        objects.delete_range(ts.KvStore.KeyRange(f"{prefix}.", f"{prefix}/")).result()
-        objects.delete_range(ts.KvStore.KeyRange(prefix, f"checkpoints/{step}0")).result()
+        objects.write(f"{prefix}.begun", b"").result()
+        for first, end in ((".part", ".paru"), ("/", "\x7f")):
+            objects.delete_range(ts.KvStore.KeyRange(prefix + first, prefix + end)).result()
+        objects.write(f"{prefix}.begun", None).result()
 
 
 def _local_steps(folder: Path) -> set[int]:
