@@ -380,6 +380,7 @@ def test_processes_without_a_shared_workdir_are_rejected(digits, tmp_path):
     assert not list(tmp_path.rglob(".seen-by-all*"))
 
 
+@pytest.mark.pods
 def test_processes_save_to_a_bucket(undisturbed, digits, tmp_path, monkeypatch):
     """With mesh.zero each process copies shards that the other does not have."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))

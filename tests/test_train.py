@@ -437,7 +437,7 @@ def test_imagenet_without_its_archives_names_files_and_folder(tmp_path):
         assert text in done.stderr.splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quickstart_learns_the_digits_within_three_epochs(digits, tmp_path):
     done = run(
         *(sys.executable, "train.py", "--config", "configs/quickstart.py"),
