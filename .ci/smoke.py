@@ -31,13 +31,13 @@ BIN = Path(sys.executable).parent
 def help_of(command: str) -> str:
     """Runs the script that pip made, in this process, since each would import JAX for seconds."""
     sys.argv = [command, "--help"]
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
         try:
             runpy.run_path(str(BIN / command), run_name="__main__")
         except SystemExit as leaving:
             assert not leaving.code, f"{command} --help left with {leaving.code}"
-    return told.getvalue()
+    return printed.getvalue()
 
 
 def write_images() -> None:
@@ -73,9 +73,9 @@ def main() -> None:
         assert "usage: " in help_of(command), command
     write_images()
     assert "finished at step 4" in run("alexnet-train", *SMALL_RUN)
-    told = run("alexnet-predict", "--json", "runs/quickstart", "images/val/dark/0.jpg")
-    first = json.loads(told)["predictions"][0]
-    assert first["class"] in ("dark", "bright"), told
+    output = run("alexnet-predict", "--json", "runs/quickstart", "images/val/dark/0.jpg")
+    first = json.loads(output)["predictions"][0]
+    assert first["class"] in ("dark", "bright"), output
     assert "wrote net.jaxexport" in run("alexnet-export", "runs/quickstart", "net.jaxexport")
     print(f"{len(commands)} commands help, training and export end, a prediction: {first}")
 

@@ -42,7 +42,12 @@ from alexnet_jax.training.train_step import (
 )
 from alexnet_jax.utils import buckets, distributed, process
 from alexnet_jax.utils.errors import EXIT_STOPPED, UserError, exits_cleanly
-from alexnet_jax.utils.files import DISK_FULL, atomic_write, explain_write_errors
+from alexnet_jax.utils.files import (
+    DISK_FULL,
+    atomic_write,
+    checkpoint_steps,
+    explain_write_errors,
+)
 
 # Steps that may be dispatched and not finished. The loop prepares the next batches meanwhile;
 # without a limit their inputs would pile up in device memory.
@@ -416,8 +421,7 @@ def check_data_unchanged(workdir: Path, stores: dict[str, Store], stats: Statist
     """
     path = workdir / "data.json"
     identities = {use: store.identity for use, store in stores.items()}
-    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-    if max(steps, default=0) > 0:  # a converted network has step 0
+    if max(checkpoint_steps(workdir), default=0) > 0:  # a converted network has step 0
         try:
             saved = json.loads(path.read_text())
             differing = [use for use, identity in identities.items() if saved[use] != identity]

@@ -85,10 +85,9 @@ def _space_to_depth(
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)
 MAX_TAPS = len(POINTS) - 1
 PART = 32  # images whose products are in memory at once
-# Up to so many parts, the loop over them is unrolled, over consecutive images. XLA then fuses
-# reading a part with the additions that follow: a training step takes a tenth less time. More
-# parts are a loop of the compiled program, because every backend traces this code, also with a
-# pod's batch.
+# The loop over at most this many parts is unrolled, over consecutive images. XLA then fuses reading
+# a part with the additions that follow, which saves a tenth of a training step. More parts are a
+# loop of the compiled program, because every backend traces this code, also with a pod's batch.
 MAX_UNROLLED = 16
 
 

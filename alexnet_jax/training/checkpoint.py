@@ -30,6 +30,7 @@ from alexnet_jax.training.optimizer import without_frozen
 from alexnet_jax.training.train_step import TrainState
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError, one_line
+from alexnet_jax.utils.files import checkpoint_steps
 
 # Orbax lets each device write a part of a replicated array, for which it compiles one program per
 # device. At the first save this takes seconds, which only pays off for large parts.
@@ -296,7 +297,7 @@ class Checkpoints:
 
 def has_checkpoint(workdir: Path) -> bool:
     """Returns whether a workdir has a complete checkpoint. Needs no other process."""
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    return bool(checkpoint_steps(workdir))
 
 
 @functools.cache

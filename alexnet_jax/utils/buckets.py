@@ -33,6 +33,7 @@ from jax.experimental import multihost_utils
 
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import EXIT_USER_ERROR, UserError, exit_now, one_line
+from alexnet_jax.utils.files import checkpoint_steps
 
 COPY_EVERY_S = 10.0
 LOCK_EXPIRES_S = 40.0  # its holder renews it four times as often
@@ -227,7 +228,7 @@ class _Uploader:
         self._part = part
         self._deletes = deletes
         self._copied = self._changes()  # has just been downloaded
-        self._marked = set(_local_steps(folder))
+        self._marked = checkpoint_steps(folder)
         self.stop = threading.Event()
 
     def run(self) -> None:
@@ -253,10 +254,10 @@ class _Uploader:
             for name, write in writes.items():
                 write.result()
                 self._copied[name] = changes[name]
-        steps = _local_steps(self._folder)
+        steps, now = checkpoint_steps(self._folder), self._changes()
         for step in steps - self._marked:
             prefix = f"checkpoints/{step}/"
-            files = {n: c for n, c in self._changes().items() if n.startswith(prefix)}
+            files = {n: c for n, c in now.items() if n.startswith(prefix)}
             if files and files.items() <= self._copied.items():
                 self._objects.write(f"{prefix}.part_{self._part}", b"").result()
                 self._marked.add(step)
@@ -344,10 +345,6 @@ def _delete_other_steps(objects: ts.KvStore, keep: set[int]) -> None:
         for first, end in ((".part", ".paru"), ("/", "\x7f")):
             objects.delete_range(ts.KvStore.KeyRange(prefix + first, prefix + end)).result()
         objects.write(f"{prefix}.begun", None).result()
-
-
-def _local_steps(folder: Path) -> set[int]:
-    return {int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()}
 
 
 def _batches(names: list[str]) -> Iterator[list[str]]:

@@ -13,6 +13,14 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
+def checkpoint_steps(workdir: Path) -> set[int]:
+    """Returns the steps of the complete checkpoints in a workdir.
+
+    Orbax gives the folder of a checkpoint its number only when it is complete.
+    """
+    return {int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()}
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, with the suffix of `path`, that then replaces `path`.
