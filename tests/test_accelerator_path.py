@@ -38,7 +38,7 @@ TOLERANCE = 1e-3
 CONV1_BIAS_TOLERANCE = 0.1
 # The functions whose default must have run, by variant.
 CONV, DENSE, POOL = "conv", "dense", "max_pool"
-LRN = "channel_sum_by_matrix"
+LRN = "channel_sum_by_slices"
 USED = {
     "paper": {CONV, DENSE, POOL, LRN},
     "owt": {CONV, DENSE, POOL},

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 from gradients import output_and_gradients
 
+from alexnet_jax.models import gpu_kernels
 from alexnet_jax.models.layers import (
     adaptive_avg_pool,
     ceil_padding,
@@ -20,6 +21,7 @@ from alexnet_jax.models.layers import (
     dropout_mask,
     local_response_norm,
     max_pool,
+    relu,
     within_map_norm,
 )
 
@@ -122,6 +124,20 @@ def test_norms_in_bfloat16_round_only_the_result(norm):
     assert jnp.array_equal(got, norm(a.astype(jnp.float32)).astype(jnp.bfloat16))
 
 
+def test_lrn_gradient_in_bfloat16_is_near_that_in_float32():
+    """One part of it is a sum of rounded terms."""
+    a, dy = (jnp.asarray(activations((2, 7, 7, 16), s), jnp.bfloat16) for s in (30.0, 1.0))
+
+    def gradient(a):
+        _, vjp = jax.vjp(lambda a: local_response_norm(a, k=2.0, alpha=1e-4), a)
+        return vjp(dy.astype(a.dtype))[0]
+
+    want = gradient(a.astype(jnp.float32))
+    error = jnp.abs(gradient(a).astype(jnp.float32) - want)
+    assert gradient(a).dtype == jnp.bfloat16
+    assert float(error.max() / jnp.abs(want).max()) < 2**-8
+
+
 @pytest.mark.parametrize(
     ("length", "pooled"),
     [(55, 27), (27, 13), (13, 6), (32, 16), (16, 8), (8, 4), (24, 12), (12, 6), (14, 7), (3, 1)],
@@ -147,21 +163,34 @@ def test_max_pool_and_its_gradient_match_flax_bitwise(shape, dtype, ceil):
     x = jax.random.randint(keys[0], shape, -2, 3).astype(dtype)
     pads = [ceil_padding(length, 3, 2) if ceil else (0, 0) for length in shape[1:3]]
     want, flax_vjp = jax.vjp(lambda x: nn.max_pool(x, (3, 3), (2, 2), pads), x)
-    got, vjp = jax.vjp(lambda x: max_pool(x, ceil=ceil), x)
     dy = jax.random.randint(keys[1], want.shape, -8, 9).astype(dtype)
-    for ours, flax in ((got, want), (*vjp(dy), *flax_vjp(dy))):
-        assert ours.dtype == flax.dtype
-        assert jnp.array_equal(ours, flax)
+    for pool in (
+        lambda x: max_pool(x, ceil=ceil),  # here, on CPU
+        lambda x: gpu_kernels.max_pool(x, tuple(pads)),
+    ):
+        got, vjp = jax.vjp(pool, x)
+        for ours, flax in ((got, want), (*vjp(dy), *flax_vjp(dy))):
+            assert ours.dtype == flax.dtype
+            assert jnp.array_equal(ours, flax)
 
 
-def test_max_pool_on_other_backends_is_flax_s():
-    def windows(f):
-        program = jax.jit(f).trace(jnp.zeros((2, 8, 7, 3))).lower(lowering_platforms=("cuda",))
-        return re.findall(r"reduce_window.*<{(.*)}>", program.as_text())
+@pytest.mark.parametrize(("platform", "scatters"), [("tpu", 1), ("cuda", 0), ("rocm", 0)])
+def test_max_pool_is_flax_s_on_tpu_and_scatters_nothing_on_gpu(platform, scatters):
+    """On TPU, select-and-scatter is an instruction that the compiler knows well."""
+    gradient = jax.jit(jax.grad(lambda x: max_pool(x).sum()))
+    program = gradient.trace(jnp.zeros((2, 8, 7, 3))).lower(lowering_platforms=(platform,))
+    assert program.as_text().count('"stablehlo.select_and_scatter"') == scatters
 
-    flaxs = windows(lambda x: nn.max_pool(x, (3, 3), (2, 2), [(0, 1), (0, 0)]))
-    assert len(flaxs) == 1
-    assert windows(max_pool) == flaxs
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_relu_and_its_derivatives_are_those_of_jax(dtype):
+    x = jnp.array([-np.inf, -2, -0.0, 0, 1e-30, 3, np.inf], dtype)
+    t = jnp.arange(1, 8).astype(dtype)
+    want, flax_vjp = jax.vjp(nn.relu, x)
+    got, vjp = jax.vjp(relu, x)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(vjp(t)[0], flax_vjp(t)[0])
+    np.testing.assert_array_equal(jax.jvp(relu, (x,), (t,))[1], flax_vjp(t)[0])
 
 
 @pytest.mark.parametrize(

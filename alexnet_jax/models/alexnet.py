@@ -389,7 +389,9 @@ class AlexNet(nn.Module):
             case Dense():
                 return self._dense(name, layer, x)
             case ReLU():
-                return nn.relu(x)
+                # After batch norm the input need not be stored: what batch norm stores gives it.
+                normalized = BatchNorm() in layers_of(self.variant)
+                return nn.relu(x) if normalized else ops.relu(x)
             case Tanh():
                 return jnp.tanh(x)
             case LRN(k, alpha, groups):

@@ -3,7 +3,8 @@
 Flax supplies parameters and initialization. This module supplies what Flax lacks (local response
 normalization, rounding pooling up, the paper's dropout) and what the network needs to control
 (the dtype of gradients). Functions with a faster form on some backend choose it when a program is
-lowered for that backend (`jax.lax.platform_dependent`); the forms for CPU are in `cpu_kernels`.
+lowered for that backend (`jax.lax.platform_dependent`). The forms for CPU are in `cpu_kernels`, and
+that of pooling for GPU is in `gpu_kernels`.
 """
 
 import functools
@@ -18,7 +19,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float
 
-from alexnet_jax.models import cpu_kernels
+from alexnet_jax.models import cpu_kernels, gpu_kernels
 
 # ------------------------------------------------------------------------------------------
 # Convolutions and fully connected layers
@@ -120,6 +121,28 @@ def ceil_padding(length: int, size: int, stride: int) -> tuple[int, int]:
 
 
 # ------------------------------------------------------------------------------------------
+# Nonlinearity
+# ------------------------------------------------------------------------------------------
+
+
+@jax.custom_jvp
+def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """max(0, x), with a gradient of 0 at 0.
+
+    Unlike `jax.nn.relu`, its gradient depends on the output, which the next layer stores anyway.
+    So the input is not stored, and GPUs apply ReLU inside the convolution before it.
+    """
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # XLA knows that y > 0 where x > 0, and would store x after all; a barrier hides that.
+    y = jax.lax.optimization_barrier(relu(*primals))
+    return y, jnp.where(y > 0, tangents[0], 0)
+
+
+# ------------------------------------------------------------------------------------------
 # Normalization
 # ------------------------------------------------------------------------------------------
 
@@ -139,12 +162,14 @@ def local_response_norm(
     into as many towers and no window crosses from one to the next. The sum is computed in float32
     or wider, the result is in x's dtype.
     """
-    return _lrn(x.astype(cpu_kernels.wide(x)), k, alpha, beta, size, groups).astype(x.dtype)
+    return _lrn(x, k, alpha, beta, size, groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
 def _lrn(x: Array, k: float, alpha: float, beta: float, size: int, groups: int) -> Array:
-    return x * _power(k + alpha * _channel_sum(jnp.square(x), size, groups), beta)
+    a = x.astype(cpu_kernels.wide(x))
+    base = k + alpha * _channel_sum(jnp.square(a), size, groups)
+    return (a * _power(base, beta)).astype(x.dtype)
 
 
 def _lrn_forward(x: Array, *constants: Any) -> tuple[Array, Array]:
@@ -155,12 +180,23 @@ def _lrn_backward(
     k: float, alpha: float, beta: float, size: int, groups: int, x: Array, dy: Array
 ) -> tuple[Array]:
     # With s_i = k + α Σ_j a_j², the gradient is dy_i s_i^-β - 2 α β a_i Σ_j dy_j a_j s_j^(-β-1),
-    # where j runs over the same window. Only x is kept from the forward pass, because s is cheaper
-    # to compute again than to store.
-    base = k + alpha * _channel_sum(jnp.square(x), size, groups)
-    scaled = dy * _power(base, beta)
-    others = _channel_sum(scaled * x / base, size, groups)
-    return (scaled - 2 * alpha * beta * x * others,)
+    # where j runs over the same window. Only x is kept from the forward pass, in its own dtype:
+    # computing s again is cheaper than storing it. XLA would find that it is the same s each time
+    # and store it after all, so barriers hide that.
+    wide = cpu_kernels.wide(x)
+
+    def parts(x: Array) -> tuple[Array, Array, Array]:
+        a = x.astype(wide)
+        base = k + alpha * _channel_sum(jnp.square(a), size, groups)
+        return a, base, dy.astype(wide) * _power(base, beta)
+
+    a, base, scaled = parts(jax.lax.optimization_barrier(x))
+    # GPUs write these terms to memory before they add them up. This part of the gradient is small,
+    # so that rounding the terms to x's dtype changes the gradient less than rounding x did.
+    terms, x = jax.lax.optimization_barrier(((scaled * a / base).astype(x.dtype), x))
+    others = _channel_sum(terms.astype(wide), size, groups)
+    a, _, scaled = parts(x)
+    return ((scaled - 2 * alpha * beta * a * others).astype(x.dtype),)
 
 
 _lrn.defvjp(_lrn_forward, _lrn_backward)
@@ -178,7 +214,7 @@ def _channel_sum(x: Array, size: int, groups: int) -> Array:
     """Sum over windows of an odd number of channels, clipped at the edges of each tower."""
     by_slices = functools.partial(channel_sum_by_slices, size=size, groups=groups)
     by_matrix = functools.partial(channel_sum_by_matrix, size=size, groups=groups)
-    total: Array = jax.lax.platform_dependent(x, cpu=by_slices, default=by_matrix)
+    total: Array = jax.lax.platform_dependent(x, tpu=by_matrix, default=by_slices)
     return total
 
 
@@ -189,7 +225,7 @@ def channel_sum_by_slices(x: Array, size: int, groups: int) -> Array:
 
 
 def channel_sum_by_matrix(x: Array, size: int, groups: int) -> Array:
-    """The sum as a product with a band matrix of ones, which suits a TPU's matrix units."""
+    """The sum as a product with a band matrix of ones, for a TPU's matrix units."""
     channels = np.arange(x.shape[-1])
     towers = channels // (x.shape[-1] // groups)
     near = abs(np.subtract.outer(channels, channels)) <= size // 2
@@ -237,14 +273,15 @@ def max_pool(
     """
     pads = [ceil_padding(length, size, stride) if ceil else (0, 0) for length in x.shape[1:3]]
 
-    def default(x: Array) -> Array:
+    def by_flax(x: Array) -> Array:
         y: Array = nn.max_pool(x, (size,) * 2, (stride,) * 2, pads)
         return y
 
     if (size, stride) != (3, 2):
-        return default(x)
+        return by_flax(x)
     on_cpu = functools.partial(cpu_kernels.max_pool, pads=pads)
-    y: Array = jax.lax.platform_dependent(x, cpu=on_cpu, default=default)
+    on_gpu = functools.partial(gpu_kernels.max_pool, pads=tuple(pads))
+    y: Array = jax.lax.platform_dependent(x, cpu=on_cpu, tpu=by_flax, default=on_gpu)
     return y
 
 
