@@ -227,7 +227,7 @@ def log_probs(
       variables: of the network. An argument, so that they are not compiled as constants.
     """
     augment = dataclasses.replace(trained.augment, eval_views=views)
-    return log_probabilities(trained.model, variables, augment.views(images))
+    return log_probabilities(trained.model, variables, augment, images)
 
 
 def classifier(trained: Trained, views: str | None = None) -> OfImages:

@@ -34,3 +34,10 @@ def run(batch, c, s, seed=0):
     """Returns a batch augmented with a key for each image."""
     keys = jax.random.split(jax.random.PRNGKey(seed), len(batch))
     return np.asarray(jax.jit(make_augment(c, s))(batch, keys))
+
+
+def run_as_on_tpu(monkeypatch, *args):
+    """As `run`, by the code that is selected when a program is lowered for TPU."""
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *args, tpu, **others: tpu(*args))
+        return run(*args)

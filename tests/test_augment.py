@@ -1,13 +1,20 @@
 """Augmentation as the paper describes it (§4.1) and as run #145 computed it."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from augmenting import BORDER, CROP, SIZE, config, images, run, stats
+from augmenting import BORDER, CROP, SIZE, config, images, run, run_as_on_tpu, stats
 
 from alexnet_jax import config as configs
 from alexnet_jax.data.augment import make_augment, statistics
 from alexnet_jax.utils.errors import UserError
+
+
+def all_views(augment, batch):
+    return np.stack([augment.view(batch, number) for number in range(augment.num_views)])
 
 
 def find_crop(crop, image):
@@ -63,6 +70,27 @@ def test_channel_mean_is_subtracted_from_each_channel():
     crops = run(batch, config(mean="channel"), stats(mean))
     for crop, image in zip(crops, batch, strict=True):
         find_crop(crop + mean, image)
+
+
+@pytest.mark.parametrize("mean", ["image", "channel"])
+def test_crops_by_products_on_tpu_are_those_by_slices(mean, monkeypatch):
+    """For a network in bfloat16 the mean-subtracted images are rounded to it before the crop."""
+    means = np.random.default_rng(1).uniform(100, 130, (SIZE, SIZE, 3))
+    s, batch = stats(means if mean == "image" else means[0, 0]), images(32)
+    c = config(mean=mean, flip=True)
+    np.testing.assert_array_equal(run_as_on_tpu(monkeypatch, batch, c, s), run(batch, c, s))
+    c.model.dtype = "bfloat16"
+    by_products, by_slices = (
+        np.asarray(jnp.bfloat16(f(batch, c, s)), np.float32)
+        for f in (functools.partial(run_as_on_tpu, monkeypatch), run)
+    )
+    np.testing.assert_array_equal(by_products, by_slices)
+    noisy = config(mean=mean, flip=True, color_noise=1.0)
+    noisy.model.dtype = "bfloat16"
+    s = s._replace(noise_basis=np.eye(3, dtype=np.float32))
+    by_products = run_as_on_tpu(monkeypatch, batch, noisy, s)
+    rounding = 2**-9 * 256  # of values from 128 to 255
+    assert np.abs(by_products - run(batch, noisy, s)).max() <= rounding
 
 
 def test_color_noise_adds_one_color_per_image_with_the_covariance_of_the_paper():
@@ -175,7 +203,8 @@ def test_ten_views_are_corners_and_center_then_their_mirror_images():
     c = config(mean="channel", crop_size=224)
     c.image_size = 256
     image = images(size=256)
-    views = np.asarray(make_augment(c, stats(np.zeros(3))).ten(image))
+    c.eval.views = "ten"
+    views = all_views(make_augment(c, stats(np.zeros(3))), image)
     assert views.shape == (10, 1, 224, 224, 3)
     offsets = [(0, 0), (0, 32), (16, 16), (32, 0), (32, 32)]
     for place, (y, x) in enumerate(offsets):
@@ -196,8 +225,10 @@ def test_views_subtract_the_mean_and_the_third_of_ten_is_the_center_crop(mean):
         "image_center": lambda: (s.mean[center], s.mean[center]),
         "channel": lambda: (s.mean, s.mean),
     }[mean]()
-    augment = make_augment(config(mean=mean), s)
-    views = augment.ten(batch)
+    c = config(mean=mean)
+    c.eval.views = "ten"
+    augment = make_augment(c, s)
+    views = all_views(augment, batch)
     np.testing.assert_array_equal(views[0], batch[:, *corner] - of_corner)
     np.testing.assert_array_equal(views[2], batch[:, *center] - of_center)
     np.testing.assert_array_equal(augment.center(batch), views[2])
@@ -208,10 +239,10 @@ def test_eval_views_decides_which_views_are_evaluated(eval_views, count):
     c, batch = config(), images(2)
     c.eval.views = eval_views
     augment = make_augment(c, stats())
-    views = augment.views(batch)
+    assert augment.num_views == count
+    views = all_views(augment, batch)
     assert views.shape == (count, 2, CROP, CROP, 3)
-    expected = augment.ten(batch) if count == 10 else augment.center(batch)[None]
-    np.testing.assert_array_equal(views, expected)
+    np.testing.assert_array_equal(views[2 if count == 10 else 0], augment.center(batch))
 
 
 def test_pixel_and_channel_scale_multiply_inputs_of_training_and_evaluation():

@@ -16,8 +16,8 @@ from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.sharding import make_parallel, to_host
 from alexnet_jax.training.train_step import (
+    accuracies,
     augment_batch,
-    hits_in_top5,
     init_state,
     make_eval_step,
     make_train_step,
@@ -256,7 +256,7 @@ def test_ten_views_average_the_softmax_and_take_the_loss_of_the_average():
     program = Program(make_config(randomness=True, **{"eval.views": "ten"}), "jit")
     batch = make_batch()
     apply = jax.jit(program.model.apply)
-    views = program.augment.ten(batch["image"])
+    views = [program.augment.view(batch["image"], number) for number in range(10)]
     params = program.state.params
     probs = np.mean([jax.nn.softmax(apply({"params": params}, v)) for v in views], axis=0)
     sums = program.eval_step(program.state, program.put(batch))
@@ -266,9 +266,22 @@ def test_ten_views_average_the_softmax_and_take_the_loss_of_the_average():
 
 
 def test_with_fewer_than_five_classes_every_label_is_in_the_top_five():
-    hits = hits_in_top5(jnp.eye(3), jnp.arange(3))
-    np.testing.assert_array_equal(hits[:, 0], 1)
-    np.testing.assert_array_equal(hits.sum(axis=1), 1)
+    found = accuracies(jnp.eye(3), jnp.array([0, 1, 1]))
+    np.testing.assert_array_equal(found["top1"], [1, 1, 0])
+    np.testing.assert_array_equal(found["top5"], 1)
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, 2.0], [0.0, np.nan, -np.inf, np.inf]], ids=str)
+def test_accuracies_are_those_of_sorting_the_scores(values):
+    """Also where scores are equal or infinite. NaN is never right."""
+    random = np.random.default_rng(0)
+    scores = random.choice(np.float32(values), (500, 8))
+    labels = random.integers(0, 8, 500)
+    found = accuracies(scores, labels)
+    best = np.asarray(jax.lax.top_k(scores, 5)[1])
+    is_number = ~np.isnan(scores[range(500), labels])
+    np.testing.assert_array_equal(found["top1"], (best[:, 0] == labels) & is_number)
+    np.testing.assert_array_equal(found["top5"], (best == labels[:, None]).any(1) & is_number)
 
 
 def test_training_memorizes_one_batch():

@@ -5,6 +5,7 @@ in places (`configs/imagenet_2012.py` lists them). The inception crop is that of
 (arXiv 1409.4842, §6), resized as Pillow resizes.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped, UInt8
+from jaxtyping import Bool, Float32, Int32, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from alexnet_jax.utils.errors import UserError
@@ -61,8 +62,9 @@ class Augment:
     Attributes:
       fields: `config.augment`.
       image_size: S, of stored images, in pixels.
-      eval_views: "center" or "ten", what `views` returns.
+      eval_views: "center" or "ten", what `view` returns.
       stats: of the training images.
+      dtype: in which the network computes. On TPU images may be rounded to it before the crop.
       noise_changes: (step, standard deviation) pairs, rising; each holds from its step on.
     """
 
@@ -70,6 +72,7 @@ class Augment:
     image_size: int
     eval_views: str
     stats: Statistics
+    dtype: str
     noise_changes: tuple[tuple[int, float], ...] = ()
 
     @property
@@ -106,6 +109,7 @@ class Augment:
 
     def _augment_one(self, image: jax.Array, key: jax.Array, noise: jax.Array) -> jax.Array:
         crop_key, flip_key, noise_key = jax.random.split(key, 3)
+        flip = self.fields.flip & jax.random.bernoulli(flip_key)
         image = image.astype(jnp.float32)
 
         # The paper subtracts the mean image before it crops, so that each pixel loses the mean of
@@ -113,9 +117,7 @@ class Augment:
         # after it may have flipped it.
         if self.fields.mean == "image":
             image = image - self.stats.mean
-        image = self._random_crop(crop_key, image)
-        flip = self.fields.flip & jax.random.bernoulli(flip_key)
-        image = jnp.where(flip, image[:, ::-1], image)
+        image = self._random_crop(crop_key, flip, image)
         if self.fields.mean != "image":
             image = image - self._center_mean()
 
@@ -125,19 +127,41 @@ class Augment:
             image = image / (1.0 + noise)
         return image * self.scale
 
-    def _random_crop(self, key: jax.Array, image: jax.Array) -> jax.Array:
+    def _random_crop(self, key: jax.Array, flip: jax.Array, image: jax.Array) -> jax.Array:
         fields, size = self.fields, self.fields.crop_size
         if fields.crop == "inception":
             box = inception_box(key, self.image_size, fields.crop_area, fields.crop_aspect)
-            return _resize(image, box, size)
-        y, x = jax.random.randint(key, (2,), 0, self.image_size - size + 1)
-        return jax.lax.dynamic_slice(image, (y, x, 0), (size, size, 3))
+            image = resize(image, box, size, self.dtype)
+            return jnp.where(flip, image[:, ::-1], image)
+        offset = jax.random.randint(key, (2,), 0, self.image_size - size + 1)
+        slices = functools.partial(_crop_by_slices, size=size)
+        # bfloat16 holds pixels from 0 to 255, but not pixels minus a mean image.
+        is_exact = fields.mean != "image" or self.dtype == "bfloat16"
+        products = functools.partial(_crop_by_products, size=size) if is_exact else slices
+        crop: jax.Array = jax.lax.platform_dependent(
+            image, offset, flip, tpu=products, default=slices
+        )
+        return crop
 
-    def views(
-        self, images: UInt8[jax.Array, "B S S 3"]
-    ) -> Float32[jax.Array, "V B crop_size crop_size 3"]:
-        """Returns the views of each image whose softmaxes are averaged: V is 1 or 10."""
-        return self.ten(images) if self.eval_views == "ten" else self.center(images)[None]
+    @property
+    def num_views(self) -> int:
+        """The number of views of an image whose softmaxes evaluation averages."""
+        return 10 if self.eval_views == "ten" else 1
+
+    def view(
+        self, images: UInt8[jax.Array, "B S S 3"], number: jax.Array | int
+    ) -> Float32[jax.Array, "B crop_size crop_size 3"]:
+        """Returns one of the `num_views` mean-subtracted views of each image.
+
+        The paper's ten views (§4.1) are top left, top right, center, bottom left, bottom right,
+        then the same five mirrored; the order is that of the released program.
+        """
+        if self.eval_views == "center":
+            return self.center(images)
+        end = self.image_size - self.crop_size
+        corners = jnp.array([(0, 0), (0, end), (end // 2, end // 2), (end, 0), (end, end)])
+        view = self._window(images, *corners[number % len(corners)])
+        return jnp.where(number >= len(corners), view[:, :, ::-1], view)
 
     def center(
         self, images: UInt8[jax.Array, "B S S 3"]
@@ -146,27 +170,14 @@ class Augment:
         border = self.image_size - self.crop_size
         return self._window(images, border // 2, border // 2)
 
-    def ten(
-        self, images: UInt8[jax.Array, "B S S 3"]
-    ) -> Float32[jax.Array, "10 B crop_size crop_size 3"]:
-        """Returns the paper's test views (§4.1).
-
-        Top left, top right, center, bottom left, bottom right, then the same five mirrored; the
-        order is that of the released program.
-        """
-        end = self.image_size - self.crop_size
-        corners = [(0, 0), (0, end), (end // 2, end // 2), (end, 0), (end, end)]
-        views = jnp.stack([self._window(images, y, x) for y, x in corners])
-        return jnp.concatenate([views, views[..., ::-1, :]])
-
-    def _window(self, images: jax.Array, y: int, x: int) -> jax.Array:
-        size = self.crop_size
-        window = images[:, y : y + size, x : x + size].astype(jnp.float32)
+    def _window(self, images: jax.Array, y: jax.Array | int, x: jax.Array | int) -> jax.Array:
+        shape = (self.crop_size, self.crop_size, 3)
+        window = jax.lax.dynamic_slice(images, (0, y, x, 0), (images.shape[0], *shape))
         if self.fields.mean == "image":
-            mean: Any = self.stats.mean[y : y + size, x : x + size]
+            mean: Any = jax.lax.dynamic_slice(jnp.asarray(self.stats.mean), (y, x, 0), shape)
         else:
             mean = self._center_mean()
-        view: jax.Array = (window - mean) * self.scale
+        view: jax.Array = (window.astype(jnp.float32) - mean) * self.scale
         return view
 
     def _center_mean(self) -> np.ndarray:
@@ -195,7 +206,14 @@ def make_augment(
         for epoch, _, field, value in config.schedule.changes
         if field == "color_noise" and math.isfinite(steps_per_epoch)
     ]
-    return Augment(config.augment, config.image_size, config.eval.views, statistics, tuple(changes))
+    return Augment(
+        config.augment,
+        config.image_size,
+        config.eval.views,
+        statistics,
+        config.model.dtype,
+        tuple(changes),
+    )
 
 
 def _check(config: ConfigDict) -> None:
@@ -238,6 +256,40 @@ def center_window(
 
 
 # ------------------------------------------------------------------------------------------
+# The random crop
+# ------------------------------------------------------------------------------------------
+
+
+def _crop_by_slices(
+    image: Float32[jax.Array, "S S 3"],
+    offset: Int32[jax.Array, " 2"],
+    flip: Bool[jax.Array, ""],
+    size: int,
+) -> Float32[jax.Array, "{size} {size} 3"]:
+    crop = jax.lax.dynamic_slice(image, (*offset, 0), (size, size, 3))
+    return jnp.where(flip, crop[:, ::-1], crop)
+
+
+def _crop_by_products(
+    image: Float32[jax.Array, "S S 3"],
+    offset: Int32[jax.Array, " 2"],
+    flip: Bool[jax.Array, ""],
+    size: int,
+) -> Float32[jax.Array, "{size} {size} 3"]:
+    """The same as two products with matrices of zeros and ones, in bfloat16.
+
+    A TPU slices a batch at different offsets in a loop over its images, which takes as long as a
+    third of the network. Each value is multiplied by 1 and added to zeros, so none is rounded
+    except to bfloat16.
+    """
+    old, new = jnp.arange(len(image)), jnp.arange(size)
+    rows = offset[0] + new[:, None] == old
+    columns = offset[1] + jnp.where(flip, new[::-1], new)[:, None] == old
+    rows, image, columns = (x.astype(jnp.bfloat16) for x in (rows, image, columns))
+    return jnp.einsum("iy,yxc,jx->ijc", rows, image, columns).astype(jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------
 # The inception crop
 # ------------------------------------------------------------------------------------------
 
@@ -270,30 +322,80 @@ def inception_box(
     return jnp.concatenate([offset, sides])
 
 
-def _resize(
+def resize(
+    image: Float32[jax.Array, "S S 3"],
+    box: Int32[jax.Array, " 4"],
+    size: int,
+    dtype: str = "float32",
+) -> Float32[jax.Array, "{size} {size} 3"]:
+    """Resizes a box of an image as Pillow's BILINEAR does.
+
+    Args:
+      box: top, left, height and width in pixels.
+      dtype: to which the result will be rounded. On TPU it determines how exact the sums are.
+    """
+    products = functools.partial(_resize_by_products, size=size, dtype=dtype)
+    taps = functools.partial(_resize_by_taps, size=size)
+    resized: jax.Array = jax.lax.platform_dependent(image, box, tpu=products, default=taps)
+    return resized
+
+
+def _resize_by_taps(
     image: Float32[jax.Array, "S S 3"], box: Int32[jax.Array, " 4"], size: int
 ) -> Float32[jax.Array, "{size} {size} 3"]:
-    """Resizes a box of an image as Pillow's BILINEAR does, as two matrix products."""
+    """Adds up the few pixels that make a new pixel. A GPU does this in one pass over a batch."""
+    stored = len(image)
     top, left, height, width = box
-    rows = _resize_weights(top, height, image.shape[0], size)
-    columns = _resize_weights(left, width, image.shape[1], size)
-    # By default accelerators would round the pixels to bfloat16 or TF32.
-    exact = jax.lax.Precision.HIGHEST
-    return jnp.einsum("iy,yxc,jx->ijc", rows, image, columns, precision=exact)
+    count = math.ceil(2 * max(1, stored / size))  # most pixels within the reach of a weight
+    pixels, weights = _taps(left, width, size, count)
+    across = (
+        weights[:, t, None] * image[:, jnp.clip(pixels[:, t], 0, stored - 1)] for t in range(count)
+    )
+    image = functools.reduce(jnp.add, across)
+    pixels, weights = _taps(top, height, size, count)
+    down = (
+        weights[:, t, None, None] * image[jnp.clip(pixels[:, t], 0, stored - 1)]
+        for t in range(count)
+    )
+    return functools.reduce(jnp.add, down)
 
 
-def _resize_weights(
-    start: jax.Array, length: jax.Array, stored: int, size: int
-) -> Float32[jax.Array, "{size} {stored}"]:
-    """Returns the matrix that resizes the pixels [start, start + length) of an axis.
+def _resize_by_products(
+    image: Float32[jax.Array, "S S 3"], box: Int32[jax.Array, " 4"], size: int, dtype: str
+) -> Float32[jax.Array, "{size} {size} 3"]:
+    """The same as two matrix products, since a TPU collects pixels one by one."""
+    top, left, height, width = box
+    rows, columns = (
+        _weights(jnp.arange(len(image)) - start, length, size)
+        for start, length in ((top, height), (left, width))
+    )
+    # By default TPUs would round weights and pixels to bfloat16. HIGH adds up three products of
+    # bfloat16 parts, which leaves an error far below bfloat16's; HIGHEST adds up six.
+    precision = jax.lax.Precision.HIGH if dtype == "bfloat16" else jax.lax.Precision.HIGHEST
+    return jnp.einsum("iy,yxc,jx->ijc", rows, image, columns, precision=precision)
 
-    A pixel's weight falls linearly with its distance from the center of the new pixel, to 0 at one
-    pixel, old or new, whichever is larger. Each row sums to 1. Distances are in whole units of
-    1 / (2 size) old pixels, so none is rounded.
-    """
-    pixels = 2 * (jnp.arange(stored) - start) + 1
+
+def _taps(
+    start: jax.Array, length: jax.Array, size: int, count: int
+) -> tuple[Int32[jax.Array, "{size} {count}"], Float32[jax.Array, "{size} {count}"]]:
+    """Returns the pixels within the reach of the weights of each new pixel, and the weights."""
     centers = (2 * jnp.arange(size) + 1) * length
-    distances = jnp.abs(size * pixels - centers[:, None])
-    in_box = (pixels > 0) & (pixels < 2 * length)
+    first = (centers - 2 * jnp.maximum(length, size) - size) // (2 * size) + 1
+    pixels = first[:, None] + jnp.arange(count)
+    return start + pixels, _weights(pixels, length, size)
+
+
+def _weights(
+    pixels: Int32[jax.Array, "*size N"], length: jax.Array, size: int
+) -> Float32[jax.Array, "{size} N"]:
+    """Returns how much pixels, counted from the start of the box, add to each new pixel.
+
+    A weight falls linearly with the distance from the center of the new pixel, to 0 at one pixel,
+    old or new, whichever is larger. Pixels outside of the box weigh nothing. The sum over each row
+    is 1. Distances are in whole units of 1 / (2 size) old pixels, so none is rounded.
+    """
+    centers = (2 * jnp.arange(size) + 1) * length
+    distances = jnp.abs(size * (2 * pixels + 1) - centers[:, None])
+    in_box = (pixels >= 0) & (pixels < length)
     weights = jnp.where(in_box, jnp.maximum(2 * jnp.maximum(length, size) - distances, 0), 0)
     return weights / weights.sum(axis=1, keepdims=True)
