@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import our_step
 import plain_flax
 
-from alexnet_jax.analysis import hlo, tpu
+from alexnet_jax.analysis import hlo, targets
 from alexnet_jax.utils.errors import exits_cleanly
 from alexnet_jax.utils.process import TPU_OPTIONS
 
@@ -38,7 +38,7 @@ def compile_step(name: str, chip: str, batch: int) -> jax.stages.Compiled:
         model = plain_flax.PlainAlexNet(VARIANT, dtype=DTYPE)
         state = jax.eval_shape(lambda: plain_flax.init_state(model))
         inputs += (jax.eval_shape(lambda: jax.random.key(0)),)
-    _, devices = tpu.topology_devices(CHIPS[chip])
+    _, devices = targets.topology_devices(CHIPS[chip])
     on_chip = jax.sharding.SingleDeviceSharding(devices[0])
     arguments = jax.tree.map(lambda x: x.update(sharding=on_chip), (state, *inputs))
     return jax.jit(step, donate_argnums=0).lower(*arguments).compile(compiler_options=options)

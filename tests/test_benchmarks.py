@@ -73,7 +73,7 @@ def test_features_of_five_digits_help_to_learn_five_others(tmp_path):
     assert 70 < scratch["median"] < transferred["median"]
 
 
-@pytest.mark.tpu
+@pytest.mark.plan
 def test_tpu_compile_reports_cycles_of_both_steps(tmp_path):
     pytest.importorskip("libtpu")
     rows, _ = quick_rows("tpu_compile.py", tmp_path)

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from alexnet_jax.analysis import step_costs, targets
 from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import make_augment
 from alexnet_jax.models.alexnet import build_model
+from alexnet_jax.models.summary import layer_table
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.sharding import make_parallel
 from alexnet_jax.training.train_step import init_state, make_train_step
@@ -110,6 +112,37 @@ def test_accelerators_get_ordinary_convolutions_and_products(platform, dtype, el
     assert not re.search(r"\bf64\b", text)
     images = re.findall(r"stablehlo.transpose .*tensor<(\d+)x\d+x\d+x\d+x\w+>", text)
     assert str(BATCH) not in images
+
+
+GB_MOVED = {  # by a step in bfloat16, at most; docs/performance.md has what there is now
+    ("owt", 256): 4.4,
+    ("paper", 256): 9.0,
+    ("bn", 1024): 22.0,
+}
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize(("variant", "batch"), GB_MOVED)
+def test_step_compiled_for_a_gpu(variant, batch):
+    """No scatter, transposed image or float32 convolution comes back unnoticed."""
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    target, devices = targets.topology_devices("h100:1")
+    config = default_config()
+    config.update_from_flattened_dict({"model.variant": variant, "model.dtype": "bfloat16"})
+    config.parallel, config.batch_size = "jit", batch
+    step = step_costs.compile_step(config, devices, target.compiler_options)
+    text = step.program.as_text()
+    scatters = re.findall(r"= (\S+?)\{?[\d,]*\}? scatter\(", text)
+    assert set(scatters) == {f"f32[{batch},1000]"}  # the gradient of optax's loss, on the logits
+    transposed = re.findall(rf"= \w+\[{batch},(\d+),\d+,\d+\]\S* transpose\(", text)
+    assert {*transposed} <= {"3", "5", "11"}  # kernels of as many filters
+    assert set(re.findall(r"= \((\w+)\[\S+, \S+\) custom-call\(.*cudnn\$conv", text)) == {"bf16"}
+    costs = step_costs.step_costs(step, target)
+    assert costs["bytes_moved"] / 1e9 < GB_MOVED[variant, batch]
+    layers = layer_table(build_model(config), (224, 224, 3))
+    # Forward, the kernel's gradient, and the input's except for the images.
+    expected = batch * (3 * sum(layer.flops for layer in layers) - layers[0].flops)
+    assert costs["flops"]["bf16"] == pytest.approx(expected, rel=0.01)
 
 
 FROZEN = [

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from alexnet_jax import config as configs
 from alexnet_jax import export, inference
-from alexnet_jax.analysis import tpu
+from alexnet_jax.analysis import targets
 from alexnet_jax.data.augment import Statistics
 from alexnet_jax.models.alexnet import VARIANTS, build_model
 from alexnet_jax.utils.errors import UserError
@@ -145,11 +145,11 @@ def test_program_has_the_parameters_once_and_the_operations_of_each_platform(ima
     assert kernels < len(program.serialize()) < 1.2 * kernels
 
 
-@pytest.mark.tpu
+@pytest.mark.plan
 def test_program_compiles_for_tpu(images):
     pytest.importorskip("libtpu")
     program = export.program(random_network("original"), "center", export.PLATFORMS)
-    _, (chip, *_) = tpu.topology_devices("v5e:2x2")
+    _, (chip, *_) = targets.topology_devices("v5e:2x2")
     on_chip = jax.sharding.SingleDeviceSharding(chip)
     like = jax.ShapeDtypeStruct(images.shape, images.dtype, sharding=on_chip)
     lowered = jax.jit(program.call).trace(like).lower(lowering_platforms=("tpu",))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from alexnet_jax.analysis import hlo, tpu
+from alexnet_jax.analysis import hlo, targets
 
 
 def program(entry, *computations):
@@ -220,12 +220,12 @@ def exchange(kind, x):
             return jax.lax.ppermute(x, AXIS, [(i, (i + 1) % size) for i in range(size)])
 
 
-@pytest.fixture(params=["cpu", pytest.param("v5e:2x4", marks=pytest.mark.tpu)])
+@pytest.fixture(params=["cpu", pytest.param("v5e:2x4", marks=pytest.mark.plan)])
 def devices(request):
     if request.param == "cpu":
         return jax.devices()
     pytest.importorskip("libtpu")
-    return tpu.topology_devices(request.param)[1]
+    return targets.topology_devices(request.param)[1]
 
 
 def compile_on(devices, function, shapes, specs, out_specs, shard_map=False):
@@ -272,12 +272,12 @@ def test_collectives_of_a_compiled_scan(kind, payload, factor, devices):
     assert total == pytest.approx(TRIPS * factor * payload)
 
 
-@pytest.mark.tpu
+@pytest.mark.plan
 @pytest.mark.parametrize("units", [4096, 4608])
 def test_product_that_is_scattered_on_tpu(units):
     """4,096 units become a loop over windows of the product, 4,608 an all-reduce-scatter fusion."""
     pytest.importorskip("libtpu")
-    _, devices = tpu.topology_devices("v5e:2x4")
+    _, devices = targets.topology_devices("v5e:2x4")
     text = compile_on(
         devices,
         jnp.matmul,

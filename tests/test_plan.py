@@ -1,5 +1,6 @@
 """Costs of a training step on a TPU slice, and the command that prints them."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,12 +13,12 @@ from commands import run
 
 from alexnet_jax import config as configs
 from alexnet_jax import plan
-from alexnet_jax.analysis import hlo, tpu
+from alexnet_jax.analysis import hlo, step_costs, targets
 from alexnet_jax.training import sharding
 from alexnet_jax.utils.errors import EXIT_USER_ERROR, UserError
 
 POD = ("--config", "configs/imagenet_pod.py")
-V5E = tpu.CHIPS["v5e"]
+V5E = targets.load("v5e")
 BATCH, GROUP, KINDS = 16, 4, ("mesh.data", "mesh.zero", "mesh.hybrid")
 # The eight CPU devices of the tests stand for a slice of 2 × 4 chips.
 SLICE = [SimpleNamespace(coords=(x, y)) for x in range(2) for y in range(4)]
@@ -36,13 +37,15 @@ def narrow_config(kind, **fields):
 def steps():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SHARDED", 1000)  # because the network is narrow
-        compiled = {kind: tpu.compile_step(narrow_config(kind), jax.devices()) for kind in KINDS}
+        compiled = {
+            kind: step_costs.compile_step(narrow_config(kind), jax.devices()) for kind in KINDS
+        }
     return {kind: step._replace(devices=SLICE) for kind, step in compiled.items()}
 
 
 @pytest.fixture(scope="module")
 def costs(steps):
-    return {kind: tpu.step_costs(step, V5E, num_hosts=2) for kind, step in steps.items()}
+    return {kind: step_costs.step_costs(step, V5E, num_hosts=2) for kind, step in steps.items()}
 
 
 def bytes_of(tree):
@@ -145,7 +148,7 @@ def test_costs_add_up(steps):
     step = steps["mesh.data"]
     step = step._replace(program=ProgramWithCycles(step.program, 1500))
     operations, _ = hlo.operation_cycles(step.program.as_text())
-    found = tpu.step_costs(step, V5E, num_hosts=2)
+    found = step_costs.step_costs(step, V5E, num_hosts=2)
     assert found["cycles"] == sum(operation.cycles for operation in operations) > 0
     assert found["compute_s"] == pytest.approx(found["cycles"] / 1.5e9)
     assert found["communication_s"] == sum(c["seconds"] for c in found["collectives"]) > 0
@@ -154,15 +157,15 @@ def test_costs_add_up(steps):
     assert found["step_s_if_all_overlaps"] == max(found["compute_s"], found["communication_s"])
     assert found["images_per_s"] == pytest.approx(BATCH / found["step_s"])
     assert found["images_per_s_per_host"] == pytest.approx(found["images_per_s"] / 2)
-    layout = (found["layout"], found["gradient_dtype"], found["chips"])
+    layout = (found["layout"], found["gradient_dtype"], found["devices"])
     assert layout == ("mesh.data", "float32", 8)
 
 
 def test_layout_fits_into_the_memory_of_a_chip_or_not(steps, costs):
     total = costs["mesh.data"]["memory"]["total"]
-    for hbm_bytes, fits in ((total, True), (total - 1, False)):
-        chip = V5E._replace(hbm_bytes=hbm_bytes)
-        assert tpu.step_costs(steps["mesh.data"], chip, num_hosts=1)["fits"] is fits
+    for memory_bytes, fits in ((total, True), (total - 1, False)):
+        chip = dataclasses.replace(V5E, memory_bytes=memory_bytes)
+        assert step_costs.step_costs(steps["mesh.data"], chip)["fits"] is fits
 
 
 @pytest.mark.parametrize(
@@ -190,7 +193,7 @@ def test_configs_that_do_not_fit_the_devices(count, fields, message):
     ],
 )
 def test_links_that_a_group_can_use(group, count):
-    assert tpu.count_links(group, (16, 16), V5E) == count
+    assert step_costs.count_links(group, (16, 16), V5E) == count
 
 
 @pytest.mark.parametrize(
@@ -206,7 +209,7 @@ def test_time_of_a_collective(kind, devices, links, bytes_over_a_link):
     for runs in (1, 3):
         collective = hlo.Collective(kind, "f32", 200_000_000, tuple(range(devices)), runs)
         expected = runs * bytes_over_a_link / 50e9
-        assert tpu.seconds(collective, links, V5E) == pytest.approx(expected)
+        assert step_costs.seconds(collective, links, V5E) == pytest.approx(expected)
 
 
 def test_summary_of_a_layout(costs):
@@ -214,8 +217,8 @@ def test_summary_of_a_layout(costs):
     summary = plan.describe(found)
     assert summary.startswith("mesh.hybrid, gradients in float32\n")
     assert f"{found['memory']['total'] / 1e6:.0f} MB: params" in summary
-    assert f"{found['bytes_sent'] / 1e6:.1f} MB per chip" in summary
-    assert "× all-reduce of f32 over 2 chips" in summary
+    assert f"{found['bytes_sent'] / 1e6:.1f} MB per device" in summary
+    assert "× all-reduce of f32 over 2 devices" in summary
     assert f"{found['images_per_s']:,.0f} images/s" in summary
     assert "DOES NOT FIT" in plan.describe(found | {"fits": False})
     assert "no estimate for 3 sort" in plan.describe(
@@ -236,7 +239,7 @@ def test_choice_of_layouts():
 @pytest.mark.parametrize("topology", ["v5e", "v9z:2x2", "v5e:2", "16x16"])
 def test_topologies_that_do_not_exist(topology):
     with pytest.raises(UserError, match="write it like v5e:16x16"):
-        tpu.topology_devices(topology)
+        targets.topology_devices(topology)
 
 
 def test_reading_rate_of_prepared_data(digits, tmp_path, monkeypatch):
@@ -266,18 +269,18 @@ def test_command_without_libtpu():
     assert "pip install 'libtpu" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.tpu
+@pytest.mark.plan
 def test_environment_is_restored_after_libtpu():
     pytest.importorskip("libtpu")
     before = dict(os.environ)
-    tpu.topology_devices("v5e:2x2")
+    targets.topology_devices("v5e:2x2")
     assert dict(os.environ) == before
     with pytest.raises(UserError, match="libtpu knows no topology v5e:3x5"):
-        tpu.topology_devices("v5e:3x5")
+        targets.topology_devices("v5e:3x5")
     assert dict(os.environ) == before
 
 
-@pytest.mark.tpu
+@pytest.mark.plan
 def test_command_on_a_small_slice(tmp_path):
     """The bytes that the architecture gives come out of the program for four chips."""
     pytest.importorskip("libtpu")

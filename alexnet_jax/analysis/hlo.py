@@ -21,6 +21,12 @@ import numpy as np
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 LARGE = 100_000  # elements; smaller operations without an estimate do not matter
+# What is not a kernel on a GPU. Its collectives, and what starts and ends beside kernels, are not
+# counted as kernels either.
+NO_KERNEL = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"),
+    *("while", "conditional", "call", "partition-id", "replica-id"),
+}
 # Operations that need no estimate: they do nothing, or their computations have estimates.
 FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "broadcast", "custom-call"),
@@ -81,6 +87,24 @@ class Operation(NamedTuple):
     cycles: int
     name: str
     origin: str
+
+
+class Kernel(NamedTuple):
+    """A kernel of a GPU program.
+
+    Attributes:
+      bytes_moved: what it reads and writes in all runs: its operands and results, each once.
+      flops: of matrix products and convolutions in all runs, 2 for a multiplication and addition.
+      dtype: of their operands, "" if it has none.
+      runs: how many times it runs in one run of the program.
+    """
+
+    name: str
+    origin: str
+    bytes_moved: int
+    flops: int
+    dtype: str
+    runs: int
 
 
 class Collective(NamedTuple):
@@ -148,6 +172,83 @@ def operation_cycles(text: str) -> tuple[list[Operation], Counter[str]]:
         elif _needs_cycles(program, instruction):
             unknown[instruction.opcode] += 1
     return sorted(operations, reverse=True), unknown
+
+
+def kernels(text: str) -> list[Kernel]:
+    """Returns the kernels of a GPU program, those in loops included."""
+    program = parse(text)
+    found = []
+    for instruction, computation, runs in _executed(program, "ENTRY", inside_fusions=False):
+        opcode = instruction.opcode
+        if opcode in NO_KERNEL or opcode.endswith(("-start", "-done")) or opcode in COLLECTIVES:
+            continue
+        origin = re.search(r'op_name="([^"]*)"', instruction.attributes)
+        flops, dtype = _flops(program, instruction, computation)
+        found.append(
+            Kernel(
+                instruction.name,
+                origin[1] if origin else "",
+                runs * _bytes_moved(program, instruction, computation),
+                runs * flops,
+                dtype,
+                runs,
+            )
+        )
+    return found
+
+
+def _bytes_moved(program: Program, instruction: Instruction, computation: Computation) -> int:
+    operands = list(dict.fromkeys(instruction.operand_names))
+    sizes = {name: _bytes(computation.instructions[name].shape) for name in operands}
+    written = _bytes(instruction.shape)
+    for called in instruction.called("calls"):
+        inner = program[called]
+        for parameter in inner.instructions.values():
+            if parameter.opcode != "parameter":
+                continue
+            name = instruction.operand_names[int(parameter.operands)]
+            users = [i for i in inner.instructions.values() if parameter.name in i.operand_names]
+            # A loop reads a part of a whole array in each run, and writes a part of its result.
+            if users and all(user.opcode == "dynamic-slice" for user in users):
+                sizes[name] = min(sizes[name], sum(_bytes(user.shape) for user in users))
+            if inner.root.opcode == "dynamic-update-slice" and users == [inner.root]:
+                sizes[name] = 0
+                written = _bytes(inner.instructions[inner.root.operand_names[1]].shape)
+    return sum(sizes.values()) + written
+
+
+def _flops(program: Program, instruction: Instruction, computation: Computation) -> tuple[int, str]:
+    """Returns the FLOPs of the products in a kernel, and the dtype of their operands."""
+    products = [
+        (inner, program[called])
+        for called in instruction.called("calls")
+        for inner in program[called].instructions.values()
+        if inner.opcode == "dot"
+    ]
+    target = re.search(r'custom_call_target="__(cudnn\$conv|cublas\$)(\w*)', instruction.attributes)
+    if instruction.opcode == "dot" or target:
+        products.append((instruction, computation))
+    flops, dtype = 0, ""
+    for product, around in products:
+        x, y = (_ARRAY.findall(around.instructions[n].shape)[0] for n in product.operand_names[:2])
+        result = _ARRAY.findall(product.shape)[0]
+        dtype = x[0]
+        if target and target[1].startswith("cudnn"):
+            # The convolution of the forward pass whose outputs or gradients these are.
+            kernel, outputs = {
+                "BackwardInput": (y, x),
+                "BackwardFilter": (result, y),
+            }.get(target[2], (y, result))
+            labels = re.search(r"dim_labels=\w+_(\w+)->", product.attributes)
+            filters = _lengths(kernel)[labels[1].index("o")] if labels else 1
+            flops += 2 * _size(outputs) * _size(kernel) // filters
+        else:
+            dims = re.search(
+                r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', product.attributes
+            )
+            contracted = re.findall(r"\d+", dims[1]) if dims else []
+            flops += 2 * _size(result) * math.prod(_lengths(x)[int(d)] for d in contracted)
+    return flops, dtype
 
 
 def _needs_cycles(program: Program, instruction: Instruction) -> bool:
@@ -242,8 +343,16 @@ def _collective(
     return Collective(kind, "+".join(sorted(set(dtypes))), payload, group, runs)
 
 
+def _lengths(array: tuple[str, str]) -> list[int]:
+    return [int(length) for length in array[1].split(",") if length]
+
+
 def _size(array: tuple[str, str]) -> int:
-    return math.prod(int(length) for length in array[1].split(",") if length)
+    return math.prod(_lengths(array))
+
+
+def _bytes(shape: str) -> int:
+    return sum(_size(array) * _bits(array[0]) for array in _ARRAY.findall(shape)) // 8
 
 
 def _bits(dtype: str) -> int:
