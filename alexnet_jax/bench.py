@@ -117,7 +117,8 @@ def measure_peaks(parallel: Parallel, peaks: Results, seconds: float) -> None:
 
     # The virtual devices of a CPU share its processors and memory.
     on_cpu = jax.default_backend() == "cpu"
-    side = round(2048 / mesh.size ** (1 / 3)) if on_cpu else 8192
+    processors = os.cpu_count() or 1
+    side = round(1024 * (processors / mesh.size) ** (1 / 3)) if on_cpu else 8192
     for name in peaks["flops_per_s"]:
         dtype, _, precision = name.partition(" ")
         # Random, because the power that a product takes, and so its speed, depends on the values.
