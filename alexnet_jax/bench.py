@@ -74,8 +74,9 @@ def calls_per_s(call: Callable[[], Any], seconds: float) -> float:
         return count / (time.perf_counter() - started)
 
     rate(1)  # compiles
+    # How many calls a repetition needs. They also use up what was read ahead.
     started, count = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds / REPEATS:  # also uses up what was read ahead
+    while not count or time.perf_counter() - started < seconds / REPEATS:
         rate(1)
         count += 1
     return statistics.median(rate(count) for _ in range(REPEATS))
