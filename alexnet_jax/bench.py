@@ -215,7 +215,7 @@ def measure_case(
 def bytes_moved(program: jax.stages.Compiled) -> float:
     """Returns the bytes that each device reads and writes according to the compiler; 0: unknown."""
     if jax.default_backend() == "gpu":  # as `alexnet_jax.plan` counts them
-        return sum(kernel.bytes_moved for kernel in hlo.kernels(program.as_text()))
+        return sum(kernel.bytes_moved for kernel in hlo.kernels(program.as_text() or ""))
     analysis: Any = program.cost_analysis() or {}
     return float(analysis.get("bytes accessed", 0))
 
