@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -32,7 +33,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.refuses:
             return self.answer(403)
+        time.sleep(self.server.delay_s)
         objects, name = self.server.objects, self.object_name()
+        self.server.gets.append(name)
+        if self.server.errors and self.server.gets.count(name) <= self.server.errors:
+            return self.answer(503)
         if not name:
             first, end = self.query("startOffset"), self.query("endOffset", "\U0010ffff")
             items = [{"name": key} for key in sorted(objects) if first <= key < end]
@@ -80,15 +85,24 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def bucket_server(refuses: bool = False) -> Iterator[tuple[dict[str, bytes], dict[str, str]]]:
+def bucket_server(
+    refuses: bool = False,
+    delay_s: float = 0,
+    errors: int = 0,
+    gets: list[str] | None = None,
+) -> Iterator[tuple[dict[str, bytes], dict[str, str]]]:
     """Serves any gs:// bucket. Yields its objects and the environment that points to it.
 
     Args:
       refuses: whether it answers every request with 403.
+      delay_s: seconds before it answers a GET.
+      errors: so many GETs of each object are answered with 503 first.
+      gets: collects the names of the objects in the order in which they are requested.
     """
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.objects, server.generations = {}, {}
-        server.refuses = refuses
+        server.refuses, server.delay_s, server.errors = refuses, delay_s, errors
+        server.gets = [] if gets is None else gets
         server.numbers, server.lock = itertools.count(2), Lock()
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"

@@ -22,7 +22,7 @@ import os
 import resource
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,7 @@ INDEX_CACHE_BYTES = 64 * 2**20  # for remote shards; all indices of ImageNet tak
 ALIGNMENT = 64  # bytes; on CPU, JAX uses arrays with this alignment without copying them
 
 Pieces = Sequence[memoryview | bytes]  # the content of a file, in order
+Request = ts.Future[ts.KvStore.ReadResult]
 
 
 class CorruptShardError(Exception):
@@ -217,12 +218,26 @@ class RemoteShards:
         self._root, self._storage, self._num_slots = root, storage, num_slots
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": INDEX_CACHE_BYTES}})
         self._open = functools.cache(self._open_shard)
+        self._kept: dict[int, list[Request]] = {}
+
+    def keep(self, shards: Collection[int]) -> None:
+        """Fetches shards, each with one request, and keeps them until a call leaves them out.
+
+        Returns before they are there.
+        """
+        kept = self._kept
+        self._kept = {shard: kept.get(shard) or self._fetch(shard) for shard in shards}
 
     def read(self, rows: Int[np.ndarray, " B"], images: UInt8[np.ndarray, "B S S 3"]) -> None:
         """Reads the images at `rows` into `images`. Raises CorruptShardError."""
-        slots = [divmod(row, self._num_slots) for row in rows.tolist()]
+        slots, kept = [divmod(row, self._num_slots) for row in rows.tolist()], self._kept
         # All requests are sent before the first answer is awaited: latency is paid once a batch.
-        requests = [self._open(shard).read(slot.to_bytes(4, "big")) for shard, slot in slots]
+        # A batch makes one request of images that follow each other in a shard, as in evaluation.
+        with ts.Batch() as batch:
+            requests = [
+                kept[shard][slot] if shard in kept else self._request(shard, slot, batch)
+                for shard, slot in slots
+            ]
         for (shard, slot), request, image in zip(slots, requests, images, strict=True):
             try:
                 answer = request.result()
@@ -234,6 +249,13 @@ class RemoteShards:
             data, stored_checksum = chunk[:-CHECKSUM_BYTES], chunk[-CHECKSUM_BYTES:].tobytes()
             _verify(data, stored_checksum, shard, slot)
             _decode(self._storage, data, image, shard, slot)
+
+    def _fetch(self, shard: int) -> list[Request]:
+        with ts.Batch() as batch:  # of all slots makes one request, which includes the index
+            return [self._request(shard, slot, batch) for slot in range(self._num_slots)]
+
+    def _request(self, shard: int, slot: int, batch: ts.Batch) -> Request:
+        return self._open(shard).read(slot.to_bytes(4, "big"), batch=batch)
 
     def _open_shard(self, shard: int) -> ts.KvStore:
         spec = {
