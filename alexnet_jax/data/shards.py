@@ -169,15 +169,35 @@ class LocalShards:
 
         Raises CorruptShardError, ReplacedShardError or OSError.
         """
+        if len(rows) > 1 and not self._is_cached(int(rows[0])):
+            # Disks are faster when they have many requests to choose from. The first image stands
+            # for all, since this costs 4 µs for each, in vain if they are in the page cache.
+            for row in rows.tolist():
+                opened, offset, length = self._find(row)
+                os.posix_fadvise(opened.file, offset, length, os.POSIX_FADV_WILLNEED)
         for row, image in zip(rows.tolist(), images, strict=True):
             self._read_one(row, image)
 
-    def _read_one(self, row: int, image: UInt8[np.ndarray, "S S 3"]) -> None:
+    def _is_cached(self, row: int) -> bool:
+        """Returns whether an image is in the page cache. Not every file system can tell."""
+        opened, offset, _ = self._find(row)
+        try:
+            return os.preadv(opened.file, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except OSError:  # a damaged disk is reported when the image is read
+            return False
+
+    def _find(self, row: int) -> tuple[_OpenShard, int, int]:
+        """Returns the shard of an image, and the offset and length of the image there."""
         shard, slot = divmod(row, self._num_slots)
         opened = self._open(shard)
         offset, length = opened.index[slot].item()
         if offset == ABSENT:
             raise CorruptShardError(f"image {slot} of shard {shard_key(shard)} is missing")
+        return opened, offset, length
+
+    def _read_one(self, row: int, image: UInt8[np.ndarray, "S S 3"]) -> None:
+        shard, slot = divmod(row, self._num_slots)
+        opened, offset, length = self._find(row)
         in_place = self._storage == "raw" and length == image.nbytes + CHECKSUM_BYTES
         data = image.reshape(-1) if in_place else np.empty(length - CHECKSUM_BYTES, np.uint8)
         stored_checksum = bytearray(CHECKSUM_BYTES)
