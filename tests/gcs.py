@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -36,7 +36,8 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.delay_s)
         objects, name = self.server.objects, self.object_name()
         self.server.gets.append(name)
-        if self.server.errors and self.server.gets.count(name) <= self.server.errors:
+        if name in self.server.busy:
+            self.server.busy.discard(name)
             return self.answer(503)
         if not name:
             first, end = self.query("startOffset"), self.query("endOffset", "\U0010ffff")
@@ -88,21 +89,21 @@ class _Handler(BaseHTTPRequestHandler):
 def bucket_server(
     refuses: bool = False,
     delay_s: float = 0,
-    errors: int = 0,
     gets: list[str] | None = None,
+    busy: Collection[str] = (),
 ) -> Iterator[tuple[dict[str, bytes], dict[str, str]]]:
     """Serves any gs:// bucket. Yields its objects and the environment that points to it.
 
     Args:
       refuses: whether it answers every request with 403.
       delay_s: seconds before it answers a GET.
-      errors: so many GETs of each object are answered with 503 first.
       gets: collects the names of the objects in the order in which they are requested.
+      busy: names of objects whose first GET is answered with 503.
     """
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.objects, server.generations = {}, {}
-        server.refuses, server.delay_s, server.errors = refuses, delay_s, errors
-        server.gets = [] if gets is None else gets
+        server.refuses, server.delay_s = refuses, delay_s
+        server.gets, server.busy = [] if gets is None else gets, set(busy)
         server.numbers, server.lock = itertools.count(2), Lock()
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"

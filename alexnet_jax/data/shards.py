@@ -275,7 +275,8 @@ class RemoteShards:
             return [self._request(shard, slot, batch) for slot in range(self._num_slots)]
 
     def _request(self, shard: int, slot: int, batch: ts.Batch) -> Request:
-        return self._open(shard).read(slot.to_bytes(4, "big"), batch=batch)
+        # By default TensorStore asks whether its copy of the index is still the newest.
+        return self._open(shard).read(slot.to_bytes(4, "big"), batch=batch, staleness_bound=0)
 
     def _open_shard(self, shard: int) -> ts.KvStore:
         spec = {
