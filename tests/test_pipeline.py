@@ -1,6 +1,7 @@
 """Each example once per epoch, in an order that the seed determines, from any position, on any
 number of hosts."""
 
+import json
 import threading
 import time
 from collections import Counter
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alexnet_jax import config as configs
 from alexnet_jax.data import pipeline
 from alexnet_jax.utils.errors import UserError
 
@@ -32,6 +34,7 @@ class Numbered:
         self.num_examples = num_examples
         self.image_size = image_size
         self.rows = np.arange(num_examples)
+        self.path, self.labels, self.class_names = "numbers", self.rows % 2, ("even", "odd")
         self.was_read = []
         self.kept, self.most_kept, self.fetched, self.read_unkept = set(), 0, Counter(), 0
 
@@ -169,6 +172,22 @@ def test_shards_are_fetched_once_an_epoch_by_the_host_of_their_lane(num_examples
     fetched = sum(store.fetched.total() for store in stores)
     read_ahead = 2 * shuffle_shards
     assert fetched <= epochs * (num_shards + shuffle_shards) + read_ahead
+
+
+def test_run_does_not_resume_in_another_order():
+    config = configs.default_config()
+    there = json.loads(configs.to_json(config))
+    config.shuffle_shards = 4
+    assert configs.differing_fields(config, there) == ["shuffle_shards (0 there, 4 here)"]
+
+
+def test_store_in_the_order_of_its_classes_is_reported(capsys):
+    store = Numbered(1600, IN_SHARDS)
+    iterators_of([store], 64, shuffle_shards=8)
+    assert capsys.readouterr().out == ""
+    store.labels, store.class_names = store.rows // 50, tuple(map(str, range(32)))
+    iterators_of([store], 64, shuffle_shards=8)
+    assert "stored class by class, so that batches from 8 shards lack" in capsys.readouterr().out
 
 
 # Training batches

@@ -91,6 +91,11 @@ def sharded(bucket, monkeypatch):
     return url
 
 
+def test_training_image_by_image_names_the_alternative(sharded, capsys):
+    pipeline.train_batches(open_store(sharded), 20, seed=0)
+    assert f"{sharded} is read with one request for each image; with --" in capsys.readouterr().out
+
+
 def images_of(gets):
     return [name for name in gets if "/image/c/" in name]
 
