@@ -20,18 +20,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 from harness import CORES, ROOT, Row, parser, ratio, row, show, take_turns, write
 
 CONTEXT = multiprocessing.get_context("spawn")
-WARM_UP = 16  # more batches than are read ahead
+WARM_UP = 32  # more batches than are read ahead, and half of the shards that are
+COUNTED = 128  # batches in which requests are counted
 LATENCY_S = 0.02
 URL = "gs://bucket/store"
 THREADS = max(2, CORES)
 ONE, BATCH = "from disk, image by image", "from disk, batches"
-LANES = 4  # shards that are read at once
+BY = {"image": 0, "shard": 4}  # shuffle_shards
 
 
 def make_store(path: Path, size: int, images: int) -> Path:
@@ -106,32 +106,34 @@ def serve(pipe: Connection, path: Path) -> None:
             pipe.send(len(gets))
 
 
-def from_bucket(path: Path, batch_size: int, rounds: int) -> list[Row]:
-    """Returns images per second and requests per image, image by image and shard by shard."""
+def from_bucket(batch_size: int, lanes: int) -> Generator[int]:
+    """Reads training batches from the served store."""
     from alexnet_jax.data.pipeline import train_batches
     from alexnet_jax.data.store import open_store
 
+    for batch in train_batches(open_store(URL), batch_size, 0, shuffle_shards=lanes):
+        yield len(batch["label"])
+
+
+def bucket_rows(path: Path, batch_size: int, rounds: int, seconds: float) -> list[Row]:
+    """Returns images per second and requests per image, image by image and shard by shard."""
     pipe, theirs = CONTEXT.Pipe()
     server = CONTEXT.Process(target=serve, args=(theirs, path), daemon=True)
     server.start()
     os.environ |= pipe.recv()
-    names = [f"from a bucket, {path.name} pixels, by {what}" for what in ("image", "shard")]
-    rates, requests = ({name: [] for name in names} for _ in range(2))
-    for _ in range(rounds):
-        for name, lanes, epochs in zip(names, (0, LANES), (0.5, 3), strict=True):
-            store = open_store(URL)
-            pipe.send("count")
-            before, started = pipe.recv(), perf_counter()
-            batches = train_batches(store, batch_size, 0, shuffle_shards=lanes)
-            steps = int(epochs * store.num_examples / batch_size)
-            images = sum(len(next(batches)["label"]) for _ in range(steps))
-            rates[name].append(images / (perf_counter() - started))
-            pipe.send("count")
-            requests[name].append((pipe.recv() - before) / images)
-            batches.close()
-    server.terminate()
+    names = {f"from a bucket, {path.name} pixels, by {what}": n for what, n in BY.items()}
+    makers = {name: partial(from_bucket, batch_size, lanes) for name, lanes in names.items()}
+    turns = take_turns(makers, rounds, seconds, WARM_UP, group=WARM_UP)
+    rates = {name: [turn.rate for turn in of] for name, of in turns.items()}
     rows = [row(name, of, "images/s", batch_size) for name, of in rates.items()]
-    rows += [row(name, of, "requests/image", batch_size) for name, of in requests.items()]
+    for name, make in makers.items():
+        pipe.send("count")
+        before, batches = pipe.recv(), make()
+        images = sum(next(batches) for _ in range(COUNTED))
+        pipe.send("count")
+        rows.append(row(name, [(pipe.recv() - before) / images], "requests/image", batch_size))
+        batches.close()
+    server.terminate()
     return [*rows, ratio(f"{path.name} pixels, by shard / by image", *reversed(rates.values()))]
 
 
@@ -140,14 +142,15 @@ def main() -> None:
     options.add_argument("--images", type=int, default=8192, help="of each size; default: 8192")
     options.add_argument("--batch-size", type=int, default=128, help="default: 128")
     args = options.parse_args()
-    rounds, seconds, sizes = 5, 3.0, (64, 128, 256)
+    rounds, seconds, sizes, processes = 5, 3.0, (64, 128, 256), (1, 2, 4)
     if args.quick:
-        rounds, seconds, sizes, args.images, args.batch_size = 1, 0.05, (8,), 256, 8
+        rounds, seconds, sizes, processes = 1, 0.05, (8,), (1, 2)
+        args.images, args.batch_size = 256, 8
     batch = args.batch_size
     with tempfile.TemporaryDirectory() as folder:
         paths = [make_store(Path(folder, str(size)), size, args.images) for size in sizes]
         turns = take_turns(
-            {f"{n} processes": partial(in_processes, paths[-1], batch, n) for n in (1, 2, 4)},
+            {f"processes: {n}": partial(in_processes, paths[-1], batch, n) for n in processes},
             *(rounds, seconds, WARM_UP),
         )
         disk = {ONE: batch, BATCH: THREADS}
@@ -159,7 +162,7 @@ def main() -> None:
         rows = [row(name, rate, "images/s", batch) for name, rate in rates.items()]
         rows.append(ratio("from disk, batches / image by image", rates[BATCH], rates[ONE]))
         for path in paths:
-            rows += from_bucket(path, batch, rounds)
+            rows += bucket_rows(path, batch, rounds, seconds)
     show(rows)
     write(rows, args.json)
 
