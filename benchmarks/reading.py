@@ -126,7 +126,7 @@ def bucket_rows(path: Path, batch_size: int, rounds: int, seconds: float) -> lis
     turns = take_turns(makers, rounds, seconds, WARM_UP, group=WARM_UP)
     rates = {name: [turn.rate for turn in of] for name, of in turns.items()}
     rows = [row(name, of, "images/s", batch_size) for name, of in rates.items()]
-    for name, make in makers.items():
+    for name, make in reversed(makers.items()):  # the last one still reads ahead when it is closed
         pipe.send("count")
         before, batches = pipe.recv(), make()
         images = sum(next(batches) for _ in range(COUNTED))

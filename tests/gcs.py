@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the headers' acknowledgment
 
     def log_message(self, *args) -> None:
         pass

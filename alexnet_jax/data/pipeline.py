@@ -71,17 +71,16 @@ def train_batches(
     indices = np.arange(batch_size) if local_indices is None else local_indices
     order = Order(store, batch_size, seed, shuffle_shards)
     _advise(store, shuffle_shards)
-    if shuffle_shards:
-        # So many batches use up a quarter of each open shard.
-        stretch = max(1, shuffle_shards * slots_per_shard(store.image_size) // (4 * batch_size))
+    # In a stretch of batches, each lane uses up a quarter of a shard.
+    stretch = max(1, shuffle_shards * slots_per_shard(store.image_size) // (4 * batch_size))
     lock, announced = threading.Lock(), -1
 
     def announce(number: int) -> None:
-        """Has the shards of the next half to three quarters of a shard fetched, once a stretch."""
+        """Has the shards of the next two stretches fetched, whenever a stretch begins."""
         nonlocal announced
         now = number // stretch
         with lock:
-            if now in (announced, announced - 1):  # other threads may be a few batches behind
+            if announced - MAX_READS <= now <= announced:  # other threads may be a little behind
                 return
             announced = now
             numbers = np.arange(max(0, now - 1) * stretch, (now + 3) * stretch)
