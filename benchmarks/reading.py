@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from time import sleep
 
 import numpy as np
 from harness import CORES, ROOT, Row, parser, ratio, row, show, take_turns, write
@@ -126,13 +127,14 @@ def bucket_rows(path: Path, batch_size: int, rounds: int, seconds: float) -> lis
     turns = take_turns(makers, rounds, seconds, WARM_UP, group=WARM_UP)
     rates = {name: [turn.rate for turn in of] for name, of in turns.items()}
     rows = [row(name, of, "images/s", batch_size) for name, of in rates.items()]
-    for name, make in reversed(makers.items()):  # the last one still reads ahead when it is closed
+    for name, make in makers.items():
         pipe.send("count")
         before, batches = pipe.recv(), make()
         images = sum(next(batches) for _ in range(COUNTED))
         pipe.send("count")
         rows.append(row(name, [(pipe.recv() - before) / images], "requests/image", batch_size))
         batches.close()
+        sleep(1)  # until the batches that it reads ahead have arrived
     server.terminate()
     return [*rows, ratio(f"{path.name} pixels, by shard / by image", *reversed(rates.values()))]
 
