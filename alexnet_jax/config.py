@@ -83,6 +83,12 @@ FIELDS = {
     "storage": Field(
         "raw", 'stored as pixels, or as "jpeg": a seventh of the disk space, slower to read'
     ),
+    "shuffle_shards": Field(
+        0,
+        "0: an epoch is one permutation of all images. For buckets: the number of shards that are "
+        "read at once, each whole, to mix their images (docs/data.md)",
+        0,
+    ),
     "max_corrupt": Field(0.001, "share of unreadable images that preparation may skip", 0, 1),
     "batch_size": Field(128, "global: over all devices and hosts (§5)", 1),
     "num_epochs": Field(90, "the paper trained for about 90 (§5)", 1),

@@ -159,7 +159,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         batches = resources.enter_context(
             closing(
                 pipeline.train_batches(
-                    stores["train"], config.batch_size, config.seed, local_rows, place
+                    stores["train"],
+                    config.batch_size,
+                    config.seed,
+                    local_rows,
+                    place,
+                    config.shuffle_shards,
                 )
             )
         )
@@ -281,9 +286,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 waited = time.perf_counter() - asked
                 if meter.first_step and is_first:
                     path = workdir / "samples.png"
-                    figures.save_samples(
-                        stores["train"], augment, config.seed, config.batch_size, step, path
-                    )
+                    figures.save_samples(stores["train"], augment, config, step, path)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, step_metrics = train_step(state, batch)
                 step += 1

@@ -44,7 +44,7 @@ def data(args: argparse.Namespace) -> None:
             stats = augment.statistics(store, config)
             augmentation = augment.make_augment(config, stats, steps_per_epoch)
             with _output(path, "another --workdir") as new:
-                figures.save_samples(store, augmentation, config.seed, config.batch_size, 0, new)
+                figures.save_samples(store, augmentation, config, 0, new)
 
 
 def filters(args: argparse.Namespace) -> None:

@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -11,6 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body waits 40 ms for the headers' acknowledgment
 
     def log_message(self, *args) -> None:
         pass
@@ -32,7 +34,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.refuses:
             return self.answer(403)
+        time.sleep(self.server.delay_s)
         objects, name = self.server.objects, self.object_name()
+        self.server.gets.append(name)
+        if name in self.server.busy:
+            self.server.busy.discard(name)
+            return self.answer(503)
         if not name:
             first, end = self.query("startOffset"), self.query("endOffset", "\U0010ffff")
             items = [{"name": key} for key in sorted(objects) if first <= key < end]
@@ -80,15 +87,24 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def bucket_server(refuses: bool = False) -> Iterator[tuple[dict[str, bytes], dict[str, str]]]:
+def bucket_server(
+    refuses: bool = False,
+    delay_s: float = 0,
+    gets: list[str] | None = None,
+    busy: Collection[str] = (),
+) -> Iterator[tuple[dict[str, bytes], dict[str, str]]]:
     """Serves any gs:// bucket. Yields its objects and the environment that points to it.
 
     Args:
       refuses: whether it answers every request with 403.
+      delay_s: seconds before it answers a GET.
+      gets: collects the names of the objects in the order in which they are requested.
+      busy: names of objects whose first GET is answered with 503.
     """
     with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
         server.objects, server.generations = {}, {}
-        server.refuses = refuses
+        server.refuses, server.delay_s = refuses, delay_s
+        server.gets, server.busy = [] if gets is None else gets, set(busy)
         server.numbers, server.lock = itertools.count(2), Lock()
         Thread(target=server.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{server.server_port}"

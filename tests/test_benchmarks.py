@@ -29,6 +29,7 @@ QUICK = (
     "input_pipeline.py",
     "lines.py",
     "preparation.py",
+    "reading.py",
     "start_up.py",
     "store_scale.py",
     "train_step.py",

@@ -1,8 +1,10 @@
 """Each example once per epoch, in an order that the seed determines, from any position, on any
 number of hosts."""
 
+import json
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alexnet_jax import config as configs
 from alexnet_jax.data import pipeline
 from alexnet_jax.utils.errors import UserError
 
@@ -17,17 +20,33 @@ EXAMPLES = 1000
 IMAGENET = 1_281_167
 
 
+IN_SHARDS = 2048  # image size of a store with 16 images per shard
+SLOTS = 16
+
+
 class Numbered:
-    """A store whose labels are the indices of its examples; it records which ones are read."""
+    """A store whose labels are the indices of its examples; it records which ones are read.
+
+    Of shards that it has to keep, it records how often each is fetched and how many it keeps.
+    """
 
     def __init__(self, num_examples=EXAMPLES, image_size=1):
         self.num_examples = num_examples
         self.image_size = image_size
+        self.rows = np.arange(num_examples)
+        self.path, self.labels, self.class_names = "numbers", self.rows % 2, ("even", "odd")
         self.was_read = []
+        self.kept, self.most_kept, self.fetched, self.read_unkept = set(), 0, Counter(), 0
+
+    def keep_shards(self, indices):
+        shards = set((indices // SLOTS).tolist())
+        self.fetched.update(shards - self.kept)
+        self.kept, self.most_kept = shards, max(self.most_kept, len(shards))
 
     def read(self, indices, threads=1, pad_to=0):
         assert ((indices >= 0) & (indices < self.num_examples)).all()
         self.was_read += indices.tolist()
+        self.read_unkept += len(set((indices // SLOTS).tolist()) - self.kept)
         labels = np.pad(np.int32(indices), (0, max(0, pad_to - len(indices))), constant_values=-1)
         return {"image": np.zeros((len(labels), 1, 1, 3), np.uint8), "label": labels}
 
@@ -36,14 +55,32 @@ def local_indices(batch_size, host, hosts):
     return np.array_split(np.arange(batch_size), hosts)[host]
 
 
-def stream(num_batches, seed=0, batch_size=64, hosts=1, num_examples=EXAMPLES, positions=None):
-    """Returns the labels of global batches, starting at `positions`, and the final positions."""
-    iterators = [
+def iterators_of(stores, batch_size, seed=0, shuffle_shards=0):
+    """Returns one iterator over training batches for each host, which has a store of its own."""
+    return [
         pipeline.train_batches(
-            Numbered(num_examples), batch_size, seed, local_indices(batch_size, host, hosts)
+            store,
+            batch_size,
+            seed,
+            local_indices(batch_size, host, len(stores)),
+            shuffle_shards=shuffle_shards,
         )
-        for host in range(hosts)
+        for host, store in enumerate(stores)
     ]
+
+
+def stream(
+    num_batches,
+    seed=0,
+    batch_size=64,
+    hosts=1,
+    num_examples=EXAMPLES,
+    positions=None,
+    shuffle_shards=0,
+):
+    """Returns the labels of global batches, starting at `positions`, and the final positions."""
+    stores = [Numbered(num_examples, IN_SHARDS) for _ in range(hosts)]
+    iterators = iterators_of(stores, batch_size, seed, shuffle_shards)
     for iterator in iterators if positions else ():
         iterator.set_state(positions[0])
     batches = [
@@ -57,6 +94,7 @@ sizes = st.integers(1, 300)
 batch_sizes = st.integers(1, 70)
 host_counts = st.integers(1, 9)
 seeds = st.integers(0, 2**32 - 1)
+lanes = st.sampled_from([0, 1, 3, 8])  # shuffle_shards; 0 is a permutation of all examples
 few = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -64,76 +102,133 @@ few = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 @few
-@given(st.integers(1, 3000), seeds, st.integers(0, 100))
-def test_shuffled_epoch_is_a_permutation(num_examples, seed, epoch):
-    order = pipeline.shuffled(epoch * num_examples + np.arange(num_examples), num_examples, seed)
-    assert sorted(order) == list(range(num_examples))
+@given(st.integers(1, 3000), batch_sizes, seeds, st.integers(0, 100), lanes)
+def test_order_of_an_epoch_is_a_permutation(num_examples, batch_size, seed, epoch, shuffle_shards):
+    order = pipeline.Order(Numbered(num_examples, IN_SHARDS), batch_size, seed, shuffle_shards)
+    examples = order.examples(epoch * num_examples + np.arange(num_examples))
+    assert sorted(examples) == list(range(num_examples))
 
 
 @few
-@given(st.integers(1, 500), st.lists(st.integers(0, 10**6), max_size=20))
-def test_shuffled_allows_random_access(num_examples, positions):
-    single = [
-        int(pipeline.shuffled(np.array([position]), num_examples, 7)[0]) for position in positions
-    ]
-    together = pipeline.shuffled(np.array(positions, np.int64), num_examples, 7)
-    assert together.tolist() == single
+@given(st.integers(1, 500), st.lists(st.integers(0, 10**6), max_size=20), lanes)
+def test_order_allows_random_access(num_examples, positions, shuffle_shards):
+    order = pipeline.Order(Numbered(num_examples, IN_SHARDS), 64, 7, shuffle_shards)
+    single = [int(order.examples(np.array([position]))[0]) for position in positions]
+    assert order.examples(np.array(positions, np.int64)).tolist() == single
 
 
-def test_shuffled_is_the_documented_numpy_permutation():
+def test_order_is_the_documented_numpy_permutation():
     """Any program can reproduce the order of a run."""
-    order = pipeline.shuffled(5 * IMAGENET + np.arange(IMAGENET), IMAGENET, 3)
-    np.testing.assert_array_equal(order, np.random.default_rng((3, 5)).permutation(IMAGENET))
+    order = pipeline.Order(Numbered(IMAGENET), 128, seed=3)
+    examples = order.examples(5 * IMAGENET + np.arange(IMAGENET))
+    np.testing.assert_array_equal(examples, np.random.default_rng((3, 5)).permutation(IMAGENET))
 
 
-def test_shuffled_computes_each_epoch_once_for_all_threads():
-    pipeline._permutation.cache_clear()
+def test_order_computes_each_epoch_once_for_all_threads():
+    order = pipeline.Order(Numbered(IMAGENET), 128, seed=0)
     positions = 3 * IMAGENET - 500 + np.arange(1000)  # the end of one epoch, the start of another
     with ThreadPoolExecutor(8) as pool:
-        orders = list(pool.map(lambda _: pipeline.shuffled(positions, IMAGENET, 0), range(16)))
-    np.testing.assert_array_equal(orders, [orders[0]] * 16)
-    assert pipeline._permutation.cache_info().misses == 2
+        found = list(pool.map(lambda _: order.examples(positions), range(16)))
+    np.testing.assert_array_equal(found, [found[0]] * 16)
+    assert order._permutation.cache_info().misses == 2
 
 
-def test_epochs_and_seeds_have_different_orders():
-    (first, second), _ = stream(2, batch_size=EXAMPLES)
-    (other,), _ = stream(1, seed=1, batch_size=EXAMPLES)
+@pytest.mark.parametrize("shuffle_shards", [0, 8])
+def test_epochs_and_seeds_have_different_orders(shuffle_shards):
+    (first, second), _ = stream(2, batch_size=EXAMPLES, shuffle_shards=shuffle_shards)
+    (other,), _ = stream(1, seed=1, batch_size=EXAMPLES, shuffle_shards=shuffle_shards)
     for order in (second, other):
         assert (first == order).sum() < 8  # of two random orders: Poisson with mean 1
-    assert (np.diff(first) == 1).sum() < 8
+    assert (np.diff(first) == 1).sum() < (8 if shuffle_shards == 0 else 120)
+
+
+# Shard by shard
+
+
+def test_batch_mixes_as_many_shards_as_configured():
+    """16 shards of 16 images; 4 lanes of 8 rows read 4 shards each."""
+    batches, _ = stream(8, batch_size=32, num_examples=256, shuffle_shards=4)
+    for first, second in zip(batches[::2], batches[1::2], strict=True):
+        assert [len(set(lane // SLOTS)) for lane in first.reshape(4, 8)] == [1] * 4
+        for shard in np.concatenate([first.reshape(4, 8), second.reshape(4, 8)], axis=1):
+            assert len(set(shard // SLOTS)) == 1 and len(set(shard)) == SLOTS
+            assert (np.diff(shard) == 1).sum() < 8  # in random order
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_examples", [1600, 1607])
+def test_shards_are_fetched_once_an_epoch_by_the_host_of_their_lane(num_examples, hosts):
+    """Except that two lanes may share a shard. A host keeps at most four shards of each lane."""
+    batch_size, shuffle_shards, epochs = 24, 12, 3
+    stores = [Numbered(num_examples, IN_SHARDS) for _ in range(hosts)]
+    iterators = iterators_of(stores, batch_size, shuffle_shards=shuffle_shards)
+    for _ in range(epochs * num_examples // batch_size):
+        for iterator in iterators:
+            next(iterator)
+    num_shards = -(-num_examples // SLOTS)
+    for store in stores:
+        assert store.read_unkept == 0
+        assert store.most_kept <= 4 * shuffle_shards / hosts
+    fetched = sum(store.fetched.total() for store in stores)
+    read_ahead = 2 * shuffle_shards
+    assert fetched <= epochs * (num_shards + shuffle_shards) + read_ahead
+
+
+def test_run_does_not_resume_in_another_order():
+    config = configs.default_config()
+    there = json.loads(configs.to_json(config))
+    config.shuffle_shards = 4
+    assert configs.differing_fields(config, there) == ["shuffle_shards (0 there, 4 here)"]
+
+
+def test_store_in_the_order_of_its_classes_is_reported(capsys):
+    store = Numbered(1600, IN_SHARDS)
+    iterators_of([store], 64, shuffle_shards=8)
+    assert capsys.readouterr().out == ""
+    store.labels, store.class_names = store.rows // 50, tuple(map(str, range(32)))
+    iterators_of([store], 64, shuffle_shards=8)
+    assert "stored class by class, so that batches from 8 shards lack" in capsys.readouterr().out
 
 
 # Training batches
 
 
 @few
-@given(sizes, batch_sizes, host_counts, seeds)
-def test_train_epoch_has_each_example_once_over_all_hosts(num_examples, batch_size, hosts, seed):
+@given(sizes, batch_sizes, host_counts, seeds, lanes)
+def test_train_epoch_has_each_example_once_over_all_hosts(
+    num_examples, batch_size, hosts, seed, shuffle_shards
+):
     """Also if the batch size does not divide the examples, or the hosts the batch size."""
     num_batches = -(-3 * num_examples // batch_size)
-    labels = np.concatenate(stream(num_batches, seed, batch_size, hosts, num_examples)[0])
+    batches, _ = stream(
+        num_batches, seed, batch_size, hosts, num_examples, shuffle_shards=shuffle_shards
+    )
+    labels = np.concatenate(batches)
     for epoch in range(3):
         of_epoch = labels[epoch * num_examples : (epoch + 1) * num_examples]
         assert sorted(of_epoch) == list(range(num_examples))
 
 
 @few
-@given(sizes, batch_sizes, host_counts)
-def test_global_batches_do_not_depend_on_the_number_of_hosts(num_examples, batch_size, hosts):
-    several, _ = stream(5, 0, batch_size, hosts, num_examples)
-    single, _ = stream(5, 0, batch_size, 1, num_examples)
+@given(sizes, batch_sizes, host_counts, lanes)
+def test_global_batches_do_not_depend_on_the_number_of_hosts(
+    num_examples, batch_size, hosts, shuffle_shards
+):
+    several, _ = stream(5, 0, batch_size, hosts, num_examples, shuffle_shards=shuffle_shards)
+    single, _ = stream(5, 0, batch_size, 1, num_examples, shuffle_shards=shuffle_shards)
     np.testing.assert_array_equal(several, single)
 
 
 @few
-@given(sizes, batch_sizes, host_counts, host_counts, st.integers(0, 12))
+@given(sizes, batch_sizes, host_counts, host_counts, st.integers(0, 12), lanes)
 def test_resuming_on_another_number_of_hosts_continues_the_stream(
-    num_examples, batch_size, before, after, done
+    num_examples, batch_size, before, after, done, shuffle_shards
 ):
-    uninterrupted, _ = stream(done + 4, 0, batch_size, 1, num_examples)
-    first, positions = stream(done, 0, batch_size, before, num_examples)
+    same = {"num_examples": num_examples, "shuffle_shards": shuffle_shards}
+    uninterrupted, _ = stream(done + 4, 0, batch_size, 1, **same)
+    first, positions = stream(done, 0, batch_size, before, **same)
     assert all(position == positions[0] for position in positions)
-    rest, _ = stream(4, 0, batch_size, after, num_examples, positions)
+    rest, _ = stream(4, 0, batch_size, after, positions=positions, **same)
     np.testing.assert_array_equal([*first, *rest], uninterrupted)
 
 

@@ -1,5 +1,7 @@
 """Shard files are zarr's. Both readers return the same images, or name the damage."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -54,6 +56,17 @@ def test_both_readers_return_the_requested_images_in_order(store):
     np.testing.assert_array_equal(local, remote)
     tolerance = 0 if store[1] == "raw" else 3
     assert np.abs(local.astype(int) - marks(rows)).max() <= tolerance
+
+
+def test_images_that_left_the_page_cache_are_read_from_disk(store):
+    reader, _ = readers(*store)
+    rows = [39, 0, 17, 4, 32]
+    before = read(reader, rows)
+    for shard in range(NUM_SHARDS):
+        with (store[0] / shards.shard_key(shard)).open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    np.testing.assert_array_equal(read(reader, rows), before)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["local", "remote"])

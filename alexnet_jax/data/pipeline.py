@@ -1,6 +1,6 @@
 """The input pipeline: which examples, in which order, on which host, as batches of uint8 images.
 
-    epoch order (NumPy) -> Store.read in threads (Grain) -> place on the devices (Grain)
+    Order (NumPy) -> Store.read in threads (Grain) -> place on the devices (Grain)
 
 There is no decoding and no augmentation here. The store holds decoded images, and the train step
 augments on the devices.
@@ -22,7 +22,10 @@ import jax
 import numpy as np
 from jaxtyping import Int, Int64
 
+from alexnet_jax.data.shards import slots_per_shard
 from alexnet_jax.data.store import Store
+from alexnet_jax.utils import distributed
+from alexnet_jax.utils.buckets import is_url
 
 Batch = dict[str, np.ndarray]  # {"image": uint8[B, S, S, 3], "label": int32[B]}
 
@@ -42,6 +45,7 @@ def train_batches(
     seed: int,
     local_indices: Int[np.ndarray, " L"] | None = None,
     place: Callable[[Batch], Any] = lambda batch: batch,
+    shuffle_shards: int = 0,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over one host's part of every global training batch.
 
@@ -57,6 +61,7 @@ def train_batches(
       local_indices: the indices into every global batch that this host reads, in rising order; by
         default all.
       place: called for each batch in a background thread, e.g. to transfer it to the devices.
+      shuffle_shards: see `Order`. Shards in a bucket are then fetched whole, ahead of their use.
 
     Returns:
       An iterator over the results of `place` for {"image": uint8[L, S, S, 3], "label": int32[L]}.
@@ -64,10 +69,27 @@ def train_batches(
       next global batch: the same on every host, and valid for any number of hosts.
     """
     indices = np.arange(batch_size) if local_indices is None else local_indices
+    order = Order(store, batch_size, seed, shuffle_shards)
+    _advise(store, shuffle_shards)
+    # In a stretch of batches, each lane uses up a quarter of a shard.
+    stretch = max(1, shuffle_shards * slots_per_shard(store.image_size) // (4 * batch_size))
+    lock, announced = threading.Lock(), -1
+
+    def announce(number: int) -> None:
+        """Has the shards of the next two stretches fetched, whenever a stretch begins."""
+        nonlocal announced
+        now = number // stretch
+        with lock:
+            if announced - MAX_READS <= now <= announced:  # other threads may be a little behind
+                return
+            announced = now
+            numbers = np.arange(max(0, now - 1) * stretch, (now + 3) * stretch)
+            store.keep_shards(order.examples((numbers[:, None] * batch_size + indices).ravel()))
 
     def read(number: int, threads: int) -> Batch:
-        positions = number * batch_size + indices
-        return store.read(shuffled(positions, store.num_examples, seed), threads)
+        if shuffle_shards:
+            announce(number)
+        return store.read(order.examples(number * batch_size + indices), threads)
 
     return iter(_pipeline(sys.maxsize // batch_size, read, place, store, len(indices)))
 
@@ -97,38 +119,78 @@ def eval_batches(
     return iter(_pipeline(num_batches, read, place, store, len(indices)))
 
 
-def shuffled(
-    positions: Int[np.ndarray, " B"], num_examples: int, seed: int
-) -> Int64[np.ndarray, " B"]:
-    """Returns the examples at positions of the endless stream of shuffled epochs.
+class Order:
+    """Which example is at each position of the endless stream of epochs. Threads may share it.
+
+    By default an epoch is one random permutation of all examples. With `shuffle_shards` = L, the
+    rows of every batch form L lanes of equal size. Each lane reads one shard after another, in
+    random order, and the images of a shard in random order. So a batch mixes the images of L
+    shards, and whoever reads some rows of each batch needs only the shards of their lanes: L shards
+    are open over all hosts, and a host that has 1/H of the rows fetches 1/H of the shards.
+
+    An order depends on nothing but the arguments. In particular, not on the number of hosts.
 
     Args:
-      positions: at least 0. Epoch e is [e * num_examples, (e + 1) * num_examples).
-      num_examples: of the store.
+      store: whose examples are ordered.
+      batch_size: global batch size. It matters only for lanes.
       seed: determines, together with the epoch, an epoch's order.
-
-    Returns indices in [0, num_examples).
+      shuffle_shards: the number of lanes, or 0.
     """
-    epochs, offsets = np.divmod(np.asarray(positions, np.int64), num_examples)
-    examples = np.empty_like(offsets)
-    for epoch in np.unique(epochs):  # two at the end of an epoch, otherwise one
-        in_epoch = epochs == epoch
-        with _permutation_lock:  # else all reading threads would compute a new epoch's order
-            order = _permutation(num_examples, seed, int(epoch))
-        examples[in_epoch] = order[offsets[in_epoch]]
-    return examples
+
+    def __init__(self, store: Store, batch_size: int, seed: int, shuffle_shards: int = 0):
+        self._store, self._batch_size, self._seed = store, batch_size, seed
+        self._shuffle_shards = shuffle_shards
+        # Some threads may still read the end of the previous epoch.
+        self._permutation = functools.lru_cache(maxsize=2)(self._permute)
+        self._lock = threading.Lock()
+
+    def examples(self, positions: Int[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
+        """Returns indices in [0, N) for positions from 0 on. Epoch e is [e * N, (e + 1) * N)."""
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self._store.num_examples)
+        examples = np.empty_like(offsets)
+        for epoch in np.unique(epochs):  # two at the end of an epoch, otherwise one
+            in_epoch = epochs == epoch
+            with self._lock:  # else all reading threads would compute a new epoch's order
+                order = self._permutation(int(epoch))
+            examples[in_epoch] = order[offsets[in_epoch]]
+        return examples
+
+    def _permute(self, epoch: int) -> Int64[np.ndarray, " N"]:
+        """An epoch's order. For ImageNet it takes 10 MB and 17 to 32 ms, with lanes 0.2 s.
+
+        NumPy may change this order between its versions, so that all hosts need the same one.
+        """
+        count = self._store.num_examples
+        rng = np.random.default_rng((self._seed, epoch))
+        if not self._shuffle_shards:
+            return rng.permutation(count)
+        shards = self._store.rows // slots_per_shard(self._store.image_size)
+        ranks = rng.permutation(shards[-1] + 1)
+        shard_by_shard = np.argsort(ranks[shards] + rng.random(count), kind="stable")
+        # The lanes divide this sequence among themselves, each by the positions it has.
+        rows = (epoch * count + np.arange(count)) % self._batch_size
+        lanes = rows * self._shuffle_shards // self._batch_size
+        order = np.empty(count, np.int64)
+        order[np.argsort(lanes, kind="stable")] = shard_by_shard
+        return order
 
 
-@functools.lru_cache(maxsize=2)  # some threads may still read the end of the previous epoch
-def _permutation(num_examples: int, seed: int, epoch: int) -> Int64[np.ndarray, " N"]:
-    """An epoch's order. For ImageNet it takes 10 MB and 17 to 32 ms per epoch.
-
-    NumPy may change this order between its versions, so that all hosts need the same one.
-    """
-    return np.random.default_rng((seed, epoch)).permutation(num_examples)
-
-
-_permutation_lock = threading.Lock()
+def _advise(store: Store, shuffle_shards: int) -> None:
+    """Says so if the order does not suit the store."""
+    if is_url(store.path) and not shuffle_shards:
+        distributed.say(
+            f"{store.path} is read with one request for each image; with "
+            "--config.shuffle_shards=16 it is read in whole shards (docs/data.md)"
+        )
+    if shuffle_shards:
+        num_classes = len(store.class_names)
+        shards = store.rows // slots_per_shard(store.image_size)
+        classes_per_shard = len(np.unique(shards * num_classes + store.labels)) / (shards[-1] + 1)
+        if classes_per_shard * shuffle_shards < num_classes / 2:
+            distributed.say(
+                f"the images of {store.path} are stored class by class, so that batches from "
+                f"{shuffle_shards} shards lack most classes; shuffle_shards=0 mixes all"
+            )
 
 
 def _pipeline(

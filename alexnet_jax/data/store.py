@@ -160,6 +160,17 @@ class Store:
             raise _unreadable(self.path, error) from error
         return {"image": images, "label": labels}
 
+    def keep_shards(self, indices: Int[np.ndarray, " B"]) -> None:
+        """Has a bucket's shards with these examples fetched whole, and forgets all others.
+
+        What is read of them until the next call needs no further request. Local shards are in the
+        page cache anyway, if they fit.
+        """
+        if isinstance(self.shards, RemoteShards):
+            self.shards.keep(
+                np.unique(self.rows[indices] // slots_per_shard(self.image_size)).tolist()
+            )
+
     def _read_rows(self, rows: np.ndarray, images: np.ndarray, threads: int) -> None:
         if threads == 1:
             self.shards.read(rows, images)
@@ -247,6 +258,7 @@ def find_damage(store: Store) -> Iterator[str]:
     image = np.empty((1, store.image_size, store.image_size, 3), np.uint8)
     for shard in tqdm(range(len(store.shard_bytes)), desc=store.path, unit=" shards"):
         first, end = np.searchsorted(store.rows, (shard * num_slots, (shard + 1) * num_slots))
+        store.keep_shards(np.arange(first, min(end + num_slots, store.num_examples)))
         for row in store.rows[first:end]:
             try:
                 store.shards.read(np.array([row]), image)
