@@ -1,6 +1,6 @@
 """AlexNet and its training step as one writes them with Flax's and Optax's own parts.
 
-The baseline of train_step.py and tpu_compile.py: `nn.Conv`, `nn.max_pool`, `nn.Dense`, `optax.sgd`.
+The baseline of train_step.py and compiled.py: `nn.Conv`, `nn.max_pool`, `nn.Dense`, `optax.sgd`.
 """
 
 import jax
