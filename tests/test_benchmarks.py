@@ -30,6 +30,7 @@ QUICK = (
     "lines.py",
     "preparation.py",
     "start_up.py",
+    "loop.py",
     "store_scale.py",
     "train_step.py",
     f"train_step.py --against {ROOT}",
