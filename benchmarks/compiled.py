@@ -2,9 +2,9 @@
 
     python benchmarks/compiled.py
 
-Needs their compilers (requirements-plan.txt), but no GPU or TPU. Nothing is measured: bytes are what
-kernels read and write, the roofline is the least time for that, and cycles are libtpu's model of a
-chip. They show where to look, not how fast the step is. Our step is the complete one of train.py,
+Needs their compilers (requirements-plan.txt), but no GPU or TPU. Nothing is measured: bytes are
+what kernels read and write, the roofline is the least time for that, and cycles are libtpu's model
+of a chip. They show where to look, not how fast the step is. Our step is the one of train.py,
 with augmentation. Plain Flax's takes images that are augmented already.
 """
 

@@ -18,6 +18,7 @@ import os
 index, count = os.environ["{distributed.INDEX}"], os.environ["{distributed.COUNT}"]
 print("process", index, "of", count, "uses device", os.environ["JAX_LOCAL_DEVICE_IDS"])
 print("coordinator at", os.environ["{distributed.ADDRESS}"])
+print("on cores", *sorted(os.sched_getaffinity(0)))
 """
 FIRST_WAITS = f"""
 import os, signal
@@ -36,14 +37,59 @@ sys.exit(code)
 """
 
 
-def test_each_process_knows_its_place():
-    done = commands.run(*COMMAND, "--processes", "3", "--", "-c", PRINTS_PLACE)
+@pytest.mark.parametrize("how_many", [["--processes", "3"], ["--per-gpu"]])
+def test_each_process_knows_its_place(how_many, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,-1,7")  # CUDA uses the first three
+    done = commands.run(*COMMAND, *how_many, "--", "-c", PRINTS_PLACE)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     for prefix, index in (("", 0), ("[1] ", 1), ("[2] ", 2)):
         assert f"{prefix}process {index} of 3 uses device {index}" in lines
     (address,) = {line.partition("at ")[2] for line in lines if "coordinator" in line}
     assert address.startswith("127.0.0.1:")
+    cores = [set(map(int, line.split()[-1:])) for line in lines if "on cores" in line]
+    assert len(cores) == 3 and set.union(*cores) <= os.sched_getaffinity(0)
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "sizes"),
+    [(2, 1, [2]), (2, 2, [1, 1]), (5, 2, [2, 3]), (2, 3, [1, 1, 1]), (1, 4, [1, 1, 1, 1])],
+)
+def test_cores_are_shared_equally(cores, count, sizes):
+    shares = launch.shares(range(cores), count)
+    assert [len(share) for share in shares] == sizes
+    assert {core for share in shares for core in share} == set(range(cores))
+
+
+def test_processes_stay_within_the_cores_of_the_launcher():
+    core = min(os.sched_getaffinity(0))
+    command = ("taskset", "--cpu-list", str(core), *COMMAND, "--processes=2", "--")
+    done = commands.run(*command, "-c", PRINTS_PLACE)
+    assert done.stdout.count(f"on cores {core}\n") == 2
+
+
+@pytest.mark.parametrize("visible", ["", "-1", None])
+def test_machine_without_gpus_is_reported(visible, tmp_path):
+    environment = {**os.environ, "PATH": str(tmp_path)}  # no nvidia-smi
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    done = commands.run(*COMMAND, "--per-gpu", "--", "-c", "", env=environment)
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.startswith("error: --per-gpu finds no GPU ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_gpus_are_counted_by_nvidia_smi(tmp_path):
+    """With a program of that name in place of NVIDIA's, whose output has the same form."""
+    listed = "GPU 0: NVIDIA H100 (UUID: GPU-0)\\n  MIG 1g.10gb Device 0: (UUID: MIG-0)\\n"
+    listed += "GPU 1: NVIDIA H100 (UUID: GPU-1)\\n"
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    done = commands.run(*COMMAND, "--per-gpu", "--", "-c", PRINTS_PLACE, env=environment)
+    assert "process 1 of 2" in done.stdout, done.stderr
 
 
 KILLED = "process 1 was killed by SIGKILL, and the others ended because they lost it"

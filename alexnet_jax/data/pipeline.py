@@ -29,8 +29,9 @@ from alexnet_jax.utils.buckets import is_url
 
 Batch = dict[str, np.ndarray]  # {"image": uint8[B, S, S, 3], "label": int32[B]}
 
-# Threads that read batches. Reading releases Python's lock.
-MAX_READS = max(2, min(8, os.cpu_count() or 1))
+# Threads that read batches. Reading releases Python's lock. `launch` binds a process to some cores.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+MAX_READS = max(2, min(8, CORES or 1))
 # Batches on their way to the devices during a step. One is enough to overlap the transfer with the
 # step; a second one absorbs fluctuations of the reading time.
 MAX_PLACED = 2
