@@ -6,6 +6,7 @@ test_compiled_step reads, compiles in less than half the time.
 
 import fcntl
 import os
+import signal
 import tempfile
 
 os.environ.setdefault(
@@ -16,6 +17,9 @@ os.environ.setdefault(
 )
 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# A shell that runs pytest in the background has it ignore Ctrl-C, and so the commands under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402  (JAX must find the variables above)
 

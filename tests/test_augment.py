@@ -14,7 +14,7 @@ from alexnet_jax.utils.errors import UserError
 
 
 def all_views(augment, batch):
-    return np.stack([augment.view(batch, number) for number in range(augment.num_views)])
+    return np.stack([augment.view(batch, place) for place in augment.views])
 
 
 def find_crop(crop, image):
@@ -239,7 +239,7 @@ def test_eval_views_decides_which_views_are_evaluated(eval_views, count):
     c, batch = config(), images(2)
     c.eval.views = eval_views
     augment = make_augment(c, stats())
-    assert augment.num_views == count
+    assert len(augment.views) == count
     views = all_views(augment, batch)
     assert views.shape == (count, 2, CROP, CROP, 3)
     np.testing.assert_array_equal(views[2 if count == 10 else 0], augment.center(batch))

@@ -72,7 +72,7 @@ def test_predict_averages_ten_views_where_the_config_does(trained_run, digit_sto
     network.config.eval.views = "ten"
     images = digit_stores["eval"].read(np.arange(8))["image"]
     augment = make_augment(network.config, network.stats)
-    views = [augment.view(images, number) for number in range(10)]
+    views = [augment.view(images, place) for place in augment.views]
     expected = np.mean([jax.nn.softmax(apply(network, view)) for view in views], axis=0)
     np.testing.assert_allclose(network.predict(images), expected, rtol=1e-3, atol=1e-6)
 

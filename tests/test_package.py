@@ -22,7 +22,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 DECLARED = {
     "requirements.txt": PROJECT["dependencies"] + EXTRAS["prepare"] + EXTRAS["test"],
     "requirements-serve.txt": EXTRAS["serve"] + EXTRAS["browser"],
-    **{f"requirements-{extra}.txt": EXTRAS[extra] for extra in ("docs", "torch", "tpu")},
+    **{f"requirements-{extra}.txt": EXTRAS[extra] for extra in ("docs", "plan", "torch", "tpu")},
 }
 # requirements-export.txt is left out: pip cannot resolve it together with the others, so there is
 # no extra for it.

@@ -136,6 +136,7 @@ class ProgramWithCycles:
 
     def __init__(self, program, cycles):
         self.memory_analysis = program.memory_analysis
+        self.cost_analysis = program.cost_analysis
         self.text = program.as_text().replace(
             " fusion(", f' fusion(), x={{"estimated_cycles":"{cycles}"}}, y=('
         )
@@ -238,7 +239,13 @@ def test_choice_of_layouts():
 
 @pytest.mark.parametrize("topology", ["v5e", "v9z:2x2", "v5e:2", "16x16"])
 def test_topologies_that_do_not_exist(topology):
-    with pytest.raises(UserError, match="write it like v5e:16x16"):
+    with pytest.raises(UserError, match="is not a topology; write it like v5e:"):
+        targets.topology_devices(topology)
+
+
+@pytest.mark.parametrize("topology", ["h100:0", "h100:9", "a100:2x4"])
+def test_numbers_of_gpus_that_no_machine_has(topology):
+    with pytest.raises(UserError, match="the GPUs of one machine are 1 to 8, as in [ah]100:8"):
         targets.topology_devices(topology)
 
 

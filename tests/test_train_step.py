@@ -256,7 +256,7 @@ def test_ten_views_average_the_softmax_and_take_the_loss_of_the_average():
     program = Program(make_config(randomness=True, **{"eval.views": "ten"}), "jit")
     batch = make_batch()
     apply = jax.jit(program.model.apply)
-    views = [program.augment.view(batch["image"], number) for number in range(10)]
+    views = [program.augment.view(batch["image"], place) for place in program.augment.views]
     params = program.state.params
     probs = np.mean([jax.nn.softmax(apply({"params": params}, v)) for v in views], axis=0)
     sums = program.eval_step(program.state, program.put(batch))

@@ -62,7 +62,7 @@ class Augment:
     Attributes:
       fields: `config.augment`.
       image_size: S, of stored images, in pixels.
-      eval_views: "center" or "ten", what `view` returns.
+      eval_views: "center" or "ten", which `views` there are.
       stats: of the training images.
       dtype: in which the network computes. On TPU images may be rounded to it before the crop.
       noise_changes: (step, standard deviation) pairs, rising; each holds from its step on.
@@ -144,24 +144,26 @@ class Augment:
         return crop
 
     @property
-    def num_views(self) -> int:
-        """The number of views of an image whose softmaxes evaluation averages."""
-        return 10 if self.eval_views == "ten" else 1
-
-    def view(
-        self, images: UInt8[jax.Array, "B S S 3"], number: jax.Array | int
-    ) -> Float32[jax.Array, "B crop_size crop_size 3"]:
-        """Returns one of the `num_views` mean-subtracted views of each image.
+    def views(self) -> Int32[np.ndarray, "V 3"]:
+        """The top, the left and whether it is mirrored of each view that evaluation averages.
 
         The paper's ten views (§4.1) are top left, top right, center, bottom left, bottom right,
         then the same five mirrored; the order is that of the released program.
         """
-        if self.eval_views == "center":
-            return self.center(images)
         end = self.image_size - self.crop_size
-        corners = jnp.array([(0, 0), (0, end), (end // 2, end // 2), (end, 0), (end, end)])
-        view = self._window(images, *corners[number % len(corners)])
-        return jnp.where(number >= len(corners), view[:, :, ::-1], view)
+        middle = (end // 2, end // 2)
+        corners = [(0, 0), (0, end), middle, (end, 0), (end, end)]
+        places = [middle] if self.eval_views == "center" else corners
+        mirrored = (0,) if self.eval_views == "center" else (0, 1)
+        return np.array([(*place, m) for m in mirrored for place in places], np.int32)
+
+    def view(
+        self, images: UInt8[jax.Array, "B S S 3"], place: Int32[jax.Array, " 3"]
+    ) -> Float32[jax.Array, "B crop_size crop_size 3"]:
+        """Returns one of the `views` of each image, the mean subtracted."""
+        top, left, mirrored = place
+        window = self._window(images, top, left)
+        return jnp.where(mirrored == 1, window[:, :, ::-1], window)
 
     def center(
         self, images: UInt8[jax.Array, "B S S 3"]

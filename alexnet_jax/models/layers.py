@@ -281,7 +281,7 @@ def max_pool(
         return by_flax(x)
     on_cpu = functools.partial(cpu_kernels.max_pool, pads=pads)
     on_gpu = functools.partial(gpu_kernels.max_pool, pads=tuple(pads))
-    y: Array = jax.lax.platform_dependent(x, cpu=on_cpu, tpu=by_flax, default=on_gpu)
+    y: Array = jax.lax.platform_dependent(x, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=by_flax)
     return y
 
 

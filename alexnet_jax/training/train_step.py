@@ -252,14 +252,14 @@ def log_probabilities(
 ) -> Float32[jax.Array, "B classes"]:
     """Returns the logarithms of the probabilities, averaged over the views of each image."""
 
-    def of_view(number: jax.Array | int) -> jax.Array:
-        logits: Any = model.apply(variables, augment.view(images, number), train=False)
+    def of_view(place: Any) -> jax.Array:
+        logits: Any = model.apply(variables, augment.view(images, place), train=False)
         return nn.log_softmax(logits)
 
-    if augment.num_views == 1:
-        return of_view(0)
+    if len(augment.views) == 1:
+        return of_view(augment.views[0])
     # One view at a time: together they would take 8.5 GB at batch 1,024.
-    return mean_softmax(jax.lax.map(of_view, jnp.arange(augment.num_views)))
+    return mean_softmax(jax.lax.map(of_view, jnp.asarray(augment.views)))
 
 
 def mean_softmax(log_probs: Float32[jax.Array, "N B C"]) -> Float32[jax.Array, "B C"]:
