@@ -76,6 +76,7 @@ def test_features_of_five_digits_help_to_learn_five_others(tmp_path):
 
 
 @pytest.mark.plan
+@pytest.mark.long
 def test_our_compiled_step_moves_fewer_bytes_than_plain_flax_s(tmp_path):
     pytest.importorskip("jax_plugins.xla_cuda12")
     rows, _ = quick_rows("compiled.py", tmp_path)

@@ -288,6 +288,27 @@ def test_environment_is_restored_after_libtpu():
 
 
 @pytest.mark.plan
+def test_command_for_two_gpus(tmp_path):
+    """The gradients of all parameters are added up over NVLink."""
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    done = command(
+        *("--topology=h100:2", "--layouts", "mesh.data,float32", f"--workdir={tmp_path}"),
+        *("--config.batch_size=16", f"--config.data_dir={tmp_path}", "--config.model.width=0.25"),
+    )
+    assert done.returncode == 0, done.stderr
+    (layout,) = json.loads((tmp_path / "plan.json").read_text())["layouts"]
+    assert plan.describe(layout) in done.stdout
+    sent = sum(c["payload_bytes"] for c in layout["collectives"] if c["kind"] == "all-reduce")
+    assert sent == pytest.approx(layout["memory"]["params"], rel=0.01)
+    assert layout["communication_s"] == pytest.approx(sent / 450e9, rel=0.01)  # 2 (2-1)/2 times
+    assert layout["kernels"] > 50 and layout["bytes_moved"] > 5 * sent
+    assert layout["step_s"] == layout["compute_s"] + layout["communication_s"]
+    slowest = layout["slowest_kernels"][0]
+    assert slowest["seconds"] >= slowest["bytes_moved"] / 3.35e12
+
+
+@pytest.mark.plan
+@pytest.mark.long
 def test_command_on_a_small_slice(tmp_path):
     """The bytes that the architecture gives come out of the program for four chips."""
     pytest.importorskip("libtpu")
