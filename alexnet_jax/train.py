@@ -4,8 +4,6 @@ import argparse
 import collections
 import contextlib
 import fcntl
-import functools
-import gc
 import io
 import itertools
 import json
@@ -13,12 +11,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -32,7 +30,7 @@ from alexnet_jax.data.store import Store
 from alexnet_jax.models.alexnet import towers
 from alexnet_jax.models.summary import format_layer_table
 from alexnet_jax.training import finetune, sharding
-from alexnet_jax.training.checkpoint import Checkpoints, NotFinite, has_checkpoint
+from alexnet_jax.training.checkpoint import Checkpoints, has_checkpoint
 from alexnet_jax.training.metrics import Meter, Report, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer, make_plateau, make_schedule
 from alexnet_jax.training.train_step import (
@@ -54,16 +52,13 @@ from alexnet_jax.utils.files import (
 # Steps that may be dispatched and not finished. The loop prepares the next batches meanwhile;
 # without a limit their inputs would pile up in device memory.
 STEPS_IN_FLIGHT = 4
-# Drawing takes about 0.5 s, and slows down the loop although it has a thread of its own, because
-# both need Python's lock.
-DRAW_EVERY_S = 60
 
 
 class Stopped(Exception):
     """The run was asked to stop. It is saved, and the same command continues it."""
 
 
-class Diverged(UserError):
+class NotFinite(UserError):
     """The loss or a parameter is infinite or NaN, so the state must not be saved."""
 
 
@@ -155,13 +150,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
         eval_step = parallel.compile_eval_step(make_eval_step(model, augment), shapes)
 
-        # One thread for what must hold up neither the start nor the steps. `result` raises its
-        # errors. A step that it compiles for these shapes is not compiled again when it is called.
-        background = resources.enter_context(ThreadPoolExecutor(1, "background"))
-        state_like = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
-        batch_like = parallel.batch_like(config.batch_size, stores["train"].image_size)
-        compiled = background.submit(_compile, train_step, state_like, batch_like)
-
         # Background threads read the next batches and transfer them while a step runs.
         def place(batch: pipeline.Batch) -> dict[str, jax.Array]:
             return parallel.put_batch(batch, config.batch_size)
@@ -195,7 +183,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             )
         )
         # With shardings, each process reads only the parts that its devices hold.
-        restored = checkpoints.restore_latest(state_like)
+        like = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
+        restored = checkpoints.restore_latest(like)
         if restored:
             state = restored.state
             if restored.position is not None:  # None in a converted network
@@ -219,12 +208,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         report = resources.enter_context(closing(Report(workdir, step, total_steps, evaluated)))
         meter = Meter(config.batch_size)
 
-        # One program compiles faster than its operations one by one.
-        scheduled = jax.jit(functools.partial(learning_rate, "all", True))
-
         def rate_at(step: int) -> float:
             """Returns the learning rate of the update that makes a step, counted from 1."""
-            return float(scheduled(step - 1, plateau_scale))
+            return float(learning_rate("all", True, step - 1, plateau_scale))
 
         def log_train(steps_in_flight: int = 0) -> None:
             """Reports the steps since the last call, except for the latest `steps_in_flight`."""
@@ -232,7 +218,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             for number, metrics in steps:
                 if not math.isfinite(metrics["loss"]):
                     what = f"loss is {metrics['loss']}"
-                    raise _diverged(what, number, rate_at(number), checkpoints)
+                    raise _not_finite(what, number, rate_at(number), checkpoints)
             # A row ends at each multiple of log_every_steps, and before an evaluation or a save.
             for _, group in itertools.groupby(
                 steps, lambda s: (s[0] - 1) // config.log_every_steps
@@ -244,27 +230,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 row = {"step": number, "epoch": epoch, **means, "learning_rate": rate, **timing}
                 report.train(row)
 
-        def compile_ahead() -> None:
-            """Compiles what the first row of metrics, evaluation and save would wait for."""
-            rate_at(1)
-            _compile(eval_step, state_like, batch_like)
-            checkpoints.compile(state_like)
-
-        drawn: Future[None] = background.submit(lambda: None)
-        drawn_at = time.monotonic()
-
-        def draw(conv1: np.ndarray) -> None:
-            figures.save_curves(read_metrics(workdir), workdir / "curves.png")
-            figures.save_filters(conv1, towers(config.model.variant), workdir / "filters.png")
-
         def save(top1: float | None = None) -> None:
-            log_train()  # first, so that the rows of all saved steps are on disk
-            compiled.result()
-            try:
-                checkpoints.save(state, batches.get_state(), top1)
-            except NotFinite as error:  # while the loss was finite: this step's update was not
-                what = "a parameter is not finite"
-                raise _diverged(what, step, rate_at(step), checkpoints) from error
+            # The loss of a step is still finite if its update is the first that is not, so the
+            # parameters are checked too.
+            if not _all_finite(state.params):
+                raise _not_finite("a parameter is not finite", step, rate_at(step), checkpoints)
+            checkpoints.save(state, batches.get_state(), top1)
 
         try:
             while True:
@@ -274,7 +245,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 if step in eval_steps and not evaluated and not stopping:
                     log_train()
                     report.show("evaluating")
-                    compiled.result()
                     metrics = evaluate(
                         eval_step,
                         state,
@@ -296,16 +266,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                         report.evaluation({"step": step, "epoch": epoch, **metrics})
                         save(metrics["top1"])
                         conv1 = sharding.to_host(state.params["conv1"]["kernel"])
-                        is_due = time.monotonic() > drawn_at + DRAW_EVERY_S
-                        if is_first and (is_due or step == total_steps):
-                            drawn.result()
-                            drawn, drawn_at = background.submit(draw, conv1), time.monotonic()
+                        if is_first:
+                            figures.save_curves(read_metrics(workdir), workdir / "curves.png")
+                            path = workdir / "filters.png"
+                            figures.save_filters(conv1, towers(config.model.variant), path)
                         evaluated = True
                         meter.restart_clock()
                 if stopping:
+                    log_train()
                     save()
-                    checkpoints.wait()
-                    drawn.result()
                     raise Stopped(f"stopped and saved at step {step} of {total_steps}")
                 if step == total_steps:
                     break
@@ -318,8 +287,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 if meter.first_step and is_first:
                     path = workdir / "samples.png"
                     figures.save_samples(stores["train"], augment, config, step, path)
-                if meter.first_step:
-                    compiled.result()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, step_metrics = train_step(state, batch)
                 step += 1
@@ -330,29 +297,24 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                     jax.block_until_ready(step_metrics)
                     meter.restart_clock()
                     report.say(f"first step after {time.perf_counter() - started:.1f} s")
-                    # What exists now stays. Python's garbage collector would search it again and
-                    # again, which takes 0.2 to 0.3 s: the devices would run out of steps.
-                    gc.collect()
-                    gc.freeze()
-                    resources.callback(gc.unfreeze)
-                    compiled = background.submit(compile_ahead)
                 report.advance()
 
                 # Fetching the newest steps would wait for them, so rows lag behind.
                 if (step - STEPS_IN_FLIGHT) % config.log_every_steps == 0:
                     log_train(STEPS_IN_FLIGHT)
                 if step % config.checkpoint.every_steps == 0 and step not in eval_steps:
+                    log_train()
                     save()
-        except Diverged:
+        except NotFinite:
             raise
         except UserError:  # the data cannot be read any more
             # Other processes do not know of it and would not take part in saving.
             if jax.process_count() == 1:
+                log_train()
                 save()
             raise
 
         checkpoints.wait()
-        drawn.result()
         report.say(f"finished at step {step}; best top-1 at step {checkpoints.best_step}")
         return state
 
@@ -485,17 +447,15 @@ def check_data_unchanged(workdir: Path, stores: dict[str, Store], stats: Statist
         new.write_text(json.dumps(identities, indent=2) + "\n")
 
 
-def _compile(step: Callable[..., Any], *like: Any) -> None:
-    """Compiles a jitted step for arguments of these shapes, dtypes and shardings."""
-    if isinstance(step, jax.stages.Wrapped):  # not with pmap, which compiles when it is called
-        step.lower(*like).compile()
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _diverged(what: str, step: int, rate: float, checkpoints: Checkpoints) -> Diverged:
-    checkpoints.wait()
+def _not_finite(what: str, step: int, rate: float, checkpoints: Checkpoints) -> NotFinite:
     good = checkpoints.latest_step
     saved = f"the last good checkpoint is of step {good}" if good is not None else "none was saved"
-    return Diverged(
+    return NotFinite(
         f"{what} at step {step} (learning rate {rate:.3g}); {saved}; a lower learning_rate or "
         "optimizer.clip_norm may help"
     )

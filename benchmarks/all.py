@@ -23,7 +23,6 @@ BENCHMARKS = {
     "start_up": "start_up.py",
     "train_step": "train_step.py --mode train",
     "augmentation": "augmentation.py",
-    "loop": "loop.py",
     "reading": "reading.py",
     "input_pipeline": "input_pipeline.py --images 8192 --seconds 3",
     "preparation": "preparation.py --scratch /dev/shm",
