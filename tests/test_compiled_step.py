@@ -123,7 +123,10 @@ GB_MOVED = {  # by a step in bfloat16, at most; docs/performance.md has what the
 
 
 @pytest.mark.plan
-@pytest.mark.parametrize(("variant", "batch"), GB_MOVED)
+@pytest.mark.parametrize(
+    ("variant", "batch"),
+    [("owt", 256), *(pytest.param(*case, marks=pytest.mark.long) for case in [*GB_MOVED][1:])],
+)
 def test_step_compiled_for_a_gpu(variant, batch):
     """No scatter, transposed image or float32 convolution comes back unnoticed."""
     pytest.importorskip("jax_plugins.xla_cuda12")

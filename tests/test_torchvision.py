@@ -69,12 +69,13 @@ def torch_outputs(network, x):
     return dict(zip(NAMES, outputs, strict=True))
 
 
-def test_shapes_of_all_layers_at_every_size_from_63_to_512():
+def test_shapes_of_all_layers_at_sizes_from_63_to_512():
+    """At all sizes of two periods: the strides multiply to 32. Beyond, at every seventh size."""
     with torch.device("meta"):
         network = torchvision.models.alexnet().eval()
     variables = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     differing = []
-    for size in range(63, 513):
+    for size in (*range(63, 128), *range(128, 513, 7)):
         _, ours = jax.eval_shape(
             lambda v, x: MODEL.apply(v, x, features=NAMES),
             variables,
