@@ -1,5 +1,6 @@
 """Costs of a training step on a TPU slice, and the command that prints them."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -268,12 +269,20 @@ def command(*more):
     )
 
 
-def test_command_without_libtpu():
-    if importlib.util.find_spec("libtpu"):
-        pytest.skip("libtpu is installed")
-    done = command("--topology=v5e:2x2")
+@pytest.mark.parametrize(
+    ("module", "topology", "package"),
+    [
+        ("libtpu", "v5e:2x2", "libtpu"),
+        ("jax_plugins.xla_cuda12", "h100:1", "jax-cuda12-plugin"),
+    ],
+)
+def test_command_without_a_compiler(module, topology, package):
+    with contextlib.suppress(ModuleNotFoundError):  # there is no jax_plugins
+        if importlib.util.find_spec(module):
+            pytest.skip(f"{module} is installed")
+    done = command(f"--topology={topology}")
     assert done.returncode == EXIT_USER_ERROR
-    assert "pip install 'libtpu" in done.stderr and "Traceback" not in done.stderr
+    assert f"pip install '{package}" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.plan

@@ -1,7 +1,7 @@
 """The GPUs and TPUs that this machine can compile for without having them.
 
-libtpu compiles for any TPU topology on a CPU, and XLA's CUDA plugin for any GPU whose properties it
-is told. Each file `targets/NAME.toml` has the published numbers of one device.
+libtpu compiles for any TPU topology on a CPU, and XLA's CUDA plugin for any GPU, given its
+properties. Each file `targets/NAME.toml` has the published numbers of one device.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ def topology_devices(topology: str) -> tuple[Target, list[jax.Device]]:
 
 
 def _tpus(topology: str) -> list[jax.Device]:
-    _check_installed("libtpu", "libtpu", "tpu", "TPUs")
+    _check_installed("libtpu", "libtpu", "TPUs")
     with _environment(
         # libtpu must not look for a TPU, ask Google Cloud for it, or lock it.
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
@@ -112,7 +112,7 @@ def _gpus(topology: str, shape: str, target: Target) -> list[jax.Device]:
             f"--topology={topology} is not a topology; the GPUs of one machine are 1 to "
             f"{target.max_devices}, as in {topology.partition(':')[0]}:{target.max_devices}"
         )
-    _check_installed("jax_plugins.xla_cuda12", "jax-cuda12-plugin", "cuda12-local", "GPUs")
+    _check_installed("jax_plugins.xla_cuda12", "jax-cuda12-plugin", "GPUs")
     with _environment(CUDA_VISIBLE_DEVICES="-1"):  # a GPU of this machine is of no use here
         found = topologies.get_topology_desc(
             platform="cuda", topology=f"1x{shape}x1", target_config=_text_proto(target.xla)
@@ -120,14 +120,15 @@ def _gpus(topology: str, shape: str, target: Target) -> list[jax.Device]:
     return list(found.devices)
 
 
-def _check_installed(module: str, package: str, extra: str, what: str) -> None:
+def _check_installed(module: str, package: str, what: str) -> None:
     with contextlib.suppress(ModuleNotFoundError):  # of the parent of a module
         if importlib.util.find_spec(module):
             return
-    raise UserError(
-        f"{package}, which compiles for {what}, is not installed: "
-        f"pip install 'jax[{extra}]=={importlib.metadata.version('jax')}'"
-    )
+    # JAX's own requirement has the version that fits. One with brackets adds the CUDA toolkit.
+    needs = importlib.metadata.requires("jax") or []
+    specs = [need.partition(";")[0].strip() for need in needs if need.startswith(package)]
+    spec = next((spec for spec in specs if "[" not in spec), package)
+    raise UserError(f"{package}, which compiles for {what}, is not installed: pip install '{spec}'")
 
 
 @contextlib.contextmanager
