@@ -44,7 +44,7 @@ from alexnet_jax.train import STEPS_IN_FLIGHT
 from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.sharding import Parallel
-from alexnet_jax.training.train_step import TrainState, init_state, make_train_step
+from alexnet_jax.training.train_step import TrainState, build_train_step, init_state
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import EXIT_KILLED_BY_CTRL_C, exit_now, exits_cleanly, one_line
 from alexnet_jax.utils.files import explain_write_errors
@@ -165,13 +165,9 @@ def measure_case(
     parallel, model, layers = sharding.build_network(config)
     steps_per_epoch = store.num_examples / config.batch_size
     tx = make_optimizer(config, steps_per_epoch)
-    train_step = make_train_step(
-        model,
-        tx,
-        augment.make_augment(config, augment.statistics(store, config), steps_per_epoch),
-        accumulate_steps=config.optimizer.accumulate_steps,
-        log_grad_norm=bool(config.optimizer.clip_norm),
-    )
+    stats = augment.statistics(store, config)
+    augmentation = augment.make_augment(config, stats, steps_per_epoch)
+    train_step = build_train_step(config, model, tx, augmentation)
 
     def initial_state() -> TrainState:
         size = config.augment.crop_size

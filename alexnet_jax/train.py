@@ -36,9 +36,9 @@ from alexnet_jax.training.optimizer import make_optimizer, make_plateau, make_sc
 from alexnet_jax.training.train_step import (
     Metrics,
     TrainState,
+    build_train_step,
     init_state,
     make_eval_step,
-    make_train_step,
 )
 from alexnet_jax.utils import buckets, distributed, process
 from alexnet_jax.utils.errors import EXIT_STOPPED, UserError, exits_cleanly
@@ -139,14 +139,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         shapes = jax.eval_shape(initial_state)
         shardings = parallel.state_shardings(shapes)
         train_step = parallel.compile_train_step(
-            make_train_step(
-                model,
-                tx,
-                augment,
-                accumulate_steps=config.optimizer.accumulate_steps,
-                log_grad_norm=bool(config.optimizer.clip_norm),
-            ),
-            shapes,
+            build_train_step(config, model, tx, augment), shapes
         )
         eval_step = parallel.compile_eval_step(make_eval_step(model, augment), shapes)
 

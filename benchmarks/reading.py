@@ -51,7 +51,7 @@ def make_store(path: Path, size: int, images: int) -> Path:
 
 
 def from_disk(path: Path, batch_size: int, parts: int) -> Generator[int]:
-    """Reads random batches of which nothing is in the page cache, in so many calls."""
+    """Reads random batches that are not in the page cache, each in `parts` calls."""
     from alexnet_jax.data.store import open_store
 
     store, rng = open_store(path), np.random.default_rng(0)

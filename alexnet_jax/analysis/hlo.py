@@ -28,10 +28,7 @@ NO_KERNEL = {
     *("while", "conditional", "call", "partition-id", "replica-id"),
 }
 # Operations that need no estimate: they do nothing, or their computations have estimates.
-FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "broadcast", "custom-call"),
-    *("while", "conditional", "call"),
-}
+FREE = NO_KERNEL | {"broadcast", "custom-call"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \([^\n]*\{\n(.*?)^\}", re.M | re.S)
 _INSTRUCTION = re.compile(r"^ +(ROOT )?%(\S+) = (.*?) ([\w-]+)\((.*?)\)(.*)$", re.M)
@@ -57,6 +54,12 @@ class Instruction(NamedTuple):
     def operand_names(self) -> list[str]:
         """The names of the instructions whose results it takes."""
         return _NAME.findall(self.operands)
+
+    @property
+    def origin(self) -> str:
+        """The model's name for it, "" if there is none."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
 
     @property
     def is_collective(self) -> bool:
@@ -167,8 +170,7 @@ def operation_cycles(text: str) -> tuple[list[Operation], Counter[str]]:
             continue
         estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if estimate and (cycles := runs * int(estimate[1])):
-            origin = re.search(r'op_name="([^"]*)"', instruction.attributes)
-            operations.append(Operation(cycles, instruction.name, origin[1] if origin else ""))
+            operations.append(Operation(cycles, instruction.name, instruction.origin))
         elif _needs_cycles(program, instruction):
             unknown[instruction.opcode] += 1
     return sorted(operations, reverse=True), unknown
@@ -182,12 +184,11 @@ def kernels(text: str) -> list[Kernel]:
         opcode = instruction.opcode
         if opcode in NO_KERNEL or opcode.endswith(("-start", "-done")) or opcode in COLLECTIVES:
             continue
-        origin = re.search(r'op_name="([^"]*)"', instruction.attributes)
         flops, dtype = _flops(program, instruction, computation)
         found.append(
             Kernel(
                 instruction.name,
-                origin[1] if origin else "",
+                instruction.origin,
                 runs * _bytes_moved(program, instruction, computation),
                 runs * flops,
                 dtype,

@@ -19,7 +19,7 @@ from alexnet_jax.analysis.targets import Target
 from alexnet_jax.data.augment import Statistics, make_augment
 from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer
-from alexnet_jax.training.train_step import init_state, make_train_step
+from alexnet_jax.training.train_step import build_train_step, init_state
 
 Costs = dict[str, Any]  # one layout in plan.json
 KERNELS_SHOWN = 10
@@ -57,13 +57,8 @@ def compile_step(
     statistics = Statistics(np.zeros((size, size, 3), np.float32), np.eye(3, dtype=np.float32))
     steps_per_epoch = 1_281_167 / count  # ImageNet's; they change constants of the program only
     tx = make_optimizer(config, steps_per_epoch)
-    train_step = make_train_step(
-        model,
-        tx,
-        make_augment(config, statistics, steps_per_epoch),
-        accumulate_steps=config.optimizer.accumulate_steps,
-        log_grad_norm=bool(config.optimizer.clip_norm),
-    )
+    augment = make_augment(config, statistics, steps_per_epoch)
+    train_step = build_train_step(config, model, tx, augment)
     crop = (config.augment.crop_size, config.augment.crop_size, 3)
     state = jax.eval_shape(lambda: init_state(model, tx, config.seed, crop))
     state = jax.tree.map(lambda x, s: x.update(sharding=s), state, parallel.state_shardings(state))

@@ -346,20 +346,16 @@ def _resize_by_taps(
     image: Float32[jax.Array, "S S 3"], box: Int32[jax.Array, " 4"], size: int
 ) -> Float32[jax.Array, "{size} {size} 3"]:
     """Adds up the few pixels that make a new pixel. A GPU does this in one pass over a batch."""
-    stored = len(image)
     top, left, height, width = box
-    count = math.ceil(2 * max(1, stored / size))  # most pixels within the reach of a weight
-    pixels, weights = _taps(left, width, size, count)
-    across = (
-        weights[:, t, None] * image[:, jnp.clip(pixels[:, t], 0, stored - 1)] for t in range(count)
-    )
-    image = functools.reduce(jnp.add, across)
-    pixels, weights = _taps(top, height, size, count)
-    down = (
-        weights[:, t, None, None] * image[jnp.clip(pixels[:, t], 0, stored - 1)]
-        for t in range(count)
-    )
-    return functools.reduce(jnp.add, down)
+    count = math.ceil(2 * max(1, len(image) / size))  # most pixels within the reach of a weight
+    for axis, start, length in ((1, left, width), (0, top, height)):
+        pixels, weights = _taps(start, length, size, count)
+        weights = weights.reshape(size, count, *(1,) * (2 - axis))
+        taps = (
+            weights[:, t] * jnp.take(image, pixels[:, t], axis, mode="clip") for t in range(count)
+        )
+        image = functools.reduce(jnp.add, taps)
+    return image
 
 
 def _resize_by_products(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Float32, Int32, UInt8
+from ml_collections import ConfigDict
 
 from alexnet_jax.data.augment import Augment
 from alexnet_jax.models.alexnet import AlexNet
@@ -173,6 +174,19 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def build_train_step(
+    config: ConfigDict, model: AlexNet, tx: optax.GradientTransformation, augment: Augment
+) -> TrainStep:
+    """Returns `make_train_step` with the options of a config."""
+    return make_train_step(
+        model,
+        tx,
+        augment,
+        accumulate_steps=config.optimizer.accumulate_steps,
+        log_grad_norm=bool(config.optimizer.clip_norm),
+    )
 
 
 def augment_batch(
