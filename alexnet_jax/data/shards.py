@@ -24,6 +24,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import simplejpeg
@@ -44,7 +45,8 @@ INDEX_CACHE_BYTES = 64 * 2**20  # for remote shards; all indices of ImageNet tak
 ALIGNMENT = 64  # bytes; on CPU, JAX uses arrays with this alignment without copying them
 
 Pieces = Sequence[memoryview | bytes]  # the content of a file, in order
-Request = ts.Future[ts.KvStore.ReadResult]
+# In quotes, because the class of older versions of TensorStore takes no parameter at run time.
+Request: TypeAlias = "ts.Future[ts.KvStore.ReadResult]"
 
 
 class CorruptShardError(Exception):
