@@ -37,7 +37,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
     def command(*args: Any, **kwargs: Any) -> None:
         # Orbax and tfds log errors that they also raise.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        sys.unraisablehook = _ignore_errors_after_failed_write
+        sys.unraisablehook = _ignore_errors_that_orbax_repeats
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A file name may have characters that the terminal's encoding lacks.
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -108,9 +108,11 @@ def _exit(code: int, message: str) -> NoReturn:
     sys.exit(code)
 
 
-def _ignore_errors_after_failed_write(unraisable: Any) -> None:
-    # When one write of a checkpoint fails, Orbax raises its error and closes its event loop. The
-    # other writes of TensorStore then fail in threads that can only print. asyncio raises a plain
-    # RuntimeError here, so the text is the only way to recognize it.
-    if "Event loop is closed" not in str(unraisable.exc_value):
+def _ignore_errors_that_orbax_repeats(unraisable: Any) -> None:
+    # When an array of a checkpoint cannot be written or read, Orbax raises its error and closes its
+    # event loop. The other writes then fail in threads that can only print, and the other reads
+    # raise when they are deleted: 50 kB of text. The types are RuntimeError and Exception, so the
+    # texts are the only way to recognize them.
+    text = str(unraisable.exc_value)
+    if "Event loop is closed" not in text and "while reading array index" not in text:
         sys.__unraisablehook__(unraisable)
