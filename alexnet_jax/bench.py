@@ -179,9 +179,8 @@ def measure_case(
     shapes = jax.eval_shape(initial_state)
     state = process.run_once(initial_state, out_shardings=parallel.state_shardings(shapes))
     rows = parallel.local_rows(config.batch_size)
-    with closing(
-        pipeline.train_batches(store, config.batch_size, config.seed, rows, place)
-    ) as batches:
+    order = pipeline.Order(store, config.batch_size, config.seed, config.shuffle_shards)
+    with closing(pipeline.train_batches(order, rows, place)) as batches:
         batch = next(batches)
         jitted: Any = parallel.compile_train_step(train_step, shapes)
         compiled = jitted.lower(state, batch).compile()

@@ -41,7 +41,8 @@ def reading_rate(config: ConfigDict) -> float | None:
     if needs_preparation(path):
         return None
     size = min(config.batch_size, 256)
-    batches = pipeline.train_batches(open_store(path), size, config.seed)
+    order = pipeline.Order(open_store(path), size, config.seed, config.shuffle_shards)
+    batches = pipeline.train_batches(order)
     next(batches)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < MEASURED_S:
@@ -175,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     target, devices = targets.topology_devices(args.topology)
     if len(devices) == 1:
+        if args.layouts:
+            raise UserError("--layouts needs several devices; leave it out for one")
         layouts = [("jit", config.optimizer.gradient_dtype)]
     variants = [_with_layout(config, *layout) for layout in layouts]
     for variant in variants:  # all of them, before minutes go into compiling the first one

@@ -149,17 +149,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 
         place = jax.profiler.annotate_function(place, name="place batch")
         local_rows = parallel.local_rows(config.batch_size)
+        order = pipeline.Order(
+            stores["train"], config.batch_size, config.seed, config.shuffle_shards
+        )
         batches = resources.enter_context(
-            closing(
-                pipeline.train_batches(
-                    stores["train"],
-                    config.batch_size,
-                    config.seed,
-                    local_rows,
-                    place,
-                    config.shuffle_shards,
-                )
-            )
+            closing(pipeline.train_batches(order, local_rows, place))
         )
 
         # ---- Restore the newest checkpoint, or initialize --------------------------------------
@@ -278,8 +272,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 batch = next(batches)
                 waited = time.perf_counter() - asked
                 if meter.first_step and is_first:
-                    path = workdir / "samples.png"
-                    figures.save_samples(stores["train"], augment, config, step, path)
+                    figures.save_samples(order, augment, step, workdir / "samples.png")
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, step_metrics = train_step(state, batch)
                 step += 1

@@ -14,6 +14,7 @@ from alexnet_jax import inference
 from alexnet_jax.analysis import diagram, figures, neighbors, occlusion
 from alexnet_jax.analysis.features import features_figure
 from alexnet_jax.data import augment, decode
+from alexnet_jax.data.pipeline import Order
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attributes, store_paths
 from alexnet_jax.models.alexnet import build_model, towers
@@ -41,10 +42,11 @@ def data(args: argparse.Namespace) -> None:
         if distributed.is_first():
             path = (args.workdir or Path("runs") / config.name) / "samples.png"
             steps_per_epoch = store.num_examples / config.batch_size
+            order = Order(store, config.batch_size, config.seed, config.shuffle_shards)
             stats = augment.statistics(store, config)
             augmentation = augment.make_augment(config, stats, steps_per_epoch)
             with _output(path, "another --workdir") as new:
-                figures.save_samples(store, augmentation, config, 0, new)
+                figures.save_samples(order, augmentation, 0, new)
 
 
 def filters(args: argparse.Namespace) -> None:

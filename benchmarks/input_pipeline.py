@@ -155,11 +155,11 @@ def from_store(data: Data, batch_size: int, on_device: bool) -> Generator[int]:
     """Ours: uint8[B, 256, 256, 3] and labels, in host memory or on the first device."""
     import jax
 
-    from alexnet_jax.data.pipeline import train_batches
+    from alexnet_jax.data.pipeline import Order, train_batches
     from alexnet_jax.data.store import open_store
 
     place = {"place": jax.device_put} if on_device else {}
-    for batch in train_batches(open_store(data.store), batch_size, 0, **place):
+    for batch in train_batches(Order(open_store(data.store), batch_size, 0), **place):
         yield len(jax.block_until_ready(batch)["label"])
 
 

@@ -82,10 +82,10 @@ def in_processes(path: Path, batch_size: int, processes: int) -> Generator[int]:
 
 
 def _read_part(pipe: Connection, path: Path, batch_size: int, part: np.ndarray) -> None:
-    from alexnet_jax.data.pipeline import train_batches
+    from alexnet_jax.data.pipeline import Order, train_batches
     from alexnet_jax.data.store import open_store
 
-    batches = train_batches(open_store(path), batch_size, 0, part)
+    batches = train_batches(Order(open_store(path), batch_size, 0), part)
     with contextlib.suppress(EOFError):
         while pipe.recv():
             pipe.send(len(next(batches)["label"]))
@@ -109,10 +109,10 @@ def serve(pipe: Connection, path: Path) -> None:
 
 def from_bucket(batch_size: int, lanes: int) -> Generator[int]:
     """Reads training batches from the served store."""
-    from alexnet_jax.data.pipeline import train_batches
+    from alexnet_jax.data.pipeline import Order, train_batches
     from alexnet_jax.data.store import open_store
 
-    for batch in train_batches(open_store(URL), batch_size, 0, shuffle_shards=lanes):
+    for batch in train_batches(Order(open_store(URL), batch_size, 0, lanes)):
         yield len(batch["label"])
 
 

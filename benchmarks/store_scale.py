@@ -41,7 +41,7 @@ def make_store(count: int, path: str) -> None:
 
 def first_batch(store: Store, position: dict[str, Any] | None = None) -> None:
     """Makes a shuffled pipeline, restores its position if given, and reads one batch."""
-    batches = pipeline.train_batches(store, BATCH, next(SEEDS))
+    batches = pipeline.train_batches(pipeline.Order(store, BATCH, next(SEEDS)))
     if position:
         batches.set_state(position)
     next(batches)

@@ -59,11 +59,8 @@ def iterators_of(stores, batch_size, seed=0, shuffle_shards=0):
     """Returns one iterator over training batches for each host, which has a store of its own."""
     return [
         pipeline.train_batches(
-            store,
-            batch_size,
-            seed,
+            pipeline.Order(store, batch_size, seed, shuffle_shards),
             local_indices(batch_size, host, len(stores)),
-            shuffle_shards=shuffle_shards,
         )
         for host, store in enumerate(stores)
     ]
@@ -233,10 +230,10 @@ def test_resuming_on_another_number_of_hosts_continues_the_stream(
 
 
 def test_restored_position_continues_with_the_next_batch():
-    iterator = pipeline.train_batches(Numbered(), 64, seed=0)
+    iterator = pipeline.train_batches(pipeline.Order(Numbered(), 64, seed=0))
     for _ in range(23):
         next(iterator)
-    restored = pipeline.train_batches(Numbered(), 64, seed=0)
+    restored = pipeline.train_batches(pipeline.Order(Numbered(), 64, seed=0))
     restored.set_state(iterator.get_state())
     for _ in range(5):
         np.testing.assert_array_equal(next(restored)["label"], next(iterator)["label"])
@@ -249,7 +246,7 @@ def test_host_reads_only_its_part_of_each_batch(num_examples, batch_size, hosts)
     for host in range(hosts):
         store = Numbered(num_examples)
         indices = local_indices(batch_size, host, hosts)
-        iterator = pipeline.train_batches(store, batch_size, 0, indices)
+        iterator = pipeline.train_batches(pipeline.Order(store, batch_size, 0), indices)
         taken = [next(iterator)["label"] for _ in range(3)]
         for labels, of_all in zip(taken, single, strict=False):
             np.testing.assert_array_equal(labels, of_all[indices])
@@ -266,7 +263,7 @@ def test_read_ahead_is_limited_to_a_gigabyte_or_two_batches(monkeypatch, megabyt
     image_size = 256
     batch_size = int(megabytes * 1e6 / (image_size**2 * 3))
     store = Numbered(batch_size, image_size)
-    iterator = pipeline.train_batches(store, batch_size, seed=0)
+    iterator = pipeline.train_batches(pipeline.Order(store, batch_size, seed=0))
     next(iterator)
     time.sleep(0.3)
     ahead = len(store.was_read) // batch_size - 1
@@ -285,13 +282,13 @@ def test_threads_share_large_batches(monkeypatch):
 
     monkeypatch.setattr(pipeline, "MAX_READS", 8)
     monkeypatch.setattr(pipeline, "READ_AHEAD_BYTES", 64 * 3 * 6)
-    next(pipeline.train_batches(Recording(), 64, seed=0))
-    next(pipeline.train_batches(Recording(), 64 * 6, seed=0))
+    next(pipeline.train_batches(pipeline.Order(Recording(), 64, seed=0)))
+    next(pipeline.train_batches(pipeline.Order(Recording(), 64 * 6, seed=0)))
     assert threads[0] == 2 and threads[-1] == 8
 
 
 def test_batches_contain_the_images_and_labels_of_the_store(digit_stores):
-    batch = next(pipeline.train_batches(digit_stores["eval"], 32, seed=0))
+    batch = next(pipeline.train_batches(pipeline.Order(digit_stores["eval"], 32, seed=0)))
     assert batch["image"].shape == (32, 72, 72, 3)
     assert batch["image"].dtype == np.uint8
     assert batch["label"].dtype == np.int32
@@ -308,11 +305,11 @@ def test_batches_are_placed_before_they_are_requested():
         placed.release()
         return batch
 
-    iterator = pipeline.train_batches(Numbered(), 64, seed=0, place=place)
+    iterator = pipeline.train_batches(pipeline.Order(Numbered(), 64, seed=0), place=place)
     next(iterator)
     for _ in range(1 + pipeline.MAX_PLACED):
         assert placed.acquire(timeout=60)
-    restored = pipeline.train_batches(Numbered(), 64, seed=0)
+    restored = pipeline.train_batches(pipeline.Order(Numbered(), 64, seed=0))
     restored.set_state(iterator.get_state())  # the position counts only the batch that was taken
     np.testing.assert_array_equal(next(restored)["label"], next(iterator)["label"])
 
@@ -323,7 +320,7 @@ def test_error_of_the_store_reaches_the_consumer():
             raise UserError("the store is gone")
 
     with pytest.raises(UserError, match="the store is gone"):
-        next(pipeline.train_batches(Failing(), 64, seed=0))
+        next(pipeline.train_batches(pipeline.Order(Failing(), 64, seed=0)))
 
 
 # Evaluation batches

@@ -317,6 +317,14 @@ def test_command_for_two_gpus(tmp_path):
 
 
 @pytest.mark.plan
+def test_one_device_has_no_layouts_to_choose():
+    pytest.importorskip("jax_plugins.xla_cuda12")
+    done = command("--topology=h100:1", "--layouts", "mesh.data")
+    assert done.returncode == EXIT_USER_ERROR
+    assert "error: --layouts needs several devices; leave it out for one" in done.stderr
+
+
+@pytest.mark.plan
 @pytest.mark.long
 def test_command_on_a_small_slice(tmp_path):
     """The bytes that the architecture gives come out of the program for four chips."""

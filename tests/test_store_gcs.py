@@ -92,7 +92,7 @@ def sharded(bucket, monkeypatch):
 
 
 def test_training_image_by_image_names_the_alternative(sharded, capsys):
-    pipeline.train_batches(open_store(sharded), 20, seed=0)
+    pipeline.train_batches(pipeline.Order(open_store(sharded), 20, seed=0))
     assert f"{sharded} is read with one request for each image; with --" in capsys.readouterr().out
 
 
@@ -103,7 +103,7 @@ def images_of(gets):
 def test_training_shard_by_shard_reads_each_shard_once_an_epoch(sharded, gets):
     store = open_store(sharded)
     gets.clear()
-    batches = pipeline.train_batches(store, 20, seed=0, shuffle_shards=2)
+    batches = pipeline.train_batches(pipeline.Order(store, 20, seed=0, shuffle_shards=2))
     numbers = [mark_number(next(batches)["image"]) for _ in range(2 * IN_SHARDS // 20)]
     for epoch in np.concatenate(numbers).reshape(2, IN_SHARDS):
         assert sorted(epoch) == list(range(IN_SHARDS))
@@ -120,9 +120,9 @@ def test_local_and_bucket_stores_have_the_same_order_and_continue_within_a_shard
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bucket[name])
     local = open_store(tmp_path / "sharded/train")
-    here = pipeline.train_batches(local, 6, seed=3, shuffle_shards=3)
+    here = pipeline.train_batches(pipeline.Order(local, 6, seed=3, shuffle_shards=3))
     taken = [next(here) for _ in range(31)]
-    there = pipeline.train_batches(open_store(sharded), 6, seed=3, shuffle_shards=3)
+    there = pipeline.train_batches(pipeline.Order(open_store(sharded), 6, seed=3, shuffle_shards=3))
     there.set_state({"next_index": 23})
     for batch in taken[23:]:
         for name, value in next(there).items():
@@ -165,7 +165,9 @@ def test_damage_of_a_shard_that_is_read_whole_is_named(sharded, bucket, damage, 
         bucket[name] = bytes(changed)
     try:
         with pytest.raises(UserError, match=message):
-            for batch in pipeline.train_batches(store, 20, seed=0, shuffle_shards=7):
+            for batch in pipeline.train_batches(
+                pipeline.Order(store, 20, seed=0, shuffle_shards=7)
+            ):
                 assert len(batch["label"]) == 20
     finally:
         bucket[name] = before
@@ -177,7 +179,9 @@ def test_busy_bucket_is_asked_again(sharded, bucket, monkeypatch):
         objects.update(bucket)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        batches = pipeline.train_batches(open_store(sharded), 50, seed=0, shuffle_shards=7)
+        batches = pipeline.train_batches(
+            pipeline.Order(open_store(sharded), 50, seed=0, shuffle_shards=7)
+        )
         found = np.concatenate([mark_number(next(batches)["image"]) for _ in range(2)])
         batches.close()
     assert sorted(found) == list(range(IN_SHARDS))

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jaxtyping import Float32, Int, Shaped, UInt8
-from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from alexnet_jax.analysis import fonts
 from alexnet_jax.data.augment import Augment
 from alexnet_jax.data.pipeline import Order
-from alexnet_jax.data.store import Store
 from alexnet_jax.training.train_step import augment_batch, train_key
 
 if TYPE_CHECKING:
@@ -67,20 +65,19 @@ def save_sample_grid(
     _save_rows([images[row] for row in rows], [captions[row] for row in rows], path)
 
 
-def save_samples(store: Store, augment: Augment, config: ConfigDict, step: int, path: Path) -> None:
+def save_samples(order: Order, augment: Augment, step: int, path: Path) -> None:
     """Saves the first images of the batch of a training step, augmented as in that step.
 
     Only the mean is not subtracted, so that the picture shows natural colors.
     """
-    order = Order(store, config.batch_size, config.seed, config.shuffle_shards)
-    positions = step * config.batch_size + np.arange(min(MAX_SAMPLES, config.batch_size))
-    batch = store.read(order.examples(positions))
+    positions = step * order.batch_size + np.arange(min(MAX_SAMPLES, order.batch_size))
+    batch = order.store.read(order.examples(positions))
     with_mean = augment.stats._replace(mean=np.zeros_like(augment.stats.mean))
     augment = dataclasses.replace(augment, stats=with_mean)
-    key = jax.random.fold_in(train_key(config.seed), step)
+    key = jax.random.fold_in(train_key(order.seed), step)
     images = jax.jit(lambda x: augment_batch(augment, key, x, step))(batch["image"])
     pixels = np.clip(np.rint(np.asarray(images) / augment.scale), 0, 255).astype(np.uint8)
-    save_sample_grid(pixels, [store.class_names[label] for label in batch["label"]], path)
+    save_sample_grid(pixels, [order.store.class_names[label] for label in batch["label"]], path)
 
 
 def save_neighbors(

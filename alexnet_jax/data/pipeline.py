@@ -41,12 +41,9 @@ READ_AHEAD_BYTES = 2**30
 
 
 def train_batches(
-    store: Store,
-    batch_size: int,
-    seed: int,
+    order: "Order",
     local_indices: Int[np.ndarray, " L"] | None = None,
     place: Callable[[Batch], Any] = lambda batch: batch,
-    shuffle_shards: int = 0,
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over one host's part of every global training batch.
 
@@ -56,21 +53,19 @@ def train_batches(
     dropped, whatever the batch size.
 
     Args:
-      store: of the train split.
-      batch_size: global batch size B.
-      seed: determines the permutations.
+      order: of the train split. With `shuffle_shards`, shards of a bucket are fetched whole, before
+        their use.
       local_indices: the indices into every global batch that this host reads, in rising order; by
         default all.
       place: called for each batch in a background thread, e.g. to transfer it to the devices.
-      shuffle_shards: see `Order`. Shards in a bucket are then fetched whole, ahead of their use.
 
     Returns:
       An iterator over the results of `place` for {"image": uint8[L, S, S, 3], "label": int32[L]}.
       Its `get_state()` and `set_state()` read and change its position, which is the number of the
       next global batch: the same on every host, and valid for any number of hosts.
     """
+    store, batch_size, shuffle_shards = order.store, order.batch_size, order.shuffle_shards
     indices = np.arange(batch_size) if local_indices is None else local_indices
-    order = Order(store, batch_size, seed, shuffle_shards)
     _advise(store, shuffle_shards)
     # In a stretch of batches, each lane uses up a quarter of a shard.
     stretch = max(1, shuffle_shards * slots_per_shard(store.image_size) // (4 * batch_size))
@@ -107,7 +102,10 @@ def eval_batches(
     count. So every batch has the same shape, which avoids a second compilation, and
     every host yields the same number of batches, without which collectives would hang.
 
-    Arguments as for `train_batches`.
+    Args:
+      store: of the split to evaluate.
+      batch_size: global batch size.
+      local_indices, place: as for `train_batches`.
     """
     indices = np.arange(batch_size) if local_indices is None else local_indices
 
@@ -139,15 +137,15 @@ class Order:
     """
 
     def __init__(self, store: Store, batch_size: int, seed: int, shuffle_shards: int = 0):
-        self._store, self._batch_size, self._seed = store, batch_size, seed
-        self._shuffle_shards = shuffle_shards
+        self.store, self.batch_size, self.seed = store, batch_size, seed
+        self.shuffle_shards = shuffle_shards
         # Some threads may still read the end of the previous epoch.
         self._permutation = functools.lru_cache(maxsize=2)(self._permute)
         self._lock = threading.Lock()
 
     def examples(self, positions: Int[np.ndarray, " B"]) -> Int64[np.ndarray, " B"]:
         """Returns indices in [0, N) for positions from 0 on. Epoch e is [e * N, (e + 1) * N)."""
-        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self._store.num_examples)
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.store.num_examples)
         examples = np.empty_like(offsets)
         for epoch in np.unique(epochs):  # two at the end of an epoch, otherwise one
             in_epoch = epochs == epoch
@@ -161,16 +159,16 @@ class Order:
 
         NumPy may change this order between its versions, so that all hosts need the same one.
         """
-        count = self._store.num_examples
-        rng = np.random.default_rng((self._seed, epoch))
-        if not self._shuffle_shards:
+        count = self.store.num_examples
+        rng = np.random.default_rng((self.seed, epoch))
+        if not self.shuffle_shards:
             return rng.permutation(count)
-        shards = self._store.rows // slots_per_shard(self._store.image_size)
+        shards = self.store.rows // slots_per_shard(self.store.image_size)
         ranks = rng.permutation(shards[-1] + 1)
         shard_by_shard = np.argsort(ranks[shards] + rng.random(count), kind="stable")
         # The lanes divide this sequence among themselves, each by the positions it has.
-        rows = (epoch * count + np.arange(count)) % self._batch_size
-        lanes = rows * self._shuffle_shards // self._batch_size
+        rows = (epoch * count + np.arange(count)) % self.batch_size
+        lanes = rows * self.shuffle_shards // self.batch_size
         order = np.empty(count, np.int64)
         order[np.argsort(lanes, kind="stable")] = shard_by_shard
         return order
