@@ -40,7 +40,8 @@ def log_probs_of_run_145(layers: dict) -> np.ndarray:
 
     The towers are computed one by one, as layers-145.cfg lists them.
     """
-    torch = pytest.importorskip("torch")
+    import torch
+
     F = torch.nn.functional
 
     def weighted(name, *inputs, size=None, **geometry):
@@ -87,6 +88,7 @@ def log_probs_of_run_145(layers: dict) -> np.ndarray:
 
 @pytest.mark.torch
 def test_log_probabilities_match_pytorch(weights, tmp_path):
+    pytest.importorskip("torch")
     content = checkpoint_2012.checkpoint(weights)
     source = write(tmp_path / "ConvNet__2012-09-19_23.29.04" / "91.1000", content)
     meta = {"data_mean": mean_image().reshape(-1, 1).astype("f8"), "num_vis": 196608}

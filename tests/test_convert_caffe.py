@@ -30,7 +30,8 @@ def caffe_log_probs(
       mean: [3, 256, 256] or [3, 1, 1], BGR.
       k: of LRN; Caffe's is 1.
     """
-    torch = pytest.importorskip("torch")
+    import torch
+
     F = torch.nn.functional
     images = foreign.photographs()[..., ::-1].transpose(0, 3, 1, 2) - mean
     x = torch.tensor(images[:, :, 14:241, 14:241].astype(np.float32))
@@ -58,6 +59,7 @@ def caffe_log_probs(
 @pytest.mark.torch
 @pytest.mark.parametrize("name", VARIANTS)
 def test_log_probabilities_match_pytorch(name, tmp_path):
+    pytest.importorskip("torch")
     weights = foreign.random_weights("towers", bias=3.0)
     source, workdir = tmp_path / f"{name}.caffemodel", tmp_path / "run"
     source.write_bytes(caffemodel.net(name, weights, v1=name == "bvlc_alexnet"))

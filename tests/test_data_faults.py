@@ -174,7 +174,7 @@ def read_only(folder: Path):
             folder.chmod(0o755)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_read_only_data_dir_is_explained_and_suffices_once_prepared(folder, tmp_path):
     data_dir = tmp_path / "data"
     data_dir.mkdir()

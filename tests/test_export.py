@@ -238,7 +238,8 @@ def test_missing_converter_is_named(trained_run, tmp_path, capsys):
 
 
 ONNX = [(variant, "center", 64) for variant in VARIANTS]
-ONNX += [("single", "ten", 64), ("caffenet", "center", 67)]  # at 67 pooling rounds up
+ONNX += [("caffenet", "center", 67)]  # pooling rounds up
+ONNX += [pytest.param("single", "ten", 64, marks=pytest.mark.long)]
 
 
 @pytest.mark.onnx

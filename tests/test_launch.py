@@ -98,14 +98,19 @@ KILLED = "process 1 was killed by SIGKILL, and the others ended because they los
 @pytest.mark.parametrize(
     ("endings", "code", "message"),
     [
-        ([(0, 0), (0, 0)], 0, ""),
-        ([(0, 0), (0, 7)], 7, ""),
         ([(0, 75), (0.5, 75)], 75, ""),
         ([(0.5, 5), (0, 7)], 7, "process 1 failed first, with exit code 7; its output says why"),
-        ([(0.5, -signal.SIGABRT), (0, 2)], 2, "process 1 failed first, with exit code 2"),
         ([(0.5, -signal.SIGABRT), (0, -signal.SIGKILL)], EXIT_PEER_LOST, KILLED),
-        ([(0.5, 1), (0, -signal.SIGKILL)], EXIT_PEER_LOST, KILLED),
-        ([(0, 0), (0, -signal.SIGSEGV)], 128 + signal.SIGSEGV, ""),
+        *(
+            pytest.param(*values, marks=pytest.mark.long)
+            for values in (
+                ([(0, 0), (0, 0)], 0, ""),
+                ([(0, 0), (0, 7)], 7, ""),
+                ([(0.5, -signal.SIGABRT), (0, 2)], 2, "process 1 failed first, with exit code 2"),
+                ([(0.5, 1), (0, -signal.SIGKILL)], EXIT_PEER_LOST, KILLED),
+                ([(0, 0), (0, -signal.SIGSEGV)], 128 + signal.SIGSEGV, ""),
+            )
+        ),
     ],
 )
 def test_exit_code_is_that_of_the_first_failure(endings, code, message):

@@ -51,6 +51,7 @@ def test_logits_are_those_of_version_0_1(workdir):
     np.testing.assert_allclose(logits, np.load(workdir / "expected_logits.npy"), rtol=1e-4)
 
 
+@pytest.mark.long
 def test_training_resumes(workdir, digits):
     _, before = saved_state(workdir)
     fields = {

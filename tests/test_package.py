@@ -71,6 +71,7 @@ def test_every_requirement_has_a_lowest_version():
     assert [one for one in everything if not re.search(r"[>=]=\d", one)] == []
 
 
+@pytest.mark.long
 def test_only_data_sets_of_tfds_need_the_extra_prepare(tmp_path):
     images.write_marks(tmp_path / "photos" / "train", 8, classes=2)
     images.write_marks(tmp_path / "photos" / "val", 4, classes=2)

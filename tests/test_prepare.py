@@ -117,7 +117,7 @@ def test_preparation_from_other_files_is_not_resumed(folder, tmp_path):
     assert mark_number(train.read(np.arange(COUNT - 1))["image"]).tolist() == expected
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_second_process_waits_for_the_first(folder, tmp_path):
     expected = undisturbed(folder, tmp_path)
     pipe = block_at(folder, STOP_AT)
@@ -280,7 +280,14 @@ def part_command(folder: Path, data_dir: Path, part: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [["1/2", "2/2"], ["3/3", "1/3", "2/3"], ["5/5", "1/1"]])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        pytest.param(["1/2", "2/2"], marks=pytest.mark.long),
+        ["3/3", "1/3", "2/3"],
+        pytest.param(["5/5", "1/1"], marks=pytest.mark.long),
+    ],
+)
 def test_hosts_prepare_one_part_each_and_the_last_completes_the_store(folder, tmp_path, parts):
     """The eval store has one shard, which belongs to the last part."""
     data_dir = tmp_path / "data"

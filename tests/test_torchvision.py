@@ -109,7 +109,7 @@ def test_values_of_all_layers_and_logits(reference, params, size):
     np.testing.assert_array_equal(logits, ours["fc8"])
 
 
-@pytest.mark.parametrize("size", [64, 127, 224, 256])
+@pytest.mark.parametrize("size", [64, 127, 224, pytest.param(256, marks=pytest.mark.long)])
 def test_gradients(reference, params, size):
     """A value at ReLU's zero, or a tie in a pooling window, sends a gradient elsewhere if it is
     rounded differently. That happens for some images, so one of three batches must agree.
