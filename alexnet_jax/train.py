@@ -4,6 +4,7 @@ import argparse
 import collections
 import contextlib
 import fcntl
+import gc
 import io
 import itertools
 import json
@@ -11,12 +12,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -30,7 +31,13 @@ from alexnet_jax.data.store import Store
 from alexnet_jax.models.alexnet import towers
 from alexnet_jax.models.summary import format_layer_table
 from alexnet_jax.training import finetune, sharding
-from alexnet_jax.training.checkpoint import Checkpoints, has_checkpoint
+from alexnet_jax.training.checkpoint import (
+    Checkpoints,
+    NotFinite,
+    Snapshot,
+    has_checkpoint,
+    take_snapshot,
+)
 from alexnet_jax.training.metrics import Meter, Report, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer, make_plateau, make_schedule
 from alexnet_jax.training.train_step import (
@@ -52,13 +59,15 @@ from alexnet_jax.utils.files import (
 # Steps that may be dispatched and not finished. The loop prepares the next batches meanwhile;
 # without a limit their inputs would pile up in device memory.
 STEPS_IN_FLIGHT = 4
+# Drawing takes 0.4 s of Python, which slows down the loop although it has its own thread.
+DRAW_EVERY_S = 60
 
 
 class Stopped(Exception):
     """The run was asked to stop. It is saved, and the same command continues it."""
 
 
-class NotFinite(UserError):
+class Diverged(UserError):
     """The loss or a parameter is infinite or NaN, so the state must not be saved."""
 
 
@@ -143,6 +152,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         )
         eval_step = parallel.compile_eval_step(make_eval_step(model, augment), shapes)
 
+        # A thread for what must hold up neither the start nor the steps. The step that it compiles
+        # is not compiled again when it is called with these shapes. `result` raises its errors.
+        background = resources.enter_context(ThreadPoolExecutor(1, "background"))
+        state_like = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
+        batch_like = parallel.batch_like(config.batch_size, stores["train"].image_size)
+        compiled = background.submit(_compile, train_step, state_like, batch_like)
+
         # Background threads read the next batches and transfer them while a step runs.
         def place(batch: pipeline.Batch) -> dict[str, jax.Array]:
             return parallel.put_batch(batch, config.batch_size)
@@ -152,9 +168,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         order = pipeline.Order(
             stores["train"], config.batch_size, config.seed, config.shuffle_shards
         )
-        batches = resources.enter_context(
-            closing(pipeline.train_batches(order, local_rows, place))
-        )
+        batches = resources.enter_context(closing(pipeline.train_batches(order, local_rows, place)))
 
         # ---- Restore the newest checkpoint, or initialize --------------------------------------
         # From here on, a signal asks the loop to save and stop. Before, there is nothing to save.
@@ -170,8 +184,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             )
         )
         # With shardings, each process reads only the parts that its devices hold.
-        like = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
-        restored = checkpoints.restore_latest(like)
+        restored = checkpoints.restore_latest(state_like)
         if restored:
             state = restored.state
             if restored.position is not None:  # None in a converted network
@@ -184,7 +197,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         step = int(state.step)
         distributed.check_same("checkpoints", {"step": step})
         evaluated = checkpoints.was_evaluated(step)
-        plateau_scale = sharding.to_host(state.plateau.scale)
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         distributed.say(
             f"training to step {total_steps} on {jax.device_count()} {jax.default_backend()} "
@@ -195,9 +207,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         report = resources.enter_context(closing(Report(workdir, step, total_steps, evaluated)))
         meter = Meter(config.batch_size)
 
-        def rate_at(step: int) -> float:
-            """Returns the learning rate of the update that makes a step, counted from 1."""
-            return float(learning_rate("all", True, step - 1, plateau_scale))
+        def rates_of_all_steps(plateau_scale: jax.Array) -> np.ndarray:
+            """Returns the learning rate of each update, float32[total_steps].
+
+            All at once: a device computes a single rate after the steps in flight, so that a row of
+            metrics would wait for them.
+            """
+            rate: Callable[..., jax.Array] = jax.vmap(
+                lambda step: learning_rate("all", True, step, plateau_scale)
+            )
+            return np.asarray(rate(np.arange(total_steps)))
+
+        rates = rates_of_all_steps(sharding.to_host(state.plateau.scale))
 
         def log_train(steps_in_flight: int = 0) -> None:
             """Reports the steps since the last call, except for the latest `steps_in_flight`."""
@@ -205,24 +226,46 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             for number, metrics in steps:
                 if not math.isfinite(metrics["loss"]):
                     what = f"loss is {metrics['loss']}"
-                    raise _not_finite(what, number, rate_at(number), checkpoints)
+                    raise _diverged(what, number, rates[number - 1], checkpoints)
             # A row ends at each multiple of log_every_steps, and before an evaluation or a save.
             for _, group in itertools.groupby(
                 steps, lambda s: (s[0] - 1) // config.log_every_steps
             ):
                 numbers, values = zip(*group, strict=True)
                 means = {k: float(np.mean([v[k] for v in values])) for k in values[-1]}
-                number, rate = numbers[-1], rate_at(numbers[-1])
+                number, rate = numbers[-1], float(rates[numbers[-1] - 1])
                 epoch = round(number / steps_per_epoch, 4)
                 row = {"step": number, "epoch": epoch, **means, "learning_rate": rate, **timing}
                 report.train(row)
 
+        drawn: Future[None] | None = None
+        drawn_at = -math.inf
+
+        def draw(conv1: np.ndarray) -> None:
+            figures.save_curves(read_metrics(workdir), workdir / "curves.png")
+            figures.save_filters(conv1, towers(config.model.variant), workdir / "filters.png")
+
+        snapshot: Snapshot | None = None
+        lag = min(STEPS_IN_FLIGHT, config.checkpoint.every_steps - 1)  # one snapshot at a time
+
+        def write_snapshot() -> None:
+            """Starts to write the snapshot, if there is one."""
+            nonlocal snapshot
+            if snapshot is None:
+                return
+            due, snapshot = snapshot, None
+            try:
+                checkpoints.write(due)
+            except NotFinite as error:  # while the loss was finite: this step's update was not
+                what = "a parameter is not finite"
+                raise _diverged(what, due.step, rates[due.step - 1], checkpoints) from error
+
         def save(top1: float | None = None) -> None:
-            # The loss of a step is still finite if its update is the first that is not, so the
-            # parameters are checked too.
-            if not _all_finite(state.params):
-                raise _not_finite("a parameter is not finite", step, rate_at(step), checkpoints)
-            checkpoints.save(state, batches.get_state(), top1)
+            """Reports all steps, then saves the last one."""
+            nonlocal snapshot
+            log_train()
+            snapshot = take_snapshot(step, state, batches.get_state(), top1)
+            write_snapshot()
 
         try:
             while True:
@@ -231,6 +274,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 # Evaluate first: a run that was stopped before an evaluation catches up on it.
                 if step in eval_steps and not evaluated and not stopping:
                     log_train()
+                    write_snapshot()
                     report.show("evaluating")
                     metrics = evaluate(
                         eval_step,
@@ -248,20 +292,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                             state = state.replace(
                                 plateau=sharding.from_host(new, like=state.plateau)
                             )
-                            plateau_scale = np.asarray(new.scale)
+                            rates = rates_of_all_steps(new.scale)
                         epoch = round(step / steps_per_epoch, 4)
                         report.evaluation({"step": step, "epoch": epoch, **metrics})
                         save(metrics["top1"])
                         conv1 = sharding.to_host(state.params["conv1"]["kernel"])
-                        if is_first:
-                            figures.save_curves(read_metrics(workdir), workdir / "curves.png")
-                            path = workdir / "filters.png"
-                            figures.save_filters(conv1, towers(config.model.variant), path)
+                        is_due = time.monotonic() > drawn_at + DRAW_EVERY_S or step == total_steps
+                        if is_first and is_due:
+                            if drawn:
+                                drawn.result()
+                            drawn, drawn_at = background.submit(draw, conv1), time.monotonic()
                         evaluated = True
                         meter.restart_clock()
                 if stopping:
-                    log_train()
                     save()
+                    checkpoints.wait()
                     raise Stopped(f"stopped and saved at step {step} of {total_steps}")
                 if step == total_steps:
                     break
@@ -271,8 +316,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked
-                if meter.first_step and is_first:
-                    figures.save_samples(order, augment, step, workdir / "samples.png")
+                if meter.first_step:
+                    if is_first:
+                        figures.save_samples(order, augment, step, workdir / "samples.png")
+                    compiled.result()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, step_metrics = train_step(state, batch)
                 step += 1
@@ -283,24 +330,32 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                     jax.block_until_ready(step_metrics)
                     meter.restart_clock()
                     report.say(f"first step after {time.perf_counter() - started:.1f} s")
+                    # What exists now stays. Python's garbage collector would search it again and
+                    # again, which takes 0.2 to 0.3 s: the devices would run out of steps.
+                    gc.collect()
+                    gc.freeze()
+                    resources.callback(gc.unfreeze)
                 report.advance()
 
-                # Fetching the newest steps would wait for them, so rows lag behind.
-                if (step - STEPS_IN_FLIGHT) % config.log_every_steps == 0:
-                    log_train(STEPS_IN_FLIGHT)
                 if step % config.checkpoint.every_steps == 0 and step not in eval_steps:
-                    log_train()
-                    save()
-        except NotFinite:
+                    snapshot = take_snapshot(step, state, batches.get_state())
+                # Fetching the newest steps would wait for them, so rows and checkpoints lag behind.
+                is_due = snapshot is not None and snapshot.step == step - lag
+                if is_due or (step - lag) % config.log_every_steps == 0:
+                    log_train(lag)
+                if is_due:  # after the rows of its steps, which a resumed run does not repeat
+                    write_snapshot()
+        except Diverged:
             raise
         except UserError:  # the data cannot be read any more
             # Other processes do not know of it and would not take part in saving.
             if jax.process_count() == 1:
-                log_train()
                 save()
             raise
 
         checkpoints.wait()
+        if drawn:
+            drawn.result()
         report.say(f"finished at step {step}; best top-1 at step {checkpoints.best_step}")
         return state
 
@@ -433,15 +488,17 @@ def check_data_unchanged(workdir: Path, stores: dict[str, Store], stats: Statist
         new.write_text(json.dumps(identities, indent=2) + "\n")
 
 
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+def _compile(step: Callable[..., Any], *like: Any) -> None:
+    """Compiles a jitted step for arguments of these shapes, dtypes and shardings."""
+    if isinstance(step, jax.stages.Wrapped):  # not with pmap, which compiles when it is called
+        step.lower(*like).compile()
 
 
-def _not_finite(what: str, step: int, rate: float, checkpoints: Checkpoints) -> NotFinite:
+def _diverged(what: str, step: int, rate: float, checkpoints: Checkpoints) -> Diverged:
+    checkpoints.wait()
     good = checkpoints.latest_step
     saved = f"the last good checkpoint is of step {good}" if good is not None else "none was saved"
-    return NotFinite(
+    return Diverged(
         f"{what} at step {step} (learning rate {rate:.3g}); {saved}; a lower learning_rate or "
         "optimizer.clip_norm may help"
     )

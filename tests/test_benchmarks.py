@@ -31,6 +31,7 @@ QUICK = (
     "preparation.py",
     "reading.py",
     "start_up.py",
+    "loop.py",
     "store_scale.py",
     "train_step.py",
     f"train_step.py --against {ROOT}",

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from alexnet_jax.training.checkpoint import Checkpoints
+from alexnet_jax.training.checkpoint import Checkpoints, NotFinite
 from alexnet_jax.training.train_step import TrainState
 from alexnet_jax.utils.errors import UserError
 
@@ -67,6 +67,35 @@ def test_latest_and_best_checkpoints_are_kept(checkpoints, state):
         save(checkpoints, state.replace(step=jnp.int32(step)), None, top1)
     assert checkpoints.all_steps == [2, 4, 5, 6]
     assert (checkpoints.best_step, checkpoints.latest_step) == (2, 6)
+
+
+def test_state_that_is_overwritten_during_a_save_is_saved_as_it_was(checkpoints, state):
+    expected = jax.tree.map(np.array, state)
+    checkpoints.save(state, None, None)
+    add_one = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    jax.block_until_ready(add_one(state))
+    checkpoints.wait()
+    assert_equal(checkpoints.restore(0, expected).state, expected)
+
+
+def test_state_with_a_parameter_that_is_not_finite_is_not_saved(checkpoints, state):
+    save(checkpoints, state, None, None)
+    bias = state.params["conv1"]["bias"].at[3].set(jnp.inf)
+    params = {"conv1": {**state.params["conv1"], "bias": bias}}
+    with pytest.raises(NotFinite):
+        checkpoints.save(state.replace(step=jnp.int32(1), params=params), None, None)
+    checkpoints.wait()
+    assert checkpoints.all_steps == [0]
+
+
+def test_failed_save_is_reported_by_the_next_call(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path, CONFIG)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").write_text("no folder")
+    checkpoints.save(state, None, None)
+    with pytest.raises(OSError, match="checkpoints"):
+        checkpoints.save(state.replace(step=jnp.int32(1)), None, None)
+    checkpoints.close()
 
 
 def test_saved_config_can_be_read_without_this_program(checkpoints, state, tmp_path):

@@ -242,10 +242,13 @@ def test_start_that_failed_does_not_claim_the_workdir(digits, tmp_path, capsys):
 
 
 def test_finished_run_continues_with_more_epochs(undisturbed, digits, tmp_path):
+    """Here it saves every step. Checkpoints are written some steps late, but none is left out."""
+    more = ("--config.checkpoint.every_steps=1", "--config.checkpoint.keep=20")
     for epochs in (1, 2):
-        done = train(digits, tmp_path, *OFTEN, f"--config.num_epochs={epochs}")
+        done = train(digits, tmp_path, *OFTEN, *more, f"--config.num_epochs={epochs}")
         assert done.returncode == 0, done.stderr
     assert "resuming from step 20 of 40" in done.stdout
+    assert set(range(21, 41)) <= set(saved_steps(tmp_path))
     assert_same_run(tmp_path, undisturbed[0])
 
 
@@ -426,7 +429,7 @@ def test_file_size_limit_is_reported_like_a_full_disk(digits, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_imagenet_without_its_archives_names_files_and_folder(tmp_path):
     done = run(
         *(sys.executable, "train.py", "--config", "configs/imagenet.py"),

@@ -7,9 +7,9 @@ A checkpoint is the folder `checkpoints/<step>` of the workdir with four items:
     config     JSON: the run's config
     metrics    JSON: the top-1 accuracy, if this state was evaluated
 
-Orbax writes in background threads while training continues, and renames the folder when it is
-complete, so that a killed run leaves no partial checkpoint under a valid name. In a run of several
-processes each one writes the shards that it holds.
+A thread writes them while training continues. Orbax renames the folder when it is complete, so that
+a killed run leaves no partial checkpoint under a valid name. In a run of several processes each one
+writes the shards that it holds.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,41 @@ class Restored(NamedTuple):
     position: dict[str, Any] | None
 
 
+class Snapshot(NamedTuple):
+    """What `Checkpoints.write` writes: a copy of a state, which the next steps do not overwrite.
+
+    Attributes:
+      step: the state's step.
+      state: the copy, on the devices.
+      checksums: uint32[number of arrays]
+      is_finite: bool[], whether all parameters are finite.
+      position: state of the Grain iterator after this step's batch. None: the start.
+      top1: accuracy of exactly this state, 0 to 1, if it was evaluated.
+    """
+
+    step: int
+    state: TrainState
+    checksums: jax.Array
+    is_finite: jax.Array
+    position: dict[str, Any] | None
+    top1: float | None
+
+
+class NotFinite(Exception):
+    """A parameter is infinite or NaN, so the state must not be saved."""
+
+
+class _Manager(ocp.CheckpointManager):  # type: ignore[misc]  # Orbax has no types
+    """Leaves JAX's preemption service to `process.StopRequest`.
+
+    Orbax would ask it from its threads, and by the number of a training step. The service expects
+    one count that all processes advance together.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -77,9 +113,20 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         best = policies.BestN(n=1, get_metric_fn=_top1, keep_checkpoints_without_metrics=False)
         self._is_shared = is_shared
-        # Every process creates folders if they are not shared.
-        processes = ocp.options.MultiprocessingOptions(primary_host=0 if is_shared else None)
-        self._manager = ocp.CheckpointManager(
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
+        if config_json is not None:
+            if distributed.is_first() or not is_shared:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            distributed.wait_for_all("created the folder of checkpoints")
+        processes = ocp.options.MultiprocessingOptions(
+            # Every process creates folders if they are not shared.
+            primary_host=0 if is_shared else None,
+            # With the processes named, Orbax waits for them by messages. Otherwise it would run a
+            # collective, which must not happen in a thread, between the training steps.
+            active_processes=set(range(jax.process_count())),
+        )
+        self._manager = _Manager(
             self._folder,
             item_handlers={
                 # OCDBT would combine the arrays of a process into files that only it can read.
@@ -93,9 +140,9 @@ class Checkpoints:
                 multiprocessing_options=processes,
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 best_fn=_top1,
-                enable_async_checkpointing=True,
+                enable_async_checkpointing=False,  # this class has its own thread
                 read_only=config_json is None,
-                create=config_json is not None,
+                create=False,
             ),
         )
 
@@ -123,26 +170,36 @@ class Checkpoints:
     def save(
         self, state: TrainState, position: dict[str, Any] | None, top1: float | None = None
     ) -> None:
-        """Starts to save a checkpoint. The arrays are copied before this returns.
+        """Starts to save a checkpoint: a `take_snapshot`, and `write` at once."""
+        self.write(take_snapshot(int(state.step), state, position, top1))
 
-        Args:
-          state: the state to save, named by its step.
-          position: state of the Grain iterator after this step's batch. None: the start.
-          top1: accuracy of exactly this state, 0 to 1.
+    def write(self, snapshot: Snapshot) -> None:
+        """Starts to write a checkpoint in a thread, after the one before it.
+
+        An error in the thread is raised by the next call of `write`, `wait` or `close`.
+
+        Raises NotFinite, on all processes, if a parameter is not finite.
         """
         assert self._config_json is not None, "opened read-only"
-        step = int(state.step)
+        if not snapshot.is_finite:
+            raise NotFinite
+        self.wait()
+        self._writing = self._thread.submit(self._write, snapshot)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        assert self._config_json is not None
+        step, top1 = snapshot.step, snapshot.top1
         if step in self._manager.all_steps():
             if top1 is None or self.was_evaluated(step):
                 return
             # The run was stopped before it evaluated this step. Save it again with the result, or
             # it could not be the best one.
             self._manager.delete(step)
-        progress = {"position": position, "checksums": _checksums(state)}
+        progress = {"position": snapshot.position, "checksums": snapshot.checksums.tolist()}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
+                state=ocp.args.StandardSave(snapshot.state),
                 progress=ocp.args.JsonSave(progress),
                 config=ocp.args.JsonSave(json.loads(self._config_json)),
             ),
@@ -257,11 +314,15 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when all saved checkpoints are on disk."""
-        self._manager.wait_until_finished()
+        writing, self._writing = self._writing, None
+        if writing:
+            writing.result()
 
     def close(self) -> None:
-        """Waits, then ends the background threads."""
+        """Waits, then ends the background thread."""
+        self._thread.shutdown()
         self._manager.close()
+        self.wait()
 
     def _read(
         self, step: int, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs
@@ -293,6 +354,17 @@ class Checkpoints:
         distributed.wait_for_all(f"moved checkpoint {step}")
         self._manager.reload()
         return target
+
+
+def take_snapshot(
+    step: int, state: TrainState, position: dict[str, Any] | None, top1: float | None = None
+) -> Snapshot:
+    """Returns a copy of a state for `Checkpoints.write`, without waiting for the devices.
+
+    Arguments as for `Snapshot`.
+    """
+    copy, checksums, is_finite = _copy_and_check(state)
+    return Snapshot(step, copy, checksums, is_finite, position, top1)
 
 
 def has_checkpoint(workdir: Path) -> bool:
@@ -335,6 +407,14 @@ DIFFERENT_CHECKSUM = "its checksum is not that of what was saved"
 def _checksums(tree: Any) -> list[int]:
     """Returns one checksum per array, in the order of `jax.tree.leaves`."""
     return [int(checksum) for checksum in jax.tree.leaves(_checksum_tree(tree))]
+
+
+@jax.jit
+def _copy_and_check(state: TrainState) -> tuple[TrainState, jax.Array, jax.Array]:
+    """Returns a copy of a state, the checksums of its arrays, and if all parameters are finite."""
+    checksums = jnp.stack(jax.tree.leaves(_checksum_tree(state)))
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)]
+    return jax.tree.map(jnp.copy, state), checksums, jnp.stack(finite).all()
 
 
 @jax.jit

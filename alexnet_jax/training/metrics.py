@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from alexnet_jax.training.train_step import Metrics
@@ -44,6 +43,8 @@ class Report:
         def is_repeated(row: Row) -> bool:
             again = row["step"] == step and row["split"] == "eval" and not evaluated
             return row["step"] > step or again
+
+        from tensorboardX import SummaryWriter  # imports PyTorch if it is installed: seconds
 
         path = workdir / "metrics.jsonl"
         rows = [row for row in read_metrics(workdir) if not is_repeated(row)]

@@ -165,6 +165,14 @@ class Parallel:
 
         return {name: put(x) for name, x in batch.items()}
 
+    def batch_like(self, batch_size: int, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes, dtypes and shardings of a batch of `put_batch`, except for pmap."""
+
+        def like(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=self.batch_sharding)
+
+        return {"image": like(np.uint8, image_size, image_size, 3), "label": like(np.int32)}
+
     # -- Compilation -------------------------------------------------------------------------------
 
     def compile_train_step(self, train_step: TrainStep, state: Tree) -> Callable[..., Any]:
