@@ -21,14 +21,16 @@ BENCHMARKS = {
     "lines": "lines.py",
     "compiled": "compiled.py",
     "start_up": "start_up.py",
-    "train_step": "train_step.py --mode train",
+    "train_step_owt": "train_step.py --mode train --variant owt",
+    "train_step_paper": "train_step.py --mode train --variant paper --dtype float32 --batch 64",
     "augmentation": "augmentation.py",
+    "loop": "loop.py",
     "reading": "reading.py",
     "input_pipeline": "input_pipeline.py --images 8192 --seconds 3",
     "preparation": "preparation.py --scratch /dev/shm",
     "store_scale": "store_scale.py",
     "inference": "inference.py",
-    **{f"accuracy_{name}": f"accuracy.py {name}" for name in accuracy.EXPERIMENTS},
+    **{f"accuracy_{name}": f"accuracy.py {name}" for name in accuracy.NAMES},
 }
 
 
