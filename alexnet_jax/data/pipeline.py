@@ -105,7 +105,8 @@ def eval_batches(
     Args:
       store: of the split to evaluate.
       batch_size: global batch size.
-      local_indices, place: as for `train_batches`.
+      local_indices: as for `train_batches`.
+      place: as for `train_batches`.
     """
     indices = np.arange(batch_size) if local_indices is None else local_indices
 
