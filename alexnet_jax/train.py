@@ -216,7 +216,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             rate: Callable[..., jax.Array] = jax.vmap(
                 lambda step: learning_rate("all", True, step, plateau_scale)
             )
-            return np.asarray(rate(np.arange(total_steps)))
+            # Compiling the operations of a schedule one by one takes 0.8 s on CPU, together 0.1.
+            return np.asarray(process.run_once(lambda: rate(np.arange(total_steps))))
 
         rates = rates_of_all_steps(sharding.to_host(state.plateau.scale))
 
@@ -297,8 +298,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                         report.evaluation({"step": step, "epoch": epoch, **metrics})
                         save(metrics["top1"])
                         conv1 = sharding.to_host(state.params["conv1"]["kernel"])
-                        is_due = time.monotonic() > drawn_at + DRAW_EVERY_S or step == total_steps
-                        if is_first and is_due:
+                        since_drawn = time.monotonic() - drawn_at
+                        if is_first and (since_drawn > DRAW_EVERY_S or step == total_steps):
                             if drawn:
                                 drawn.result()
                             drawn, drawn_at = background.submit(draw, conv1), time.monotonic()
