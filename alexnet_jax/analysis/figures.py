@@ -18,6 +18,7 @@ from alexnet_jax.analysis import fonts
 from alexnet_jax.data.augment import Augment
 from alexnet_jax.data.pipeline import Order
 from alexnet_jax.training.train_step import augment_batch, train_key
+from alexnet_jax.utils.process import run_once
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +76,7 @@ def save_samples(order: Order, augment: Augment, step: int, path: Path) -> None:
     with_mean = augment.stats._replace(mean=np.zeros_like(augment.stats.mean))
     augment = dataclasses.replace(augment, stats=with_mean)
     key = jax.random.fold_in(train_key(order.seed), step)
-    images = jax.jit(lambda x: augment_batch(augment, key, x, step))(batch["image"])
+    images = run_once(lambda x: augment_batch(augment, key, x, step), batch["image"])
     pixels = np.clip(np.rint(np.asarray(images) / augment.scale), 0, 255).astype(np.uint8)
     save_sample_grid(pixels, [order.store.class_names[label] for label in batch["label"]], path)
 

@@ -46,14 +46,15 @@ def set_up(deterministic_gpu: bool = False) -> None:
     _prepend_options("LIBTPU_INIT_ARGS", TPU_OPTIONS)
 
 
-def run_once(function: Callable[[], Any], **options: Any) -> Any:
-    """Compiles a function without arguments for a short compilation time, and calls it.
+def run_once(function: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
+    """Compiles a function for a short compilation time, and calls it.
 
     Args:
+      inputs: arguments of the function.
       options: arguments of `jax.jit`.
     """
     quick = RUN_ONCE_CPU_OPTIONS if jax.default_backend() == "cpu" else {}
-    return jax.jit(function, compiler_options=quick, **options)()
+    return jax.jit(function, compiler_options=quick, **options)(*inputs)
 
 
 def _enable_compilation_cache() -> None:
