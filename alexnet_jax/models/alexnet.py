@@ -401,7 +401,8 @@ class AlexNet(nn.Module):
             case BatchNorm():
                 return self._batch_norm(name, x, train)
             case MaxPool(size, stride, ceil):
-                return ops.max_pool(x, size, stride, ceil)
+                pooled: Array = ops.max_pool(x, size, stride, ceil)
+                return pooled
             case AdaptiveAvgPool(size):
                 return ops.adaptive_avg_pool(x, size)
             case Dropout(inverted):

@@ -42,17 +42,34 @@ def conv(
       gradient_dtype: of the kernel's gradient, by default x's. See `_with_gradient_dtype`.
       others: of `jax.lax.conv_general_dilated`.
     """
+    others["feature_group_count"] = feature_group_count
+    pads = tuple((low, high) for low, high in padding)
+    y: Array = _conv(x, kernel, tuple(strides), pads, gradient_dtype, tuple(others.items()))
+    return y
+
+
+# Outside of `jax.jit`, each of Winograd's thousand additions would be a program of its own, and the
+# first call of a network would take a minute. Inside, `inline` makes this jit disappear.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+def _conv(
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    gradient_dtype: str | None,
+    others: tuple[tuple[str, Any], ...],
+) -> Array:
+    fields = dict(others)
 
     def convolve(x: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(
-            x, kernel, strides, padding, feature_group_count=feature_group_count, **others
-        )
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **fields)
 
     def default(x: Array, kernel: Array) -> Array:
         return _with_gradient_dtype(convolve, gradient_dtype or str(x.dtype), x, kernel)
 
     def on_cpu(x: Array, kernel: Array) -> Array:
-        return cpu_kernels.conv(x, kernel, strides[0], padding, feature_group_count, convolve)
+        groups = fields["feature_group_count"]
+        return cpu_kernels.conv(x, kernel, strides[0], padding, groups, convolve)
 
     y: Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
     return y
@@ -262,6 +279,7 @@ def _window_sum(x: Array, size: int, axis: int) -> Array:
 # ------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames=("size", "stride", "ceil"), inline=True)
 def max_pool(
     x: Float[Array, "B H W C"], size: int = 3, stride: int = 2, ceil: bool = True
 ) -> Float[Array, "B height width C"]:
