@@ -37,7 +37,7 @@ TOLERANCE = 1e-3
 # above or below 0, which decides whether ReLU passes the gradient. Only the bias depends on that.
 CONV1_BIAS_TOLERANCE = 0.1
 # The functions whose code for GPUs must have run, by variant.
-CONV, DENSE, POOL = "conv", "dense", "max_pool"
+CONV, DENSE, POOL = "_conv", "dense", "max_pool"
 LRN = "channel_sum_by_slices"
 CROP = "_crop_by_slices"
 USED = {

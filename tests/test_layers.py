@@ -203,6 +203,9 @@ def test_relu_and_its_derivatives_are_those_of_jax(dtype):
         ((1, 8, 9, 10), (3, 3, 10, 40), 2, [(1, 1), (1, 1)], 1),
         ((2, 27, 27, 80), (5, 5, 40, 96), 1, [(2, 2), (2, 2)], 2),
         ((2, 13, 13, 48), (3, 3, 48, 40), 1, [(1, 1), (1, 1)], 1),
+        ((2, 32, 32, 3), (5, 5, 3, 32), 1, [(2, 2), (2, 2)], 1),
+        ((2, 12, 11, 32), (3, 3, 16, 8), 1, [(1, 1), (0, 2)], 2),
+        ((2, 7, 7, 24), (5, 5, 12, 64), 1, [(2, 2), (2, 2)], 2),
     ],
     ids=str,
 )
@@ -226,19 +229,23 @@ def test_conv_and_its_gradients_match_jax(shape, kernel, stride, padding, groups
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "stride", "groups", "by_winograd"),
+    ("size", "inputs", "outputs", "stride", "groups", "by_winograd"),
     [
-        *[(40, 40, 1, 1, True), (40, 39, 1, 1, False), (24, 200, 1, 1, True)],
-        *[(20, 400, 1, 1, False), (40, 80, 1, 2, True), (40, 78, 1, 2, False)],
-        *[(3, 35, 4, 1, True), (3, 34, 4, 1, False)],
+        *[(3, 40, 40, 1, 1, True), (3, 40, 39, 1, 1, False), (3, 24, 200, 1, 1, True)],
+        *[(3, 20, 400, 1, 1, False), (3, 40, 80, 1, 2, True), (3, 40, 78, 1, 2, False)],
+        *[(5, 24, 24, 1, 1, True), (5, 24, 23, 1, 1, False), (5, 16, 400, 1, 1, False)],
+        *[(11, 3, 35, 4, 1, True), (11, 3, 34, 4, 1, False)],
     ],
 )
 def test_conv_with_few_channels_in_a_group_does_not_use_winograd(
-    inputs, outputs, stride, groups, by_winograd
+    size, inputs, outputs, stride, groups, by_winograd
 ):
-    """Where inputs times outputs are less than 20 times their sum; a stride makes more inputs."""
+    """Where size times inputs times outputs are less than 60 times the sum of the latter.
+
+    A stride makes more inputs and a smaller kernel.
+    """
     settings = {"feature_group_count": groups, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    x, kernel = jnp.zeros((1, 16, 16, inputs * groups)), jnp.zeros((5, 5, inputs, outputs))
+    x, kernel = jnp.zeros((1, 16, 16, inputs * groups)), jnp.zeros((size, size, inputs, outputs))
     program = jax.jit(lambda *of: conv(*of, (stride, stride), [(0, 0)] * 2, **settings))
     assert ("stablehlo.convolution" in program.lower(x, kernel).as_text()) != by_winograd
 

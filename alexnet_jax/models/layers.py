@@ -60,16 +60,19 @@ def _conv(
     others: tuple[tuple[str, Any], ...],
 ) -> Array:
     fields = dict(others)
+    groups = fields.pop("feature_group_count")
 
-    def convolve(x: Array, kernel: Array) -> Array:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **fields)
+    def convolve(x: Array, kernel: Array, groups: int = groups) -> Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, strides, padding, feature_group_count=groups, **fields
+        )
 
     def default(x: Array, kernel: Array) -> Array:
         return _with_gradient_dtype(convolve, gradient_dtype or str(x.dtype), x, kernel)
 
     def on_cpu(x: Array, kernel: Array) -> Array:
-        groups = fields["feature_group_count"]
-        return cpu_kernels.conv(x, kernel, strides[0], padding, groups, convolve)
+        of_group = functools.partial(convolve, groups=1)
+        return cpu_kernels.conv(x, kernel, strides[0], padding, groups, of_group)
 
     y: Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
     return y
