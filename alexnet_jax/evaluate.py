@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     process.set_up()
-    networks = [inference.load(workdir, args.step) for workdir in args.workdir]
+    networks = [inference.load(workdir, args.step, needs_classes=True) for workdir in args.workdir]
     config = networks[0].config
     if args.dataset:
         config.dataset = args.dataset

@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = args.file.expanduser()
     platforms = _check(file, args)
     process.set_up()
-    network = inference.load(args.workdir, args.step)
+    network = inference.load(args.workdir, args.step, needs_classes=True)
     for path in export(network, file, args.views or "center", platforms):
         print(f"wrote {path}, {path.stat().st_size:,} bytes")
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
 from alexnet_jax.data.augment import Augment, Statistics, make_augment
-from alexnet_jax.models.alexnet import AlexNet, build_model
+from alexnet_jax.models.alexnet import AlexNet, build_model, has_classes
 from alexnet_jax.training.checkpoint import Checkpoints, named_leaves
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.train_step import TrainState, init_state, log_probabilities, state_of
@@ -79,19 +79,25 @@ class Trained(NamedTuple):
         return {k: np.asarray(x) for k, x in feature_extractor(self, names)(images).items()}
 
 
-def load(workdir: str | Path, step: int | None = None) -> Trained:
+def load(workdir: str | Path, step: int | None = None, needs_classes: bool = False) -> Trained:
     """Returns the network of a workdir, which may still be training. Writes nothing.
 
     Args:
       workdir: a path or a URL such as gs://bucket/folder.
       step: which checkpoint; by default the best by top-1, or the newest if none was evaluated.
+      needs_classes: whether a network without fully connected layers is refused.
 
     Raises:
       UserError: the workdir holds no run or one that cannot be read, or its network has other
-        shapes in this version of the program.
+        shapes in this version of the program, or no classes.
     """
     workdir = buckets.readable(workdir)
     config = saved_config(workdir)
+    if needs_classes and not has_classes(config.model.variant):
+        raise UserError(
+            f"{workdir} has convolutions only and knows no classes; train the other layers with "
+            f"--config.init_from={workdir}"
+        )
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir} has no checkpoint yet; train longer or name another workdir")
     model = build_model(config)

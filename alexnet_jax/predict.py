@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--panel {args.panel} must end in {' or '.join(PANEL_SUFFIXES)}")
     process.set_up()
     files = find_files(args.images)
-    network = inference.load(args.workdir, args.step)
+    network = inference.load(args.workdir, args.step, needs_classes=True)
     width = min(MAX_COLUMN_WIDTH, max(len(str(path)) for path in files))
     in_panel: list[Prediction] = []
     skipped = 0

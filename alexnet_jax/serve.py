@@ -395,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="alexnet_jax-serve-"))
         threading.Thread(target=_delete_old_files_forever, args=[Path(folder)], daemon=True).start()
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-        network = inference.load(args.workdir)
+        network = inference.load(args.workdir, needs_classes=True)
         store = open_training_images(network.config, args.data_dir) if args.neighbors else None
         index = neighbors.build_index(network, store, args.neighbors) if store else None
         result_of = make_classifier(network, index)

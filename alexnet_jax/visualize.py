@@ -97,7 +97,7 @@ def nearest(args: argparse.Namespace) -> None:
 def occlude(args: argparse.Namespace) -> None:
     """Draws how probable a class is while a gray square hides each part of an image."""
     path = _out_path(args, "occlusion.png")
-    network = inference.load(args.workdir, args.step)
+    network = inference.load(args.workdir, args.step, needs_classes=True)
     image = _read_image(args.image, network.config.image_size)
     label = None if args.label is None else _find_label(network.class_names, args.label)
     result = occlusion.occlude(network, image, label, args.patch, args.stride)

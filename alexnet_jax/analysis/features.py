@@ -20,6 +20,7 @@ from alexnet_jax.models.alexnet import (
     ReLU,
     Tanh,
     Variant,
+    has_classes,
     named_layers,
 )
 
@@ -102,7 +103,7 @@ def features_figure(network: Trained, image: UInt8[np.ndarray, "S S 3"]) -> "Fig
         if name == "image":
             axes.imshow(output)
             axes.set_title(f"image, {size}×{size}×3")
-        elif name == panels[-1][0]:
+        elif name == panels[-1][0] and has_classes(network.model.variant):
             _draw_classes(axes, name, output, network.class_names)
         elif output.ndim == 1:
             _draw_units(axes, name, output)

@@ -12,7 +12,7 @@ from alexnet_jax.analysis.features import displayed_outputs
 from alexnet_jax.data import pipeline
 from alexnet_jax.data.store import Store
 from alexnet_jax.inference import OfImages, Trained
-from alexnet_jax.models.alexnet import kernel_layers
+from alexnet_jax.models.alexnet import has_classes
 
 BATCH = 128  # images; every batch has this size, so that the network is compiled once
 
@@ -80,9 +80,12 @@ def nearest_in_store(
 
 
 def feature_name(network: Trained) -> str:
-    """Returns the name of the output that is compared: of the last hidden layer, relu7."""
-    *_, hidden, _ = kernel_layers(network.model.variant)
-    return displayed_outputs(network.model.variant)[hidden]
+    """Returns the name of the output that is compared: of the last hidden layer, relu7.
+
+    Of a network without fully connected layers it is the output of the last pooling layer.
+    """
+    *_, hidden, last = displayed_outputs(network.model.variant).items()
+    return (hidden if has_classes(network.model.variant) else last)[1]
 
 
 def make_extractor(network: Trained) -> OfImages:

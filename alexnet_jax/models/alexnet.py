@@ -222,6 +222,12 @@ VARIANTS: dict[str, Variant] = {
     ),
 }
 
+# The convolutions alone, for weights that come without fully connected layers (weights.lpips). Such
+# a network has features but no logits.
+CONVOLUTIONS: dict[str, Variant] = {
+    "owt_conv": VARIANTS["owt"][: VARIANTS["owt"].index(AdaptiveAvgPool(6)) + 1],
+}
+
 INITIALIZERS = ("paper", "he")
 DTYPES = ("float32", "bfloat16")
 MIN_SIZE = 63  # pixels: the smallest input for which torchvision's alexnet has a whole pool5 window
@@ -233,10 +239,12 @@ def layers_of(variant: str | Variant) -> Variant:
     Raises:
       UserError: no variant has this name.
     """
-    if isinstance(variant, str):
-        check_choice("model variant", variant, VARIANTS)
-        return VARIANTS[variant]
-    return tuple(variant)
+    if not isinstance(variant, str):
+        return tuple(variant)
+    if variant in CONVOLUTIONS:
+        return CONVOLUTIONS[variant]
+    check_choice("model variant", variant, VARIANTS)
+    return VARIANTS[variant]
 
 
 def named_layers(variant: str | Variant) -> dict[str, Layer]:
@@ -265,6 +273,12 @@ def named_layers(variant: str | Variant) -> dict[str, Layer]:
 def kernel_layers(variant: str | Variant) -> tuple[str, ...]:
     """Returns the names of the layers that have a kernel: conv1 … conv5, fc6 … fc8."""
     return tuple(name for name, layer in named_layers(variant).items() if has_kernel(layer))
+
+
+def has_classes(variant: str | Variant) -> bool:
+    """Returns whether a variant ends in logits, one for each class."""
+    last = layers_of(variant)[-1]
+    return isinstance(last, Dense) and last.features == "classes"
 
 
 def towers(variant: str | Variant) -> int:

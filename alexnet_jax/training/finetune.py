@@ -13,7 +13,7 @@ from alexnet_jax import config as configs
 from alexnet_jax import inference
 from alexnet_jax.data.augment import Statistics, make_augment
 from alexnet_jax.inference import Trained
-from alexnet_jax.models.alexnet import AlexNet, kernel_layers
+from alexnet_jax.models.alexnet import AlexNet, kernel_layers, layers_of
 from alexnet_jax.models.summary import LayerRow
 from alexnet_jax.training.checkpoint import has_checkpoint
 from alexnet_jax.training.sharding import from_host
@@ -51,19 +51,19 @@ def with_classes(source: Trained, config: ConfigDict, class_names: Sequence[str]
     """Returns the source, without its last layer if its classes differ from the run's.
 
     Raises:
-      UserError: the last layer would be both new and frozen.
+      UserError: a layer would be both new and frozen.
     """
     unnamed = map(inference.unnamed, range(len(class_names), config.model.num_classes))
-    if source.class_names == (*class_names, *unnamed):
-        return source
-    last = _last_layer(config)
-    if last in config.freeze:
+    if source.class_names != (*class_names, *unnamed):
+        params = _without(_last_layer(config), source.variables["params"])
+        source = source._replace(variables={**source.variables, "params": params})
+    frozen = [name for name in _new_layers(config, source) if name in config.freeze]
+    if frozen:
         raise UserError(
-            f"freeze names {last}, which is new in this run because the classes of "
-            f"{config.dataset} differ from those of init_from={config.init_from}; leave it out"
+            f"freeze names {', '.join(frozen)}, new in this run because init_from="
+            f"{config.init_from} has none for the classes of {config.dataset}; leave it out"
         )
-    params = _without(last, source.variables["params"])
-    return source._replace(variables={**source.variables, "params": params})
+    return source
 
 
 def with_weights(state: TrainState, source: Trained) -> TrainState:
@@ -107,16 +107,18 @@ def describe_frozen(config: ConfigDict, layers: Sequence[LayerRow]) -> str:
 
 def describe_source(config: ConfigDict, source: Trained) -> str:
     """Returns where a run's first weights come from, after `with_classes`."""
-    last = _last_layer(config)
-    kept = last in source.variables["params"]
-    classes = "same classes" if kept else f"{last} is new because the classes differ"
-    return f"starting from {config.init_from}, step {source.step}; {classes}"
+    new = _new_layers(config, source)
+    are_new = f"new layers, for these classes: {', '.join(new)}" if new else "same classes"
+    return f"starting from {config.init_from}, step {source.step}; {are_new}"
 
 
 def _check_fits(config: ConfigDict, model: AlexNet, source: Trained) -> None:
     """Raises UserError, which names the fields to set, if features would change their meaning."""
     here, there = configs.flat(config), configs.flat(source.config)
-    fields = ["model.variant", "model.width", "model.conv1_padding", "augment.mean"]
+    fields = ["model.width", "model.conv1_padding", "augment.mean"]
+    layers, of_source = layers_of(config.model.variant), layers_of(source.config.model.variant)
+    if layers[: len(of_source)] != of_source:  # a source of convolutions only lacks the others
+        fields.insert(0, "model.variant")
     if source.stats.mean.ndim > 1:  # a mean image has the size of the stored images
         fields.append("image_size")
     if not np.allclose(make_augment(config).scale, source.augment.scale, rtol=1e-5):
@@ -129,16 +131,19 @@ def _check_fits(config: ConfigDict, model: AlexNet, source: Trained) -> None:
             f"the network in init_from={config.init_from} was trained with other values than this "
             f"run's {given}; set {' '.join(wanted)}"
         )
-    last = _last_layer(config)
+    kept = _without(_last_layer(config), source.variables["params"])
     expected = inference.state_shapes(config, model).params
-    mismatch = inference.mismatch(
-        _without(last, expected), _without(last, source.variables["params"])
-    )
+    mismatch = inference.mismatch({name: expected[name] for name in kept}, kept)
     if mismatch:
         raise UserError(
             f"in init_from={config.init_from} {mismatch}; set --config.augment.crop_size="
             f"{source.config.augment.crop_size}"
         )
+
+
+def _new_layers(config: ConfigDict, source: Trained) -> list[str]:
+    layers = kernel_layers(config.model.variant)
+    return [name for name in layers if name not in source.variables["params"]]
 
 
 def _last_layer(config: ConfigDict) -> str:

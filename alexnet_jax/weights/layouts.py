@@ -33,13 +33,14 @@ def weight_shapes(variant: str, num_classes: int) -> dict[str, tuple[int, ...]]:
 
 
 def to_params(weights: ChannelsFirst, variant: str) -> Params:
-    """Returns the parameters of a network whose number of classes is the length of fc8's bias.
+    """Returns the parameters of a network whose number of classes is the length of its last bias.
 
     Raises:
       UserError: the shape of an array is not the one that the variant has.
     """
     params = {}
-    shapes = weight_shapes(variant, max(1, weights["fc8"][1].size))
+    *_, last = kernel_layers(variant)
+    shapes = weight_shapes(variant, max(1, weights[last][1].size))
     for name, shape in shapes.items():
         weight, bias = weights[name]
         for part, array, expected in (("weight", weight, shape), ("bias", bias, shape[:1])):

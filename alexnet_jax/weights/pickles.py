@@ -1,9 +1,9 @@
-"""Reads Python 2 pickles without calling anything in them: NumPy arrays and plain containers."""
+"""Reads pickles, of Python 2 too, without calling anything in them: arrays and containers."""
 
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -104,20 +104,24 @@ class _Unpickler(pickle._Unpickler):
         return ALLOWED.get((module, name), Inert)
 
 
-def load(path: Path) -> Any:
+def load(path: Path, file: BinaryIO | None = None) -> Any:
     """Returns the content of a pickle, with a `PickledArray` for each array.
 
     Python 2's str becomes str, decoded as Latin-1. Objects of classes that are not in `ALLOWED`
     become `Inert`.
 
+    Args:
+      path: of the file, or of the archive that contains it.
+      file: the open file, if it is in an archive.
+
     Raises:
       UserError: the file cannot be read, or is not a complete pickle.
     """
     try:
-        with path.open("rb") as file:
-            return _Unpickler(file, encoding="latin-1").load()
+        with file or path.open("rb") as pickled:
+            return _Unpickler(pickled, encoding="latin-1").load()
     except Exception as error:  # a damaged or hostile pickle can raise anything
         raise UserError(
-            f"{path} cannot be read as a Python 2 pickle ({one_line(error)[:100]}); "
+            f"{path} cannot be read as a pickle of arrays ({one_line(error)[:100]}); "
             "it is damaged or has another format: copy it again, or see the formats in --help"
         ) from error

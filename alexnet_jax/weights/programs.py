@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.config import default_config
 from alexnet_jax.utils.errors import UserError, one_line
-from alexnet_jax.weights import caffe, cuda_convnet, torchvision
+from alexnet_jax.weights import caffe, cuda_convnet, lpips, torchvision
 from alexnet_jax.weights.layouts import ChannelsFirst
 
 
@@ -51,6 +51,8 @@ TORCHVISION = Program(
     pixel_mean=tuple(255 * mean for mean in torchvision.PIXEL_MEAN),
     channel_scale=tuple(1 / (255 * std) for std in torchvision.PIXEL_STD),
 )
+# Its convolutions are torchvision's, and so are its pixels.
+LPIPS = TORCHVISION._replace(read=lpips.read)
 # Caffe's networks see 227 pixels without padding, which gives conv1 the paper's 55×55 outputs.
 CAFFE = Program(caffe.read, 227, caffe.CHANNEL_MEAN, image_mean="image", conv1_padding=0)
 # Run #145 subtracted the center of the mean image, wherever the crop was.
@@ -62,6 +64,8 @@ def program_of(source: Path) -> Program:
     if source.is_dir():
         return CUDA_CONVNET
     head, suffix = torchvision.read_head(source), source.suffix.lower()
+    if lpips.is_archive(source) or source.name == Path(lpips.FILE).name:
+        return LPIPS
     if torchvision.format_of(head) or suffix in torchvision.SUFFIXES:
         return TORCHVISION
     return CAFFE if suffix == ".caffemodel" or caffe.starts_net(head) else CUDA_CONVNET

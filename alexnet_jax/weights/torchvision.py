@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ import safetensors
 import safetensors.flax
 import safetensors.numpy
 
+from alexnet_jax.utils.download import download
 from alexnet_jax.utils.errors import UserError, one_line
 from alexnet_jax.utils.files import atomic_write, explain_write_errors
 from alexnet_jax.weights.layouts import ChannelsFirst
@@ -36,11 +38,22 @@ PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 
 
+# torchvision's AlexNet_Weights.IMAGENET1K_V1. The name ends in the first digits of its SHA-256.
+URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
+
 # Wrappers that PyTorch inserts anywhere in a name: DataParallel's, and torch.compile's.
 WRAPPERS = ("module", "_orig_mod")
 # Where a checkpoint contains several alexnets, such as a moving average, these are the network.
 USUAL_KEYS = ("state_dict", "model_state_dict", "model")
 MAX_NAMES = 16  # of a message
+
+
+def published() -> Path:
+    """Returns the file of torchvision's trained network, which is downloaded once.
+
+    Raises UserError if that is not possible.
+    """
+    return download(URL, re.findall("[0-9a-f]{8}", URL)[-1])
 
 
 def format_of(head: bytes) -> str | None:
