@@ -139,6 +139,9 @@ FIELDS = {
     "optimizer.bias_weight_decay": Field(0.0, "of biases and batch norm"),
     "optimizer.bias_learning_rate": Field(1.0, "of biases, as a multiple of learning_rate"),
     "optimizer.layer_rates": Field((), 'factors on rates of layers, such as (("fc8", 10.0),)'),
+    "optimizer.layer_decays": Field(
+        (), 'weight_decay of layers with one of their own, such as (("fc8", 0.01),)'
+    ),
     "optimizer.clip_norm": Field(
         0.0, "largest global norm of the gradients, logged as grad_norm; 0: no clipping", 0
     ),
@@ -169,7 +172,10 @@ FIELDS = {
         (), 'values from an epoch on: (epoch, layer or "all" or "data", field, value)'
     ),
     "eval.every_epochs": Field(1.0, "evaluate and save this often", TINY),
-    "eval.views": Field("center", 'or "ten": corners and center with their mirror images (§4.1)'),
+    "eval.views": Field(
+        "center",
+        'or "ten": corners and center with their mirror images (§4.1), or "nine": three by three',
+    ),
     "checkpoint.every_steps": Field(
         1000, "save this often, besides after evaluations", 1, free=True
     ),

@@ -17,7 +17,7 @@ from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import exits_cleanly
 from alexnet_jax.utils.files import explain_write_errors
 
-VIEWS = {"center": "center crop", "ten": "ten views"}
+VIEWS = {"center": "center crop", "nine": "nine views", "ten": "ten views"}
 MAX_CLASSES_PRINTED = 20  # per_class.csv has all of them
 
 
@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--views",
         nargs="+",
         choices=list(VIEWS),
-        help="the center crop, the paper's ten views, or both (default: eval.views of the config)",
+        help="the center crop, nine crops, the paper's ten views, or several of these (default: "
+        "eval.views of the config)",
     )
     parser.add_argument(
         "--step", type=int, help="step of the checkpoint (default: the best top-1 accuracy)"

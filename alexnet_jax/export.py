@@ -28,6 +28,7 @@ from jaxtyping import Float32, UInt8
 
 from alexnet_jax import config as configs
 from alexnet_jax import inference
+from alexnet_jax.data import augment
 from alexnet_jax.inference import Trained
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly
@@ -205,8 +206,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--views",
-        choices=["center", "ten"],
-        help="the center crop, or the paper's average over ten views; default: center",
+        choices=augment.VIEWS,
+        help="the center crop, or the average over nine crops or the paper's ten views; default: "
+        "center",
     )
     parser.add_argument(
         "--platforms",

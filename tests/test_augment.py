@@ -234,6 +234,15 @@ def test_views_subtract_the_mean_and_the_third_of_ten_is_the_center_crop(mean):
     np.testing.assert_array_equal(augment.center(batch), views[2])
 
 
+def test_nine_views_are_three_by_three_and_not_mirrored():
+    c = config(mean="channel", crop_size=24)
+    c.image_size, c.eval.views = 32, "nine"
+    image = images(size=32)
+    views = all_views(make_augment(c, stats(np.zeros(3))), image)
+    windows = [image[0, y : y + 24, x : x + 24] for y in (0, 4, 8) for x in (0, 4, 8)]
+    np.testing.assert_array_equal(views[:, 0], windows)
+
+
 @pytest.mark.parametrize(("eval_views", "count"), [("center", 1), ("ten", 10)])
 def test_eval_views_decides_which_views_are_evaluated(eval_views, count):
     c, batch = config(), images(2)
@@ -260,7 +269,7 @@ def test_pixel_and_channel_scale_multiply_inputs_of_training_and_evaluation():
         ("augment.crop", "five", "random, inception"),
         ("augment.mean", "median", "image, image_center, channel"),
         ("augment.color_noise_scale", "pca", "eigenvalue, std"),
-        ("eval.views", "five", "center or ten"),
+        ("eval.views", "five", "center, nine, ten"),
         ("augment.crop_size", 41, "image_size=40"),
         ("augment.crop_size", 0, "between 1 and"),
         ("augment.channel_scale", (1.0, 1.0), "three numbers"),

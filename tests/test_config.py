@@ -333,7 +333,7 @@ BAD_VALUES = [
     ("num_epochs", "0", "num_epochs=0"),
     ("checkpoint.keep", "1", "checkpoint.keep=1"),
     ("eval.every_epochs", "0", "every_epochs"),
-    ("eval.views", "five", "eval.views='five'.*center or ten"),
+    ("eval.views", "five", "eval.views='five'.*center, nine, ten"),
     ("batch_size", "-1", "batch_size"),
     ("seed", "-1", "seed=-1 must lie between 0 and"),
     ("model.dropout", "1", "model.dropout=1.0"),

@@ -12,6 +12,7 @@ from gradients import output_and_gradients
 from alexnet_jax.models import gpu_kernels
 from alexnet_jax.models.layers import (
     adaptive_avg_pool,
+    avg_pool,
     ceil_padding,
     channel_sum_by_matrix,
     channel_sum_by_slices,
@@ -19,6 +20,7 @@ from alexnet_jax.models.layers import (
     dense,
     dropout,
     dropout_mask,
+    local,
     local_response_norm,
     max_pool,
     relu,
@@ -37,27 +39,27 @@ def activations(shape: tuple[int, ...], scale: float = 100.0) -> np.ndarray:
     return np.random.default_rng(0).normal(0, scale, shape)
 
 
-def lrn_by_loops(a: np.ndarray, k: float, alpha: float, groups: int) -> np.ndarray:
+def lrn_by_loops(a: np.ndarray, k: float, alpha: float, groups: int, size: int) -> np.ndarray:
     """Paper §3.3: the sum runs over max(0, i - n/2) .. min(N - 1, i + n/2), N channels a tower."""
     out = np.zeros_like(a)
     tower = a.shape[-1] // groups
     for index in np.ndindex(a.shape):
         first, i = index[-1] // tower * tower, index[-1] % tower
-        near = range(max(0, i - 2), min(tower - 1, i + 2) + 1)
+        near = range(max(0, i - size // 2), min(tower - 1, i + size // 2) + 1)
         total = sum(a[index[:-1] + (first + j,)] ** 2 for j in near)
         out[index] = a[index] / (k + alpha * total) ** 0.75
     return out
 
 
 @pytest.mark.parametrize(
-    ("k", "alpha", "groups"),
-    [(2.0, 1e-4, 1), (2.0, 2e-5, 2), (1.0, 2e-5, 1)],
-    ids=["paper", "original", "caffenet"],
+    ("k", "alpha", "groups", "size"),
+    [(2.0, 1e-4, 1, 5), (2.0, 2e-5, 2, 5), (1.0, 2e-5, 1, 5), (1.0, 0.001 / 9, 1, 9)],
+    ids=["paper", "original", "caffenet", "cifar_11pct"],
 )
-def test_lrn_matches_loops_over_the_formula(float64, k, alpha, groups):
+def test_lrn_matches_loops_over_the_formula(float64, k, alpha, groups, size):
     a = activations((2, 3, 3, 12))
-    got = local_response_norm(jnp.asarray(a), k=k, alpha=alpha, groups=groups)
-    np.testing.assert_allclose(got, lrn_by_loops(a, k, alpha, groups), rtol=1e-12)
+    got = local_response_norm(jnp.asarray(a), k=k, alpha=alpha, groups=groups, size=size)
+    np.testing.assert_allclose(got, lrn_by_loops(a, k, alpha, groups, size), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +101,15 @@ def test_lrn_gradient_matches_autodiff_of_the_formula(float64, beta, groups):
     np.testing.assert_allclose(vjp(dy)[0], jax.vjp(formula, a)[1](dy)[0], rtol=1e-9, atol=1e-12)
 
 
-def test_within_map_norm_matches_loops_over_the_formula(float64):
+@pytest.mark.parametrize(("size", "alpha"), [(5, 4e-5), (3, 5e-5 / 9)])
+def test_within_map_norm_matches_loops_over_the_formula(float64, size, alpha):
     a = activations((2, 7, 6, 3), scale=500.0)
-    want = np.zeros_like(a)
+    want, half = np.zeros_like(a), size // 2
     for b, y, x, c in np.ndindex(a.shape):
-        window = a[b, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3, c]
-        want[b, y, x, c] = a[b, y, x, c] / (1 + 4e-5 * np.sum(window**2)) ** 0.75
-    np.testing.assert_allclose(within_map_norm(jnp.asarray(a)), want, rtol=1e-12)
+        window = a[b, max(0, y - half) : y + half + 1, max(0, x - half) : x + half + 1, c]
+        want[b, y, x, c] = a[b, y, x, c] / (1 + alpha * np.sum(window**2)) ** 0.75
+    got = within_map_norm(jnp.asarray(a), alpha=alpha, size=size)
+    np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 def test_within_map_norm_of_ones_counts_the_pixels_in_its_window(float64):
@@ -304,6 +308,43 @@ def test_adaptive_avg_pool_averages_the_cells_of_the_formula(float64, shape):
         want[:, i, j] = a[:, rows, columns].mean(axis=(1, 2))
     got = adaptive_avg_pool(jnp.asarray(a), 6)
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+# Average pooling
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 7), (6, 5), (2, 3)])
+def test_avg_pool_rounds_sizes_up_and_averages_the_pixels_in_the_image(float64, shape):
+    a = activations((2, *shape, 3))
+    sizes = [-(-(length - 3) // 2) + 1 if length > 3 else 1 for length in shape]
+    want = np.zeros((2, *sizes, 3))
+    for i, j in np.ndindex(*sizes):
+        want[:, i, j] = a[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].mean(axis=(1, 2))
+    np.testing.assert_allclose(avg_pool(jnp.asarray(a)), want, rtol=1e-12)
+
+
+# Local connections
+
+
+@pytest.mark.parametrize("shape", [(6, 6, 5), (4, 7, 3)])
+def test_local_and_its_gradients_match_flax(shape):
+    """Flax orders a window's weights by channel first, as its patches are."""
+    height, width, channels = shape
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *shape)).astype(np.float32)
+    kernel = rng.normal(size=(height, width, 3, 3, channels, 4)).astype(np.float32)
+    layer = nn.ConvLocal(4, (3, 3), padding=((1, 1), (1, 1)), use_bias=False)
+
+    def by_flax(x, kernel):
+        ordered = kernel.transpose(0, 1, 4, 2, 3, 5).reshape(height, width, -1, 4)
+        return layer.apply({"params": {"kernel": ordered}}, x)
+
+    for got, want in zip(
+        output_and_gradients(local, x, kernel),
+        output_and_gradients(by_flax, x, kernel),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
 # Padding and dropout

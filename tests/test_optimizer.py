@@ -130,6 +130,16 @@ def test_biases_have_their_own_learning_rate_and_weight_decay():
     assert after["fc7"]["kernel"][0] == pytest.approx(1 - 0.01 * (0.5 + 0.0005), abs=1e-7)
 
 
+def test_layers_can_have_a_weight_decay_of_their_own():
+    c = default_config()
+    c.optimizer.layer_decays = (("conv1", 0.0), ("fc8", 1.0))
+    ((after, _),) = train(c, [0.5])
+    for layer, decay in {"conv1": 0.0, "conv2": 0.0005, "fc7": 0.0005, "fc8": 1.0}.items():
+        expected = 1 - 0.01 * (0.5 + decay)
+        assert after[layer]["kernel"][0] == pytest.approx(expected, abs=1e-7)
+        assert after[layer]["bias"][0] == pytest.approx(1 - 0.01 * 0.5, abs=1e-7)
+
+
 def test_rate_zero_stops_a_kernel_and_its_velocity():
     c = default_config()
     c.schedule.changes = ((0.0, "conv1", "learning_rate", 0.0),)
@@ -314,12 +324,20 @@ BAD_LAYERS = [
     (
         "optimizer.layer_rates",
         (("fc8", 0.0),),
-        "0.0 of fc8 must be a number above 0.*freeze",
+        "factor of fc8 must be above 0.*freeze",
     ),
-    ("optimizer.layer_rates", (("fc8", np.inf),), "factor inf of fc8 must be a number above 0"),
-    ("optimizer.layer_rates", (("fc8", "x"),), "factor 'x' of fc8 must be a number"),
+    ("optimizer.layer_rates", (("fc8", np.inf),), "layer_rates: inf of fc8 must be a number"),
+    ("optimizer.layer_rates", (("fc8", "x"),), "layer_rates: 'x' of fc8 must be a number"),
     ("optimizer.layer_rates", (("fc8", 2.0), ("fc8", 3.0)), "layer_rates names twice fc8"),
     ("optimizer.layer_rates", (("conv1", 2.0),), "layer_rates and freeze both name conv1"),
+    ("optimizer.layer_decays", (("fc9", 0.1),), "layer_decays: unknown layer 'fc9'; the nearest"),
+    ("optimizer.layer_decays", ("fc8", 0.1), "'fc8' must be a pair like"),
+    (
+        "optimizer.layer_decays",
+        (("fc8", -1.0),),
+        "layer_decays: -1.0 of fc8 must be a number, not below 0",
+    ),
+    ("optimizer.layer_decays", (("fc8", 0.1), ("fc8", 0.2)), "layer_decays names twice fc8"),
     ("schedule.changes", ((1, "conv1", "learning_rate", 0.1),), "because freeze names conv1"),
 ]
 

@@ -8,11 +8,13 @@ from alexnet_jax.models.alexnet import (
     LRN,
     AdaptiveAvgPool,
     AlexNet,
+    AvgPool,
     BatchNorm,
     Conv,
     Dense,
     Dropout,
     Layer,
+    Local,
     MapNorm,
     MaxPool,
     ReLU,
@@ -107,7 +109,7 @@ def drawn_layers(model: AlexNet, input_shape: tuple[int, int, int]) -> list[Draw
         layer = layers[row.name]
         side = drawn[-1].shape[0]
         window = None
-        if isinstance(layer, Conv | MaxPool):
+        if isinstance(layer, Conv | Local | MaxPool | AvgPool):
             window = min(1.0, layer.size / side)
         elif isinstance(layer, AdaptiveAvgPool):
             window = math.ceil(side / layer.size) / side
@@ -143,6 +145,10 @@ def _operation(model: AlexNet, layer: Layer) -> str:
     match layer:
         case Conv(size=size, stride=stride):
             return f"{size}×{size} conv" + (f", stride {stride}" if stride > 1 else "")
+        case Local(size=size):
+            return f"{size}×{size} local"
+        case AvgPool(size=size, stride=stride):
+            return f"{size}×{size} average, stride {stride}"
         case MaxPool(size=size, stride=stride):
             return f"{size}×{size} max, stride {stride}"
         case AdaptiveAvgPool(size=size):

@@ -13,9 +13,11 @@ from alexnet_jax.analysis import figures, fonts
 from alexnet_jax.data import augment
 from alexnet_jax.inference import Trained
 from alexnet_jax.models.alexnet import (
+    AvgPool,
     BatchNorm,
     Conv,
     Dense,
+    Local,
     MaxPool,
     ReLU,
     Tanh,
@@ -45,7 +47,7 @@ def displayed_outputs(variant: str | Variant) -> dict[str, str]:
     displayed = {}
     layer_name = None
     for name, layer in named_layers(variant).items():
-        if isinstance(layer, Conv | MaxPool | Dense):
+        if isinstance(layer, Conv | Local | MaxPool | AvgPool | Dense):
             layer_name = name
         elif not isinstance(layer, BatchNorm | ReLU | Tanh):
             layer_name = None

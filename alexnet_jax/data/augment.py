@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.utils.errors import UserError
 
+VIEWS = ("center", "nine", "ten")
 BOX_DRAWS = 10  # attempts to draw an inception box, as in torchvision
 
 
@@ -62,7 +63,7 @@ class Augment:
     Attributes:
       fields: `config.augment`.
       image_size: S, of stored images, in pixels.
-      eval_views: "center" or "ten", which `views` there are.
+      eval_views: "center", "nine" or "ten", which `views` there are.
       stats: of the training images.
       dtype: in which the network computes. On TPU images may be rounded to it before the crop.
       noise_changes: (step, standard deviation) pairs, rising; each holds from its step on.
@@ -148,13 +149,17 @@ class Augment:
         """The top, the left and whether it is mirrored of each view that evaluation averages.
 
         The paper's ten views (§4.1) are top left, top right, center, bottom left, bottom right,
-        then the same five mirrored; the order is that of the released program.
+        then the same five mirrored; the order is that of the released program. Its networks for
+        CIFAR-10 were tested with nine views: three by three, not mirrored.
         """
         end = self.image_size - self.crop_size
-        middle = (end // 2, end // 2)
-        corners = [(0, 0), (0, end), middle, (end, 0), (end, end)]
-        places = [middle] if self.eval_views == "center" else corners
-        mirrored = (0,) if self.eval_views == "center" else (0, 1)
+        offsets = (0, end // 2, end)
+        grid = [(top, left) for top in offsets for left in offsets]
+        places, mirrored = {
+            "center": (grid[4:5], (0,)),
+            "nine": (grid, (0,)),
+            "ten": (grid[::2], (0, 1)),  # the corners and the center
+        }[self.eval_views]
         return np.array([(*place, m) for m in mirrored for place in places], np.int32)
 
     def view(
@@ -229,8 +234,10 @@ def _check(config: ConfigDict) -> None:
                 f"augment.{field}={config.augment[field]!r} does not exist; choose one of "
                 f"{', '.join(values)}"
             )
-    if config.eval.views not in ("center", "ten"):
-        raise UserError(f"eval.views={config.eval.views!r} does not exist; choose center or ten")
+    if config.eval.views not in VIEWS:
+        raise UserError(
+            f"eval.views={config.eval.views!r} does not exist; choose one of {', '.join(VIEWS)}"
+        )
     if not 0 < config.augment.crop_size <= config.image_size:
         raise UserError(
             f"augment.crop_size={config.augment.crop_size} must lie between 1 and "

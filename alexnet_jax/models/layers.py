@@ -90,6 +90,25 @@ def dense(
     return y
 
 
+def local(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "H W R R C D"]
+) -> Float[Array, "B H W D"]:
+    """A convolution, of stride 1 and the same resolution, with another kernel at each position.
+
+    One matrix product for each position. With the positions first, XLA computes all of them as one
+    batch of products and transposes nothing but x and the output.
+    """
+    height, width, size = kernel.shape[:3]
+    padded = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0))).transpose(1, 2, 0, 3)
+    windows = [
+        padded[row : row + height, column : column + width]
+        for row in range(size)
+        for column in range(size)
+    ]
+    matrices = kernel.astype(x.dtype).reshape(height, width, -1, kernel.shape[-1])
+    return jnp.matmul(jnp.concatenate(windows, axis=3), matrices).transpose(2, 0, 1, 3)
+
+
 Product = Callable[[Array, Array], Array]
 
 
@@ -264,7 +283,7 @@ def within_map_norm(
     """
     wide = x.astype(cpu_kernels.wide(x))
     energy = _window_sum(_window_sum(jnp.square(wide), size, axis=1), size, axis=2)
-    return (wide * (1.0 + alpha * energy) ** -beta).astype(x.dtype)
+    return (wide * _power(1.0 + alpha * energy, beta)).astype(x.dtype)
 
 
 def _window_sum(x: Array, size: int, axis: int) -> Array:
@@ -303,6 +322,19 @@ def max_pool(
     on_cpu = functools.partial(cpu_kernels.max_pool, pads=pads)
     on_gpu = functools.partial(gpu_kernels.max_pool, pads=tuple(pads))
     y: Array = jax.lax.platform_dependent(x, cpu=on_cpu, cuda=on_gpu, rocm=on_gpu, default=by_flax)
+    return y
+
+
+def avg_pool(
+    x: Float[Array, "B H W C"], size: int = 3, stride: int = 2
+) -> Float[Array, "B height width C"]:
+    """Average pooling, of which the number of windows rounds up.
+
+    Windows are clipped at the edges, and an average is that of the pixels in the image, as in
+    cuda-convnet.
+    """
+    pads = [ceil_padding(length, size, stride) for length in x.shape[1:3]]
+    y: Array = nn.avg_pool(x, (size,) * 2, (stride,) * 2, pads, count_include_pad=False)
     return y
 
 

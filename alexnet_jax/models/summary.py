@@ -10,13 +10,16 @@ import jax.numpy as jnp
 from alexnet_jax.models.alexnet import (
     AdaptiveAvgPool,
     AlexNet,
+    AvgPool,
     Conv,
     Dense,
+    Local,
     MaxPool,
     named_layers,
 )
 
-SHOWN = (Conv, Dense, MaxPool, AdaptiveAvgPool)  # the others change neither shape nor FLOPs
+# The others change neither shape nor FLOPs.
+SHOWN = (Conv, Local, Dense, MaxPool, AvgPool, AdaptiveAvgPool)
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def layer_table(model: AlexNet, input_shape: tuple[int, int, int]) -> list[Layer
         if isinstance(layers[name], Conv):
             owners += [norm for norm in (name.replace("conv", "bn"),) if norm in layers]
         count = sum(leaf.size for owner in owners for leaf in params.get(owner, {}).values())
-        # Every weight of a kernel is used once at each output position.
-        positions = math.prod(shape[:-1])
+        # Every weight of a kernel is used once at each output position, or at one of them.
+        positions = 1 if isinstance(layers[name], Local) else math.prod(shape[:-1])
         macs = positions * params[name]["kernel"].size if name in params else 0
         return LayerRow(name, shape, count, 2 * macs)
 

@@ -64,7 +64,7 @@ def make_optimizer(
     )
     tx = optax.chain(
         optax.clip_by_global_norm(fields.clip_norm) if fields.clip_norm else optax.identity(),
-        optax.add_decayed_weights(fields.weight_decay, mask=_is_kernel),
+        *_kernel_decays(fields.weight_decay, fields.layer_decays),
         optax.add_decayed_weights(fields.bias_weight_decay, mask=_is_no_kernel),
         *([trust] if fields.kind == "lars" else []),
         *([_scale_by_layer(fields.layer_rates)] if fields.layer_rates else []),
@@ -91,6 +91,23 @@ def without_frozen(opt_state: optax.OptState) -> optax.OptState:
     *others, velocity = opt_state.inner_states["train"].inner_state
     trained = {name: v for name, v in velocity.trace.items() if jax.tree.leaves(v)}
     return *others, velocity._replace(trace=trained)
+
+
+def _kernel_decays(
+    decay: float, layer_decays: Sequence[tuple[str, float]]
+) -> list[optax.GradientTransformation]:
+    """Returns the weight decay of all kernels, one transformation for each value."""
+    own = dict(layer_decays)
+
+    def has_value(value: float) -> Callable[[Params], Any]:
+        def is_decayed(path: Any, _: jax.Array) -> bool:
+            of_layer = own.get(layer_of(path[0].key), decay)
+            return path[-1].key == "kernel" and of_layer == value
+
+        return lambda params: jax.tree_util.tree_map_with_path(is_decayed, params)
+
+    values = dict.fromkeys((decay, *own.values()))
+    return [optax.add_decayed_weights(value, mask=has_value(value)) for value in values]
 
 
 def _scale_by_layer(
@@ -261,26 +278,33 @@ def _check(config: ConfigDict) -> None:
         _check_layer("freeze", layer, layers)
     if set(config.freeze) == set(layers):
         raise UserError("freeze names all layers, so nothing would train; leave one out")
-    _check_layer_rates(config, layers)
+    _check_layer_values(config, layers)
     for change in config.schedule.changes:
         _check_change(change, config.freeze, layers)
 
 
-def _check_layer_rates(config: ConfigDict, layers: Sequence[str]) -> None:
-    rates = config.optimizer.layer_rates
-    for pair in rates:
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise UserError(f'optimizer.layer_rates: {pair!r} must be a pair like ("fc8", 10.0)')
-        layer, factor = pair
-        _check_layer("optimizer.layer_rates", layer, layers)
-        if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+def _check_layer_values(config: ConfigDict, layers: Sequence[str]) -> None:
+    for name in ("layer_rates", "layer_decays"):
+        field, pairs = f"optimizer.{name}", config.optimizer[name]
+        for pair in pairs:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise UserError(f'{field}: {pair!r} must be a pair like ("fc8", 10.0)')
+            layer, value = pair
+            _check_layer(field, layer, layers)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise UserError(f"{field}: {value!r} of {layer} must be a number, not below 0")
+            if [other for other, _ in pairs].count(layer) > 1:
+                raise UserError(f"{field} names twice {layer}; remove one of them")
+    for layer, factor in config.optimizer.layer_rates:
+        if not factor:
             raise UserError(
-                f"optimizer.layer_rates: the factor {factor!r} of {layer} must be a number above "
-                "0; to keep the layer as it is, name it in freeze"
+                f"optimizer.layer_rates: the factor of {layer} must be above 0; to keep the layer "
+                "as it is, name it in freeze"
             )
-        if layer in config.freeze or [other for other, _ in rates].count(layer) > 1:
-            where = "and freeze both name" if layer in config.freeze else "names twice"
-            raise UserError(f"optimizer.layer_rates {where} {layer}; remove one of them")
+        if layer in config.freeze:
+            raise UserError(
+                f"optimizer.layer_rates and freeze both name {layer}; remove one of them"
+            )
 
 
 def _check_layer(field: str, layer: Any, layers: Sequence[str]) -> None:
