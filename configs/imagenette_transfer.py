@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     c.optimizer.layer_rates = ()  # fc8 is no newer than fc6 and fc7
     c.num_epochs = 5
     c.schedule.warmup_epochs = 0.25
-    # Ten views are worth 0.7 points of top-1 and take five minutes, so only the last epoch has them.
+    # Ten views are worth 0.7 points of top-1 and take five minutes: only after the last epoch.
     c.eval.views = "ten"
     c.eval.every_epochs = 5
     return c
