@@ -115,6 +115,8 @@ REFUSING = {
 
 @pytest.mark.parametrize("name", REFUSING)
 def test_commands_that_need_classes_refuse(name, workdir, tmp_path, capsys):
+    if name == "serve":
+        pytest.importorskip("gradio", reason="pip install -r requirements-serve.txt")
     module, text = REFUSING[name]
     image = tmp_path / "image.png"
     Image.fromarray(foreign.photographs()[0]).save(image)

@@ -203,7 +203,7 @@ def test_last_layer_is_kept_only_for_the_same_classes():
         assert "fc8" not in finetune.with_classes(network(), c, other).variables["params"]
     c.freeze = ("fc8",)
     assert finetune.with_classes(network(), c, names) is network()
-    with pytest.raises(UserError, match="freeze names fc8, which is new in this run"):
+    with pytest.raises(UserError, match="freeze names fc8, new in this run"):
         finetune.with_classes(network(), c, names[::-1])
 
 
@@ -329,7 +329,7 @@ def test_finetune_config_starts_from_a_network_like_that_of_torchvision(tmp_path
     )
     summary = (tmp_path / "run" / "summary.txt").read_text()
     assert "frozen: conv1, conv2; " in summary
-    assert "step 0; fc8 is new because the classes differ" in summary
+    assert "step 0; new layers, for these classes: fc8" in summary
 
 
 OPTIONS = (
