@@ -139,7 +139,7 @@ def test_pictures_need_no_classes(what, workdir, tmp_path):
     Image.open(tmp_path / "drawn.png").verify()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_starts_from_the_convolutions(workdir, digits, tmp_path):
     fields = {
         "init_from": workdir,

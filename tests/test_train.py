@@ -241,6 +241,7 @@ def test_start_that_failed_does_not_claim_the_workdir(digits, tmp_path, capsys):
     assert not exited.value.code
 
 
+@pytest.mark.long
 def test_finished_run_continues_with_more_epochs(undisturbed, digits, tmp_path):
     """Here it saves every step. Checkpoints are written some steps late, but none is left out."""
     more = ("--config.checkpoint.every_steps=1", "--config.checkpoint.keep=20")
@@ -325,6 +326,7 @@ def write_photographs(root):
         file.write_bytes(encode(photograph(number), "PNG"))
 
 
+@pytest.mark.long
 def test_run_belongs_to_images_and_not_to_their_path(tmp_path, monkeypatch, capsys):
     def train_on(folder):
         fields = {"dataset": f"folder:{folder}", "data_dir": tmp_path / "data", "eval_split": "val"}
