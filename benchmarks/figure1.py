@@ -50,9 +50,7 @@ def errors(config: ConfigDict, store: Store, nonlinearity: ReLU | Tanh, epochs: 
       epochs: at most this many.
     """
     steps_per_epoch = store.num_examples // config.batch_size
-    model = alexnet_jax.AlexNet(
-        network(nonlinearity), config.model.num_classes, dropout=0.0, initializer="he"
-    )
+    model = alexnet_jax.build_model(config).clone(variant=network(nonlinearity))
     tx = alexnet_jax.make_optimizer(config, steps_per_epoch)
     augment = alexnet_jax.make_augment(config, statistics(store, config), steps_per_epoch)
     step = jax.jit(alexnet_jax.make_train_step(model, tx, augment), donate_argnums=0)

@@ -1,5 +1,7 @@
 """The 2012 program's networks for CIFAR-10: shapes, parameters, initial weights, commands."""
 
+import sys
+
 import commands
 import images
 import jax
@@ -89,7 +91,7 @@ def run(tmp_path_factory):
     for split, count in {"train": 32, "val": 8}.items():
         images.write_marks(folder / "photographs" / split, count, classes=10)
     result = commands.run(
-        *(commands.sys.executable, "train.py", "--config=configs/cifar10_11pct.py"),
+        *(sys.executable, "train.py", "--config=configs/cifar10_11pct.py"),
         *(f"--config.dataset=folder:{folder / 'photographs'}", "--config.eval_split=val"),
         *(f"--config.data_dir={folder}", f"--workdir={folder / 'run'}"),
         *("--config.batch_size=8", "--config.num_epochs=2", "--config.model.width=0.25"),

@@ -1,13 +1,10 @@
 """Commands, config fields, variants, files and links in the README and docs exist."""
 
-import os
 import re
 import shlex
-import sys
 import tomllib
 from pathlib import Path
 
-import commands
 import pytest
 
 from alexnet_jax import VARIANTS, AlexNet, layer_table
@@ -68,8 +65,7 @@ def test_linked_and_named_files_exist(page):
 
 def test_python_example_in_the_readme_runs():
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    check = "assert logits.shape == (8, 10) and set(features) == {'conv1', 'fc7'}"
-    # At full size, without the optimizations that conftest.py leaves out, it would take a minute.
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    done = commands.run(sys.executable, "-c", f"{example}\n{check}", env=env)
-    assert done.returncode == 0, done.stderr
+    names = {}
+    exec(example, names)
+    assert names["logits"].shape == (8, 10)
+    assert set(names["features"]) == {"conv1", "fc7"}

@@ -42,37 +42,35 @@ def conv(
       gradient_dtype: of the kernel's gradient, by default x's. See `_with_gradient_dtype`.
       others: of `jax.lax.conv_general_dilated`.
     """
-    others["feature_group_count"] = feature_group_count
-    pads = tuple((low, high) for low, high in padding)
-    y: Array = _conv(x, kernel, tuple(strides), pads, gradient_dtype, tuple(others.items()))
+    window = tuple(strides), tuple((low, high) for low, high in padding), feature_group_count
+    y: Array = _conv(x, kernel, *window, gradient_dtype, tuple(others.items()))
     return y
 
 
 # Outside of `jax.jit`, each of Winograd's thousand additions would be a program of its own, and the
 # first call of a network would take a minute. Inside, `inline` makes this jit disappear.
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6), inline=True)
 def _conv(
     x: Array,
     kernel: Array,
     strides: tuple[int, ...],
     padding: tuple[tuple[int, int], ...],
+    groups: int,
     gradient_dtype: str | None,
     others: tuple[tuple[str, Any], ...],
 ) -> Array:
-    fields = dict(others)
-    groups = fields.pop("feature_group_count")
-
-    def convolve(x: Array, kernel: Array, groups: int = groups) -> Array:
+    def convolve(groups: int, x: Array, kernel: Array) -> Array:
         return jax.lax.conv_general_dilated(
-            x, kernel, strides, padding, feature_group_count=groups, **fields
+            x, kernel, strides, padding, feature_group_count=groups, **dict(others)
         )
 
     def default(x: Array, kernel: Array) -> Array:
-        return _with_gradient_dtype(convolve, gradient_dtype or str(x.dtype), x, kernel)
+        all_groups = functools.partial(convolve, groups)
+        return _with_gradient_dtype(all_groups, gradient_dtype or str(x.dtype), x, kernel)
 
     def on_cpu(x: Array, kernel: Array) -> Array:
-        of_group = functools.partial(convolve, groups=1)
-        return cpu_kernels.conv(x, kernel, strides[0], padding, groups, of_group)
+        one_group = functools.partial(convolve, 1)
+        return cpu_kernels.conv(x, kernel, strides[0], padding, groups, one_group)
 
     y: Array = jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=default)
     return y

