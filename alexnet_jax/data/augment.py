@@ -132,8 +132,7 @@ class Augment:
         fields, size = self.fields, self.fields.crop_size
         if fields.crop == "inception":
             box = inception_box(key, self.image_size, fields.crop_area, fields.crop_aspect)
-            image = resize(image, box, size, self.dtype)
-            return jnp.where(flip, image[:, ::-1], image)
+            return resize(image, box, flip, size, self.dtype)
         offset = jax.random.randint(key, (2,), 0, self.image_size - size + 1)
         slices = functools.partial(_crop_by_slices, size=size)
         # bfloat16 holds pixels from 0 to 255, but not pixels minus a mean image.
@@ -293,7 +292,7 @@ def _crop_by_products(
     """
     old, new = jnp.arange(len(image)), jnp.arange(size)
     rows = offset[0] + new[:, None] == old
-    columns = offset[1] + jnp.where(flip, new[::-1], new)[:, None] == old
+    columns = offset[1] + _columns(flip, size)[:, None] == old
     rows, image, columns = (x.astype(jnp.bfloat16) for x in (rows, image, columns))
     return jnp.einsum("iy,yxc,jx->ijc", rows, image, columns).astype(jnp.float32)
 
@@ -334,10 +333,11 @@ def inception_box(
 def resize(
     image: Float32[jax.Array, "S S 3"],
     box: Int32[jax.Array, " 4"],
+    flip: Bool[jax.Array, ""],
     size: int,
     dtype: str = "float32",
 ) -> Float32[jax.Array, "{size} {size} 3"]:
-    """Resizes a box of an image as Pillow's BILINEAR does.
+    """Resizes a box of an image as Pillow's BILINEAR does, and mirrors it if `flip`.
 
     Args:
       box: top, left, height and width in pixels.
@@ -345,18 +345,24 @@ def resize(
     """
     products = functools.partial(_resize_by_products, size=size, dtype=dtype)
     taps = functools.partial(_resize_by_taps, size=size)
-    resized: jax.Array = jax.lax.platform_dependent(image, box, tpu=products, default=taps)
+    resized: jax.Array = jax.lax.platform_dependent(image, box, flip, tpu=products, default=taps)
     return resized
 
 
 def _resize_by_taps(
-    image: Float32[jax.Array, "S S 3"], box: Int32[jax.Array, " 4"], size: int
+    image: Float32[jax.Array, "S S 3"],
+    box: Int32[jax.Array, " 4"],
+    flip: Bool[jax.Array, ""],
+    size: int,
 ) -> Float32[jax.Array, "{size} {size} 3"]:
     """Adds up the few pixels that make a new pixel. A GPU does this in one pass over a batch."""
     top, left, height, width = box
     count = math.ceil(2 * max(1, len(image) / size))  # most pixels within the reach of a weight
-    for axis, start, length in ((1, left, width), (0, top, height)):
-        pixels, weights = _taps(start, length, size, count)
+    for axis, start, length, new in (
+        (1, left, width, _columns(flip, size)),
+        (0, top, height, jnp.arange(size)),
+    ):
+        pixels, weights = _taps(start, length, new, count)
         weights = weights.reshape(size, count, *(1,) * (2 - axis))
         taps = (
             weights[:, t] * jnp.take(image, pixels[:, t], axis, mode="clip") for t in range(count)
@@ -366,40 +372,55 @@ def _resize_by_taps(
 
 
 def _resize_by_products(
-    image: Float32[jax.Array, "S S 3"], box: Int32[jax.Array, " 4"], size: int, dtype: str
+    image: Float32[jax.Array, "S S 3"],
+    box: Int32[jax.Array, " 4"],
+    flip: Bool[jax.Array, ""],
+    size: int,
+    dtype: str,
 ) -> Float32[jax.Array, "{size} {size} 3"]:
     """The same as two matrix products, since a TPU collects pixels one by one."""
     top, left, height, width = box
-    rows, columns = (
-        _weights(jnp.arange(len(image)) - start, length, size)
-        for start, length in ((top, height), (left, width))
-    )
+    old = jnp.arange(len(image))
+    rows = _weights(old - top, height, jnp.arange(size))
+    columns = _weights(old - left, width, _columns(flip, size))
     # By default TPUs would round weights and pixels to bfloat16. HIGH adds up three products of
     # bfloat16 parts, which leaves an error far below bfloat16's; HIGHEST adds up six.
     precision = jax.lax.Precision.HIGH if dtype == "bfloat16" else jax.lax.Precision.HIGHEST
     return jnp.einsum("iy,yxc,jx->ijc", rows, image, columns, precision=precision)
 
 
+def _columns(flip: Bool[jax.Array, ""], size: int) -> Int32[jax.Array, " {size}"]:
+    """Returns the columns of a crop in the order in which it shows them.
+
+    To reverse the finished crop would take longer than everything else: XLA's CPU backend computes
+    each pixel again for each place that it may go to.
+    """
+    columns = jnp.arange(size)
+    return jnp.where(flip, columns[::-1], columns)
+
+
 def _taps(
-    start: jax.Array, length: jax.Array, size: int, count: int
-) -> tuple[Int32[jax.Array, "{size} {count}"], Float32[jax.Array, "{size} {count}"]]:
-    """Returns the pixels within the reach of the weights of each new pixel, and the weights."""
-    centers = (2 * jnp.arange(size) + 1) * length
+    start: jax.Array, length: jax.Array, new: Int32[jax.Array, " size"], count: int
+) -> tuple[Int32[jax.Array, "size {count}"], Float32[jax.Array, "size {count}"]]:
+    """Returns the pixels within the reach of the weights of the new pixels, and the weights."""
+    size = len(new)
+    centers = (2 * new + 1) * length
     first = (centers - 2 * jnp.maximum(length, size) - size) // (2 * size) + 1
     pixels = first[:, None] + jnp.arange(count)
-    return start + pixels, _weights(pixels, length, size)
+    return start + pixels, _weights(pixels, length, new)
 
 
 def _weights(
-    pixels: Int32[jax.Array, "*size N"], length: jax.Array, size: int
-) -> Float32[jax.Array, "{size} N"]:
-    """Returns how much pixels, counted from the start of the box, add to each new pixel.
+    pixels: Int32[jax.Array, "*size N"], length: jax.Array, new: Int32[jax.Array, " size"]
+) -> Float32[jax.Array, "size N"]:
+    """Returns how much pixels, counted from the start of the box, add to the new pixels.
 
     A weight falls linearly with the distance from the center of the new pixel, to 0 at one pixel,
     old or new, whichever is larger. Pixels outside of the box weigh nothing. The sum over each row
     is 1. Distances are in whole units of 1 / (2 size) old pixels, so none is rounded.
     """
-    centers = (2 * jnp.arange(size) + 1) * length
+    size = len(new)
+    centers = (2 * new + 1) * length
     distances = jnp.abs(size * (2 * pixels + 1) - centers[:, None])
     in_box = (pixels >= 0) & (pixels < length)
     weights = jnp.where(in_box, jnp.maximum(2 * jnp.maximum(length, size) - distances, 0), 0)
