@@ -118,6 +118,21 @@ def test_within_map_norm_of_ones_counts_the_pixels_in_its_window(float64):
         assert value[0, y, x, 0] == pytest.approx((1 + 4e-5 * pixels) ** -0.75, rel=1e-12)
 
 
+@pytest.mark.parametrize(("size", "alpha"), [(5, 4e-3), (3, 0.1)])
+def test_within_map_norm_gradient_matches_autodiff_of_the_formula(float64, size, alpha):
+    a = jnp.asarray(activations((2, 7, 6, 3)))
+    dy = jnp.asarray(activations((2, 7, 6, 3), scale=1.0)[::-1])
+
+    def band(length):
+        return (abs(np.subtract.outer(np.arange(length), np.arange(length))) <= size // 2) * 1.0
+
+    def formula(a):
+        return a / (1 + alpha * jnp.einsum("ih,bhwc,wj->bijc", band(7), a**2, band(6))) ** 0.75
+
+    _, vjp = jax.vjp(lambda a: within_map_norm(a, alpha=alpha, size=size), a)
+    np.testing.assert_allclose(vjp(dy)[0], jax.vjp(formula, a)[1](dy)[0], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "norm", [lambda a: local_response_norm(a, k=2.0, alpha=1e-4), within_map_norm]
 )

@@ -199,22 +199,37 @@ def local_response_norm(
     into as many towers and no window crosses from one to the next. The sum is computed in float32
     or wider, the result is in x's dtype.
     """
-    return _lrn(x, k, alpha, beta, size, groups)
+    window_sum = functools.partial(_channel_sum, size=size, groups=groups)
+    return _normalize(x, window_sum, k, alpha, beta)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4, 5))
-def _lrn(x: Array, k: float, alpha: float, beta: float, size: int, groups: int) -> Array:
+def within_map_norm(
+    x: Float[Array, "B H W C"], *, alpha: float = 0.001 / 25, beta: float = 0.75, size: int = 5
+) -> Float[Array, "B H W C"]:
+    """b = a / (1 + α Σ a²)^β over a `size`×`size` window of the same channel, clipped at edges.
+
+    This is the `rnorm` layer that the authors' run #145 has after conv2 and the paper does not
+    mention. Its scale of 0.001 is divided by size². The sum is computed in float32 or wider, the
+    result is in x's dtype.
+    """
+    return _normalize(x, functools.partial(_map_sum, size=size), 1.0, alpha, beta)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _normalize(
+    x: Array, window_sum: Callable[[Array], Array], k: float, alpha: float, beta: float
+) -> Array:
+    """a_i / (k + α Σ_j a_j²)^β, where i is in the window of j if j is in the window of i."""
     a = x.astype(cpu_kernels.wide(x))
-    base = k + alpha * _channel_sum(jnp.square(a), size, groups)
-    return (a * _power(base, beta)).astype(x.dtype)
+    return (a * _power(k + alpha * window_sum(jnp.square(a)), beta)).astype(x.dtype)
 
 
-def _lrn_forward(x: Array, *constants: Any) -> tuple[Array, Array]:
-    return _lrn(x, *constants), x
+def _normalize_forward(x: Array, *constants: Any) -> tuple[Array, Array]:
+    return _normalize(x, *constants), x
 
 
-def _lrn_backward(
-    k: float, alpha: float, beta: float, size: int, groups: int, x: Array, dy: Array
+def _normalize_backward(
+    window_sum: Callable[[Array], Array], k: float, alpha: float, beta: float, x: Array, dy: Array
 ) -> tuple[Array]:
     # With s_i = k + α Σ_j a_j², the gradient is dy_i s_i^-β - 2 α β a_i Σ_j dy_j a_j s_j^(-β-1),
     # where j runs over the same window. Only x is kept from the forward pass, in its own dtype:
@@ -224,19 +239,19 @@ def _lrn_backward(
 
     def parts(x: Array) -> tuple[Array, Array, Array]:
         a = x.astype(wide)
-        base = k + alpha * _channel_sum(jnp.square(a), size, groups)
+        base = k + alpha * window_sum(jnp.square(a))
         return a, base, dy.astype(wide) * _power(base, beta)
 
     a, base, scaled = parts(jax.lax.optimization_barrier(x))
     # GPUs write these terms to memory before they add them up. This part of the gradient is small,
     # so that rounding the terms to x's dtype changes the gradient less than rounding x did.
     terms, x = jax.lax.optimization_barrier(((scaled * a / base).astype(x.dtype), x))
-    others = _channel_sum(terms.astype(wide), size, groups)
+    others = window_sum(terms.astype(wide))
     a, _, scaled = parts(x)
     return ((scaled - 2 * alpha * beta * a * others).astype(x.dtype),)
 
 
-_lrn.defvjp(_lrn_forward, _lrn_backward)
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _power(base: Array, beta: float) -> Array:
@@ -270,18 +285,9 @@ def channel_sum_by_matrix(x: Array, size: int, groups: int) -> Array:
     return jnp.einsum("...c,cd->...d", x, band, precision=jax.lax.Precision.HIGHEST)
 
 
-def within_map_norm(
-    x: Float[Array, "B H W C"], *, alpha: float = 0.001 / 25, beta: float = 0.75, size: int = 5
-) -> Float[Array, "B H W C"]:
-    """b = a / (1 + α Σ a²)^β over a `size`×`size` window of the same channel, clipped at edges.
-
-    This is the `rnorm` layer that the authors' run #145 has after conv2 and the paper does not
-    mention. Its scale of 0.001 is divided by size². The sum is computed in float32 or wider, the
-    result is in x's dtype.
-    """
-    wide = x.astype(cpu_kernels.wide(x))
-    energy = _window_sum(_window_sum(jnp.square(wide), size, axis=1), size, axis=2)
-    return (wide * _power(1.0 + alpha * energy, beta)).astype(x.dtype)
+def _map_sum(x: Array, size: int) -> Array:
+    """Sum over windows of an odd number of rows and columns, clipped at the edges."""
+    return _window_sum(_window_sum(x, size, axis=1), size, axis=2)
 
 
 def _window_sum(x: Array, size: int, axis: int) -> Array:
@@ -331,9 +337,18 @@ def avg_pool(
     Windows are clipped at the edges, and an average is that of the pixels in the image, as in
     cuda-convnet.
     """
-    pads = [ceil_padding(length, size, stride) for length in x.shape[1:3]]
-    y: Array = nn.avg_pool(x, (size,) * 2, (stride,) * 2, pads, count_include_pad=False)
-    return y
+    # As sums of slices: XLA's CPU backend needs ten times as long for the gradient of Flax's.
+    y = x.astype(cpu_kernels.wide(x))
+    for axis in (1, 2):
+        length = x.shape[axis]
+        pads = [(0, 0)] * x.ndim
+        pads[axis] = ceil_padding(length, size, stride)
+        starts = np.arange(0, length + pads[axis][1] - size + 1, stride)
+        y, end = jnp.pad(y, pads), starts[-1] + 1
+        shifted = (jax.lax.slice_in_dim(y, i, end + i, stride, axis) for i in range(size))
+        pixels = np.minimum(starts + size, length) - starts
+        y = functools.reduce(jnp.add, shifted) / pixels.reshape(-1, *(1,) * (x.ndim - axis - 1))
+    return y.astype(x.dtype)
 
 
 def adaptive_avg_pool(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B {size} {size} C"]:
