@@ -99,7 +99,10 @@ FIELDS = {
     "freeze": Field(
         (), 'layers that do not train, such as ("conv1", "conv2"); bn1 belongs to conv1'
     ),
-    "model.variant": Field("paper", "a key of alexnet_jax.VARIANTS"),
+    "model.variant": Field(
+        "paper",
+        "a key of alexnet_jax.VARIANTS, or cifar_80sec, cifar_18pct, cifar_13pct or cifar_11pct",
+    ),
     "model.num_classes": Field(1000, "number of logits", 1),
     "model.dtype": Field(
         "float32", 'of the arithmetic; "bfloat16" on accelerators. Parameters are float32'

@@ -11,6 +11,7 @@ from typing import Any
 from alexnet_jax import inference
 from alexnet_jax.analysis import figures
 from alexnet_jax.analysis.prediction import Prediction, Skipped, find_files, predict_files
+from alexnet_jax.data.augment import VIEWS
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly
 from alexnet_jax.utils.files import atomic_write, explain_write_errors, printable
@@ -82,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--views",
-        choices=["center", "ten"],
+        choices=VIEWS,
         default="center",
-        help="the center crop, or the average over the paper's ten views (default: center)",
+        help="the center crop, or the average over nine crops or the paper's ten views (default: "
+        "center)",
     )
     parser.add_argument(
         "--step", type=int, help="step of the checkpoint (default: the best top-1 accuracy)"

@@ -25,6 +25,7 @@ ROW = {"what", "batch", "dtype", "unit", "median", "min", "max"}
 QUICK = (
     "accuracy.py quickstart",
     "augmentation.py",
+    "figure1.py",
     "inference.py",
     "input_pipeline.py",
     "lines.py",
@@ -36,7 +37,7 @@ QUICK = (
     "train_step.py",
     f"train_step.py --against {ROOT}",
 )
-PLOTTING = ("input_pipeline.py", "train_step.py")
+PLOTTING = ("figure1.py", "input_pipeline.py", "train_step.py")
 
 
 def quick_rows(command, tmp_path, *options):
@@ -73,6 +74,16 @@ def test_features_of_five_digits_help_to_learn_five_others(tmp_path):
     assert scratch["what"].startswith("from scratch")
     assert transferred["what"].startswith("transferred")
     assert 70 < scratch["median"] < transferred["median"]
+
+
+@pytest.mark.benchmarks
+def test_pytorch_twin_has_the_same_losses(tmp_path):
+    pytest.importorskip("torch")
+    rows, _ = quick_rows("torch_twin.py", tmp_path)
+    differences = [row["median"] for row in rows if row["unit"] == "nats"]
+    assert len(differences) == 3 and max(differences) < 1e-4
+    ours, theirs = (row["median"] for row in rows if row["unit"] == "%")
+    assert abs(ours - theirs) < 2
 
 
 @pytest.mark.plan
