@@ -6,24 +6,13 @@
 
 from ml_collections import ConfigDict
 
-from alexnet_jax.config import default_config
+from alexnet_jax.config import load_config
 
 
 def get_config() -> ConfigDict:
-    """Returns the config: like imagenette, on a folder of class folders."""
-    c = default_config()
+    """Returns the config: the recipe of imagenette, for a folder of class folders."""
+    c = load_config("imagenette")
     c.dataset = "folder:photographs"
     c.train_split = "train"
     c.eval_split = "val"
-
-    c.model.variant = "paper"
-    c.model.num_classes = 10
-    c.model.init = "he"
-    c.model.hidden_bias = 0.0
-    c.augment.pixel_scale = 1 / 64
-
-    c.batch_size = 64
-    c.num_epochs = 60
-    c.schedule.kind = "cosine"
-    c.schedule.warmup_epochs = 1.0
     return c
