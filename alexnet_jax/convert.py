@@ -24,6 +24,7 @@ import numpy as np
 
 from alexnet_jax import inference
 from alexnet_jax.data import augment
+from alexnet_jax.data.wordnet import imagenet_names
 from alexnet_jax.models.alexnet import has_classes
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
@@ -38,12 +39,14 @@ def to_workdir(
 
     Args:
       mean_file: the mean image; by default the program's channel means are subtracted.
-      names_file: the class names, one per line; by default "class 0", "class 1", …
+      names_file: the class names, one per line; by default ImageNet's for torchvision's published
+        weights, and otherwise "class 0", "class 1", …
 
     Raises:
       UserError: a file cannot be read or contains another network, or the workdir is not new.
     """
-    if str(source) == "torchvision" and not source.exists():
+    is_published = str(source) == "torchvision" and not source.exists()
+    if is_published:
         source = torchvision.published()
     source = lpips.find(source)
     if not source.exists():
@@ -63,7 +66,11 @@ def to_workdir(
     num_classes = len(params["fc8"]["bias"]) if has_classes(variant) else 0
     config = program.config(variant, num_classes, has_mean_image=mean.ndim == 3)
     config.name = source.stem
-    names = read_class_names(names_file, num_classes) if names_file else ()
+    names: Sequence[str] = ()
+    if names_file:
+        names = read_class_names(names_file, num_classes)
+    elif is_published:
+        names = tuple(imagenet_names().values())
     statistics = augment.Statistics(mean, noise_basis=np.zeros((3, 3), np.float32))
     inference.create(workdir, config, {"params": params}, statistics, names)
     classes = f"{num_classes} classes" if num_classes else "no fully connected layers"
@@ -138,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--class-names",
         type=Path,
         metavar="FILE",
-        help='one class name per line; default: "class 0", "class 1", …',
+        help="one class name per line; default: ImageNet's for torchvision's published weights, "
+        'else "class 0", "class 1", …',
     )
     parser.add_argument(
         "--mean",

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
 from alexnet_jax.data.augment import Augment, Statistics, make_augment
+from alexnet_jax.data.wordnet import display_names
 from alexnet_jax.models.alexnet import AlexNet, build_model, has_classes
 from alexnet_jax.training.checkpoint import Checkpoints, named_leaves
 from alexnet_jax.training.optimizer import make_optimizer
@@ -215,7 +216,7 @@ def load_statistics(workdir: Path) -> tuple[Statistics, tuple[str, ...]]:
     try:
         with np.load(path) as saved:
             stats = Statistics(*(saved[field] for field in Statistics._fields))
-            return stats, tuple(str(name) for name in saved["class_names"])
+            return stats, display_names(map(str, saved["class_names"]))
     except Exception as error:  # from zipfile, zlib, NumPy or the file system
         raise UserError(
             f"{path} cannot be read ({error}); run the training command again, which rewrites it "

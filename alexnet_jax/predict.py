@@ -12,6 +12,7 @@ from alexnet_jax import inference
 from alexnet_jax.analysis import figures
 from alexnet_jax.analysis.prediction import Prediction, Skipped, find_files, predict_files
 from alexnet_jax.data.augment import VIEWS
+from alexnet_jax.data.wordnet import display_names
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly
 from alexnet_jax.utils.files import atomic_write, explain_write_errors, printable
@@ -47,7 +48,7 @@ def to_json(result: Prediction | Skipped, class_names: Sequence[str]) -> str:
 
 def save_panel(predictions: Sequence[Prediction], class_names: Sequence[str], path: Path) -> None:
     """Draws predictions. A file in a folder named after a class has that class as its label."""
-    folders = [printable(prediction.path.parent.name) for prediction in predictions]
+    folders = display_names(printable(prediction.path.parent.name) for prediction in predictions)
     with explain_write_errors(path, "another file for --panel"), atomic_write(path) as new:
         figures.save_predictions(
             [prediction.image for prediction in predictions],

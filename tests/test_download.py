@@ -107,5 +107,7 @@ def test_convert_downloads_the_network_of_torchvision(tmp_path, monkeypatch):
         url = url.replace("file.bin", f"alexnet-owt-{digest}.pth")
         monkeypatch.setattr(torchvision, "URL", url)
         foreign.run_convert("torchvision", tmp_path / "run")
-    kernel = inference.load(tmp_path / "run").variables["params"]["conv1"]["kernel"]
+    network = inference.load(tmp_path / "run")
+    assert network.class_names[:2] == ("tench", "goldfish")
+    kernel = network.variables["params"]["conv1"]["kernel"]
     np.testing.assert_array_equal(kernel, weights["conv1"][0].transpose(2, 3, 1, 0))

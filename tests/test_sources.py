@@ -19,6 +19,7 @@ from alexnet_jax.config import default_config
 from alexnet_jax.data import prepare
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store, store_path
+from alexnet_jax.data.wordnet import imagenet_names
 from alexnet_jax.utils.errors import UserError
 
 COUNT, BAD = 2300, 20  # tfds's order puts image 20 at position 1,820
@@ -364,6 +365,20 @@ def test_folder_labels_index_the_sorted_class_names(tmp_path):
     assert stores["eval"].class_names == ("crow", "jay", "wren")
     assert numbers_and_labels(stores["train"]) == ([2, 3, 1, 0], [0, 1, 2, 2])
     assert numbers_and_labels(stores["eval"]) == ([0], [2])
+
+
+def test_folders_named_by_wordnet_ids_become_classes_with_names(tmp_path):
+    write(tmp_path / "train", "n02979186/a.png", "n01440764/b.png", "my fish/c.png")
+    write(tmp_path / "val", "n01440764/v.png")
+    for _ in range(2):  # prepared, then compared with the folder
+        stores = open_or_prepare(folder_config(tmp_path, tmp_path / "data"))
+        assert stores["train"].class_names == ("my fish", "tench", "cassette player")
+
+
+def test_wordnet_ids_are_those_of_tfds():
+    labels = tfds.core.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()
+    assert list(imagenet_names()) == labels
+    assert len(set(imagenet_names().values())) == 1000
 
 
 def no_val(root: Path) -> None:

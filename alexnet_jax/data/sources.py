@@ -27,6 +27,7 @@ from crc32c import crc32c
 from alexnet_jax.config import FOLDER_PREFIX, folder_path
 from alexnet_jax.data.decode import is_image
 from alexnet_jax.data.store import File, Store, expand_dir
+from alexnet_jax.data.wordnet import display_names
 from alexnet_jax.utils.buckets import is_url
 from alexnet_jax.utils.errors import UserError, one_line
 from alexnet_jax.utils.files import files_below, printable
@@ -185,8 +186,10 @@ def find_changes(
         if names
     ]
     classes = root / train_split
-    if classes.is_dir() and tuple(map(printable, _subfolders(classes))) != store.class_names:
-        parts.append(f"other class folders in {classes}")
+    if classes.is_dir():
+        names = display_names(map(printable, _subfolders(classes)))
+        if names != store.class_names:
+            parts.append(f"other class folders in {classes}")
     current = [now.get(f.name, f)._replace(crc32c=f.crc32c) for f in recorded]
     return ", ".join(parts), current
 

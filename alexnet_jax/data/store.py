@@ -47,6 +47,7 @@ from alexnet_jax.data.shards import (
     shard_key,
     slots_per_shard,
 )
+from alexnet_jax.data.wordnet import display_names
 from alexnet_jax.utils.buckets import is_url
 from alexnet_jax.utils.errors import UserError, one_line
 from alexnet_jax.utils.files import printable
@@ -92,7 +93,7 @@ class Store:
       num_examples: N.
       num_corrupt: number of the source's examples that cannot be decoded.
       image_size: S.
-      class_names: one per label.
+      class_names: one per label; names instead of ImageNet's WordNet IDs.
       mean_image: mean over the examples, in pixel values 0 to 255.
       mean_channel: mean of the mean image over its pixels.
       eigenvalues: of the covariance of RGB over all pixels of all images, in descending order, in
@@ -224,7 +225,7 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
         num_examples=len(rows),
         num_corrupt=num_rows - len(rows),
         image_size=size,
-        class_names=tuple(attributes["class_names"]),
+        class_names=display_names(attributes["class_names"]),
         mean_image=mean_image,
         mean_channel=np.array(attributes["mean_channel"], np.float32),
         eigenvalues=np.array(attributes["eigenvalues"], np.float32),
