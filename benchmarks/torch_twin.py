@@ -43,6 +43,11 @@ from alexnet_jax.training.train_step import DROPOUT, augment_batch, init_state
 from alexnet_jax.utils import process
 
 FIRST_STEPS = 20
+# The twin has SGD as the paper describes it, and must not be compared with anything else.
+KEPT = ("init_from", "freeze", "model.conv1_padding", "schedule.changes") + tuple(
+    f"optimizer.{field}"
+    for field in ("kind", "layer_rates", "layer_decays", "clip_norm", "accumulate_steps")
+)
 QUICK = ("num_epochs=1", "train_split=train[:256]", "eval_split=test[:64]", "model.variant=bn")
 
 Tensors = dict[str, dict[str, torch.Tensor]]
@@ -225,6 +230,11 @@ def main() -> None:
     args = options.parse_args(words)
     if args.quick:
         overrides += [tuple(field.split("=", 1)) for field in QUICK]
+    config = configs.load(args.config, overrides)
+    values, defaults = configs.flat(config), configs.flat(configs.default_config())
+    for name in KEPT:
+        if values[name] != defaults[name]:
+            sys.exit(f"PyTorch's twin has no {name}={values[name]}; leave it at {defaults[name]!r}")
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "train.py", f"--config={args.config}", f"--workdir={folder}/run"),
@@ -236,7 +246,6 @@ def main() -> None:
     ours = [of["loss"] for of in metrics if of["split"] == "train"]
     our_top1 = [of["top1"] for of in metrics if of["split"] == "eval"][-1]
     process.set_up()
-    config = configs.load(args.config, overrides)
     stores = open_or_prepare(config)
     theirs, their_top1 = train_twin(config, stores)
     steps_per_epoch = stores["train"].num_examples / config.batch_size
