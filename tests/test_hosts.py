@@ -154,7 +154,8 @@ def test_restart_after_killed_process_on_four_processes_uses_the_same_examples(
     assert_close_losses(tmp_path, undisturbed[0])
 
 
-@pytest.mark.parametrize("kind", [pytest.param("mesh.data", marks=pytest.mark.pods), "mesh.zero"])
+@pytest.mark.pods
+@pytest.mark.parametrize("kind", ["mesh.data", "mesh.zero"])
 def test_checkpoint_that_one_process_cannot_read_is_replaced_by_the_one_before(
     kind, undisturbed, digits, tmp_path
 ):

@@ -135,6 +135,7 @@ def test_run_stopped_by_a_signal_saves_its_step_and_resumes_bitwise(
     assert_same_run(part, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_run_stopped_before_an_evaluation_catches_up_on_it(undisturbed, digits, tmp_path):
     """A signal sent at the line of step 20 arrives before the evaluation of step 20 ends."""
     part = tmp_path / "part"
