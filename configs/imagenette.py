@@ -1,4 +1,4 @@
-"""Imagenette from scratch: ten classes of ImageNet, 9,469 photographs, in an hour on a fast laptop.
+"""Imagenette from scratch: ten classes of ImageNet, 9,469 photographs, an hour and a half.
 
 At the paper's size, on a GPU:
 
