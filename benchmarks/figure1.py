@@ -27,6 +27,7 @@ from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store
 from alexnet_jax.models.alexnet import MapNorm, ReLU, Tanh, Variant, layers_of
 from alexnet_jax.utils import process
+from alexnet_jax.utils.files import atomic_write
 
 TARGET = 0.25
 RATES = (0.03, 0.01, 0.1)  # the fastest first: the others need not take longer
@@ -91,7 +92,8 @@ def fastest(
             curve = errors(config, store, nonlinearity, 1 if quick else len(best) or MAX_EPOCHS)
             if kept:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(curve))
+                with atomic_write(kept) as new:
+                    new.write_text(json.dumps(curve))
         print(f"{name}, rate {rate}: {len(curve)} epochs to {100 * curve[-1]:.1f} %", flush=True)
         if curve[-1] <= TARGET or not best:
             best = curve

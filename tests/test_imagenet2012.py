@@ -91,7 +91,7 @@ def nearest(store: Store, image: np.ndarray) -> tuple[int, np.ndarray]:
 
 
 def label_of(store: Store, wnid: str) -> int:
-    return list(imagenet_names()).index(wnid)
+    return store.class_names.index(imagenet_names()[wnid])
 
 
 def validation_wnid(name: str) -> str:

@@ -273,7 +273,7 @@ def _channel_sum(x: Array, size: int, groups: int) -> Array:
 def channel_sum_by_slices(x: Array, size: int, groups: int) -> Array:
     """The sum as additions of shifted slices."""
     towers = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
-    return _window_sum(towers, size, axis=towers.ndim - 1).reshape(x.shape)
+    return _window_sum(towers, size, towers.ndim - 1, (size // 2,) * 2).reshape(x.shape)
 
 
 def channel_sum_by_matrix(x: Array, size: int, groups: int) -> Array:
@@ -287,16 +287,17 @@ def channel_sum_by_matrix(x: Array, size: int, groups: int) -> Array:
 
 def _map_sum(x: Array, size: int) -> Array:
     """Sum over windows of an odd number of rows and columns, clipped at the edges."""
-    return _window_sum(_window_sum(x, size, axis=1), size, axis=2)
+    padding = (size // 2,) * 2
+    return _window_sum(_window_sum(x, size, 1, padding), size, 2, padding)
 
 
-def _window_sum(x: Array, size: int, axis: int) -> Array:
-    """Sum over an odd `size` of neighbors centered on each element, clipped at both ends."""
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (size // 2, size // 2)
-    padded = jnp.pad(x, pad)
-    length = x.shape[axis]
-    shifted = (jax.lax.slice_in_dim(padded, i, i + length, axis=axis) for i in range(size))
+def _window_sum(x: Array, size: int, axis: int, padding: tuple[int, int], stride: int = 1) -> Array:
+    """Sum over windows of `size` elements along one axis, with zeros at its ends."""
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = padding
+    padded = jnp.pad(x, pads)
+    end = padded.shape[axis] - size + 1  # of the first elements of windows
+    shifted = (jax.lax.slice_in_dim(padded, i, end + i, stride, axis) for i in range(size))
     return functools.reduce(jnp.add, shifted)
 
 
@@ -340,14 +341,9 @@ def avg_pool(
     # As sums of slices: XLA's CPU backend needs ten times as long for the gradient of Flax's.
     y = x.astype(cpu_kernels.wide(x))
     for axis in (1, 2):
-        length = x.shape[axis]
-        pads = [(0, 0)] * x.ndim
-        pads[axis] = ceil_padding(length, size, stride)
-        starts = np.arange(0, length + pads[axis][1] - size + 1, stride)
-        y, end = jnp.pad(y, pads), starts[-1] + 1
-        shifted = (jax.lax.slice_in_dim(y, i, end + i, stride, axis) for i in range(size))
-        pixels = np.minimum(starts + size, length) - starts
-        y = functools.reduce(jnp.add, shifted) / pixels.reshape(-1, *(1,) * (x.ndim - axis - 1))
+        window = size, axis, ceil_padding(x.shape[axis], size, stride), stride
+        inside = jnp.ones([x.shape[axis] if i == axis else 1 for i in range(x.ndim)], y.dtype)
+        y = _window_sum(y, *window) / _window_sum(inside, *window)
     return y.astype(x.dtype)
 
 
