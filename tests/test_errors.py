@@ -1,6 +1,8 @@
 """How commands end: one line for errors that the user can fix, a traceback for bugs."""
 
+import asyncio
 import errno
+import gc
 import os
 import re
 import resource
@@ -107,6 +109,26 @@ class FailsWhenDeleted:
 def test_unraisable_errors_are_printed_unless_orbax_repeats_its_own(text, run_command):
     _, stderr = run_command(lambda: FailsWhenDeleted(text) and None)
     assert ("RuntimeError" in stderr) == (text == "something else")
+
+
+async def leave_errors_of_writes_unread():
+    """Starts a task, and writes as Orbax does: of those that fail, it reads one error."""
+
+    async def fail():
+        raise OSError("no space left")
+
+    asyncio.gather(fail(), fail())
+    task = asyncio.ensure_future(fail())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    del task
+
+
+def test_asyncio_logs_unread_errors_unless_they_are_of_parallel_writes(run_command, caplog):
+    run_command(lambda: asyncio.run(leave_errors_of_writes_unread()))
+    gc.collect()
+    logged = [record.getMessage().split("\n")[0] for record in caplog.records]
+    assert logged == ["Task exception was never retrieved"]
 
 
 NOISE = np.random.default_rng(0).integers(0, 256, (100, 100, 3)).astype(np.uint8)

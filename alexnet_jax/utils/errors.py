@@ -38,6 +38,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
         # Orbax and tfds log errors that they also raise.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         sys.unraisablehook = _ignore_errors_that_orbax_repeats
+        logging.getLogger("asyncio").addFilter(_is_not_repeated_by_orbax)
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A file name may have characters that the terminal's encoding lacks.
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -116,3 +117,8 @@ def _ignore_errors_that_orbax_repeats(unraisable: Any) -> None:
     text = str(unraisable.exc_value)
     if "Event loop is closed" not in text and "while reading array index" not in text:
         sys.__unraisablehook__(unraisable)
+
+
+def _is_not_repeated_by_orbax(record: logging.LogRecord) -> bool:
+    # The same for the other arrays whose write had failed before the loop was closed.
+    return "_GatheringFuture exception was never retrieved" not in record.getMessage()
