@@ -135,9 +135,17 @@ FIELDS = {
         1.0, "factor on the mean-subtracted pixels, which run from 0 to 255 in the paper", TINY
     ),
     "augment.channel_scale": Field((1.0, 1.0, 1.0), "further factors on red, green and blue"),
-    "optimizer.kind": Field("sgd", 'or "lars": a rate for every kernel, for large batches'),
+    "optimizer.kind": Field(
+        "sgd",
+        'the paper\'s (§5); "sgdw", with decoupled weight decay; "lars" or "lamb", with a rate for '
+        'every kernel, for large batches; "adamw"',
+    ),
     "optimizer.trust_coefficient": Field(0.001, "lars: factor on ‖w‖ / ‖update‖", TINY),
-    "optimizer.momentum": Field(0.9, "of the velocity (§5)", 0, 1),
+    "optimizer.momentum": Field(0.9, "sgd, sgdw, lars: of the velocity (§5)", 0, 1),
+    "optimizer.nesterov": Field(False, "sgd, sgdw, lars: Nesterov's momentum"),
+    "optimizer.b1": Field(0.9, "adamw, lamb: decay of the mean of the gradient", 0, 1 - TINY),
+    "optimizer.b2": Field(0.999, "adamw, lamb: decay of the mean of its square", 0, 1 - TINY),
+    "optimizer.eps": Field(1e-8, "adamw, lamb: added to the root of that mean", 0),
     "optimizer.weight_decay": Field(0.0005, "of the kernels (§5)"),
     "optimizer.bias_weight_decay": Field(0.0, "of biases and batch norm"),
     "optimizer.bias_learning_rate": Field(1.0, "of biases, as a multiple of learning_rate"),

@@ -1,4 +1,4 @@
-"""The paper's update, LARS, frozen layers, and schedules."""
+"""The paper's update, other optimizers, frozen layers, and schedules."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,13 @@ from alexnet_jax import config as configs
 from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import make_augment
 from alexnet_jax.models.alexnet import AlexNet, Conv, Dense, MaxPool, ReLU, kernel_layers
-from alexnet_jax.training.optimizer import layer_of, make_optimizer, make_plateau, make_schedule
+from alexnet_jax.training.optimizer import (
+    OPTIMIZERS,
+    layer_of,
+    make_optimizer,
+    make_plateau,
+    make_schedule,
+)
 from alexnet_jax.training.train_step import init_state, make_train_step
 from alexnet_jax.utils.errors import UserError
 
@@ -180,37 +186,75 @@ def test_velocity_of_plain_sgd_is_at_the_same_place_in_the_state_as_in_0_1():
 
 
 # ------------------------------------------------------------------------------------------
-# LARS
+# Other optimizers
 # ------------------------------------------------------------------------------------------
 
 
-def kernels_only(tree):
+def is_kernel(tree):
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", tree)
 
 
-def test_lars_equals_optax_lars_for_kernels_and_plain_momentum_for_the_rest():
+# The fields of each, and Optax's own optimizer. LAMB's biases have no trust ratio here, so they
+# are those of `optax.adamw`.
+DECAYED = {"weight_decay": 0.05, "mask": is_kernel}
+ALL_LARS = {"weight_decay_mask": is_kernel, "trust_ratio_mask": is_kernel}
+REFERENCES = {
+    "lars": ({}, optax.lars(0.02, 0.05, **ALL_LARS, momentum=0.9), None),
+    "lars nesterov": (
+        {"nesterov": True, "momentum": 0.8},
+        optax.lars(0.02, 0.05, **ALL_LARS, momentum=0.8, nesterov=True),
+        None,
+    ),
+    "sgd nesterov": (
+        {"nesterov": True},
+        optax.chain(
+            optax.add_decayed_weights(0.05, is_kernel), optax.sgd(0.02, 0.9, nesterov=True)
+        ),
+        None,
+    ),
+    "sgdw": (
+        {},
+        optax.chain(
+            optax.trace(0.9),
+            optax.add_decayed_weights(0.05, is_kernel),
+            optax.scale_by_learning_rate(0.02),
+        ),
+        None,
+    ),
+    "adamw": ({}, optax.adamw(0.02, **DECAYED), None),
+    "adamw moments": (
+        {"b1": 0.8, "b2": 0.95, "eps": 1e-3},
+        optax.adamw(0.02, 0.8, 0.95, 1e-3, **DECAYED),
+        None,
+    ),
+    "lamb": ({}, optax.lamb(0.02, eps=1e-8, **DECAYED), optax.adamw(0.02, **DECAYED)),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_optimizers_equal_those_of_optax(name):
+    fields, of_kernels, of_biases = REFERENCES[name]
     c = default_config()
-    c.learning_rate = 2.0
-    c.optimizer.kind = "lars"
+    c.learning_rate = 0.02
+    c.optimizer.kind = name.split()[0]
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.update(fields)
     ours = make_optimizer(c, STEPS_PER_EPOCH)
-    reference = optax.lars(
-        2.0,
-        weight_decay=0.0005,
-        weight_decay_mask=kernels_only,
-        trust_coefficient=0.001,
-        trust_ratio_mask=kernels_only,
-        momentum=0.9,
-    )
-    rng = np.random.default_rng(0)
-    w = expected = random_tree(rng)
-    state, reference_state = ours.init(w), reference.init(w)
-    for _ in range(5):
-        grads = random_tree(rng)
-        updates, state = one_update(ours, grads, state, w)
-        w = optax.apply_updates(w, updates)
-        updates, reference_state = reference.update(grads, reference_state, expected)
-        expected = optax.apply_updates(expected, updates)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), w, expected)
+    w = random_tree(np.random.default_rng(0))
+    for reference, kernels in ((of_kernels, True), (of_biases or of_kernels, False)):
+        rng = np.random.default_rng(1)
+        found = expected = w
+        state, reference_state = ours.init(found), reference.init(expected)
+        for _ in range(5):
+            grads = random_tree(rng)
+            updates, state = one_update(ours, grads, state, found)
+            found = optax.apply_updates(found, updates)
+            updates, reference_state = reference.update(grads, reference_state, expected)
+            expected = optax.apply_updates(expected, updates)
+        jax.tree.map(
+            lambda a, b, k, of=kernels: k != of or np.testing.assert_allclose(a, b, rtol=2e-5),
+            *(found, expected, is_kernel(w)),
+        )
 
 
 def test_lars_step_by_hand():
@@ -242,7 +286,7 @@ def test_lars_changes_kernels_by_the_same_ratio_whatever_the_size_of_gradients(g
 # ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sgd", "lars"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_layer_rate_is_a_factor_on_the_rate_of_the_schedule(kind):
     """Its updates are those of a run with a rate that many times as high. Other layers' stay."""
     plain, faster, scaled = default_config(), default_config(), default_config()
@@ -272,7 +316,7 @@ def test_batch_norm_has_the_rate_of_its_convolution():
     np.testing.assert_allclose(updates["bn2"]["scale"], 0.5 * updates["bn1"]["scale"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "lars"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_frozen_layers_stay_have_no_velocity_and_change_nothing_for_others(kind):
     """A frozen convolution includes its batch norm."""
     plain, freezing = default_config(), default_config()
@@ -294,8 +338,9 @@ def test_frozen_layers_stay_have_no_velocity_and_change_nothing_for_others(kind)
     for name in start:
         expected = start if layer_of(name) == "conv1" else trained
         jax.tree.map(np.testing.assert_array_equal, frozen[name], expected[name])
-    velocities = [x.shape for x in jax.tree.leaves(state)]
-    assert velocities == [x.shape for n in ("conv2", "fc8") for x in jax.tree.leaves(start[n])]
+    averages = [x.shape for x in jax.tree.leaves(state) if x.shape]  # without Adam's count
+    trained = [x.shape for n in ("conv2", "fc8") for x in jax.tree.leaves(start[n])]
+    assert averages == trained * (2 if kind in ("adamw", "lamb") else 1)
 
 
 def test_gradient_norm_for_clipping_ignores_frozen_layers():
@@ -532,7 +577,7 @@ def test_change_of_what_does_not_exist_is_rejected(change, message):
 UNKNOWN = [
     ("schedule.kind", "cosin", "cosine"),
     ("schedule.scaling", "square", "none, linear, sqrt"),
-    ("optimizer.kind", "adam", "sgd, lars"),
+    ("optimizer.kind", "adam", "sgd, sgdw, lars, adamw, lamb"),
 ]
 
 

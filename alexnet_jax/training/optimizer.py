@@ -1,4 +1,4 @@
-"""The paper's SGD and LARS as Optax chains, and the schedule of what changes during training.
+"""The paper's SGD and later optimizers as Optax chains, and the schedule of what changes.
 
 A config's schedule is data: a kind ("steps", "plateau", …) that drives `learning_rate`, and a log
 of changes, each (epoch, layer, field, value), that overrides it from that epoch on.
@@ -23,7 +23,7 @@ Rate = Callable[[Step], jax.Array]
 # (layer, whether it is a kernel, step, plateau scale) -> learning rate
 LayerRate = Callable[[str, bool, Step, jax.Array], jax.Array]
 
-OPTIMIZERS = ("sgd", "lars")
+OPTIMIZERS = ("sgd", "sgdw", "lars", "adamw", "lamb")
 # Factor on the learning rate as a function of k = batch_size / scaling_batch_size.
 SCALINGS: dict[str, Callable[[float], float]] = {
     "none": lambda k: 1.0,
@@ -42,33 +42,54 @@ CHANGEABLE = ("learning_rate", "bias_learning_rate", "color_noise")
 def make_optimizer(
     config: ConfigDict, steps_per_epoch: float
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the paper's update (§5): v ← 0.9 v − 0.0005 ε w − ε ∇;  w ← w + v.
+    """Returns the update of `config.optimizer.kind`.
 
-    The learning rate ε is inside the velocity and multiplies the weight decay too, so that lowering
-    it takes effect over about ten steps. This is unlike `optax.sgd`, which scales the velocity.
+    "sgd" is the paper's (§5): v ← 0.9 v − 0.0005 ε w − ε ∇;  w ← w + v. The learning rate ε is
+    inside the velocity and multiplies the weight decay too, so that lowering it takes effect over
+    about ten steps. This is unlike `optax.sgd`, which scales the velocity.
 
-    The kind "lars" multiplies every kernel's ε by its trust ratio 0.001 ‖w‖ / ‖∇ + 0.0005 w‖
+    "lars" multiplies every kernel's ε by its trust ratio 0.001 ‖w‖ / ‖∇ + 0.0005 w‖
     (`optax.lars`). You, Gitman and Ginsburg 2017 (arXiv 1708.03888) divide by ‖∇‖ + 0.0005 ‖w‖,
-    which is never smaller. Biases and batch norm have no trust ratio.
+    which is never smaller.
 
-    `update` needs the extra arguments `step` (int32[]) and `plateau_scale` (float32[]). The step is
-    not counted here because the train state counts it already.
+    "sgdw" and "adamw" (Loshchilov and Hutter 2017, arXiv 1711.05101) and "lamb" (You et al. 2019,
+    arXiv 1904.00962) add ε times the weight decay to the step itself, and not to the gradient that
+    their moments average. As in Optax, the decay is thus multiplied by ε.
+
+    Biases and batch norm have no trust ratio. `update` needs the extra arguments `step` (int32[])
+    and `plateau_scale` (float32[]). The step is not counted here because the train state counts it
+    already.
 
     Raises:
       UserError: as `make_schedule`.
     """
     fields = config.optimizer
     rate = make_schedule(config, steps_per_epoch)
-    trust = optax.masked(
-        optax.scale_by_trust_ratio(trust_coefficient=fields.trust_coefficient), _is_kernel
-    )
-    tx = optax.chain(
-        optax.clip_by_global_norm(fields.clip_norm) if fields.clip_norm else optax.identity(),
+    decay = (
         *_kernel_decays(fields.weight_decay, fields.layer_decays),
         optax.add_decayed_weights(fields.bias_weight_decay, mask=_is_no_kernel),
-        *([trust] if fields.kind == "lars" else []),
-        *([_scale_by_layer(fields.layer_rates)] if fields.layer_rates else []),
-        _momentum(fields.momentum, rate),
+    )
+    factors = [_scale_by_layer(fields.layer_rates)] if fields.layer_rates else []
+    velocity = _momentum(fields.momentum, fields.nesterov, rate)
+    adam = optax.scale_by_adam(fields.b1, fields.b2, fields.eps)
+
+    def trust(coefficient: float) -> optax.GradientTransformation:
+        ratio = optax.scale_by_trust_ratio(trust_coefficient=coefficient)
+        return optax.masked(ratio, _is_kernel)
+
+    kinds: dict[str, Sequence[optax.GradientTransformation]] = {
+        "sgd": (*decay, *factors, velocity),
+        "sgdw": (
+            optax.trace(fields.momentum, fields.nesterov),
+            *(*decay, *factors, _scale_by_rate(rate)),
+        ),
+        "lars": (*decay, trust(fields.trust_coefficient), *factors, velocity),
+        "adamw": (adam, *decay, *factors, _scale_by_rate(rate)),
+        "lamb": (adam, *decay, trust(1.0), *factors, _scale_by_rate(rate)),
+    }
+    tx = optax.chain(
+        optax.clip_by_global_norm(fields.clip_norm) if fields.clip_norm else optax.identity(),
+        *kinds[fields.kind],
     )
     if not config.freeze:
         return tx
@@ -123,11 +144,15 @@ def _scale_by_layer(
     return optax.partition({**scales, "others": optax.identity()}, labels)
 
 
-def _momentum(momentum: float, rate: LayerRate) -> optax.GradientTransformationExtraArgs:
-    """v ← momentum · v − ε u, with an ε for each array. ε = 0 leaves v and w as they are.
+def _momentum(
+    momentum: float, nesterov: bool, rate: LayerRate
+) -> optax.GradientTransformationExtraArgs:
+    """v ← momentum · v − ε u;  w ← w + v, with an ε for each array.
 
-    `optax.trace` would let a layer whose ε is 0 coast on its velocity. The released program skips
-    the update of such a layer.
+    With Nesterov's momentum w ← w + momentum · v − ε u, as in torch.optim.SGD.
+
+    ε = 0 leaves v and w as they are. `optax.trace` would let a layer whose ε is 0 coast on its
+    velocity. The released program skips the update of such a layer.
     """
 
     def init(params: Params) -> optax.TraceState:
@@ -143,22 +168,49 @@ def _momentum(momentum: float, rate: LayerRate) -> optax.GradientTransformationE
         **_: Any,
     ) -> tuple[Params, optax.TraceState]:
         del params
-        rates = jax.tree_util.tree_map_with_path(
-            lambda path, _: rate(
-                layer_of(path[0].key), path[-1].key == "kernel", step, plateau_scale
-            ),
-            updates,
-        )
+        rates = _rates(rate, updates, step, plateau_scale)
         velocity = jax.tree.map(
             lambda v, u, rate: jnp.where(rate > 0, momentum * v - rate * u, v),
             state.trace,
             updates,
             rates,
         )
-        steps = jax.tree.map(lambda v, rate: jnp.where(rate > 0, v, 0.0), velocity, rates)
+        ahead = velocity
+        if nesterov:
+            ahead = jax.tree.map(
+                lambda v, u, rate: momentum * v - rate * u, velocity, updates, rates
+            )
+        steps = jax.tree.map(lambda v, rate: jnp.where(rate > 0, v, 0.0), ahead, rates)
         return steps, optax.TraceState(trace=velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _scale_by_rate(rate: LayerRate) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by −ε, with an ε for each array. For optimizers with moments before it."""
+
+    def update(
+        updates: Params,
+        state: optax.EmptyState,
+        params: Params | None = None,
+        *,
+        step: Step,
+        plateau_scale: jax.Array,
+        **_: Any,
+    ) -> tuple[Params, optax.EmptyState]:
+        del params
+        rates = _rates(rate, updates, step, plateau_scale)
+        return jax.tree.map(lambda u, rate: -rate * u, updates, rates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _rates(rate: LayerRate, updates: Params, step: Step, plateau_scale: jax.Array) -> Any:
+    """Returns the learning rate of each array of a tree."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: rate(layer_of(path[0].key), path[-1].key == "kernel", step, plateau_scale),
+        updates,
+    )
 
 
 def layer_of(name: str) -> str:
