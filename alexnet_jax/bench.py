@@ -44,7 +44,7 @@ from alexnet_jax.train import STEPS_IN_FLIGHT
 from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.sharding import Parallel
-from alexnet_jax.training.train_step import TrainState, build_train_step, init_state
+from alexnet_jax.training.train_step import TrainState, build_state, build_train_step
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import EXIT_KILLED_BY_CTRL_C, exit_now, exits_cleanly, one_line
 from alexnet_jax.utils.files import explain_write_errors
@@ -170,8 +170,7 @@ def measure_case(
     train_step = build_train_step(config, model, tx, augmentation)
 
     def initial_state() -> TrainState:
-        size = config.augment.crop_size
-        return init_state(model, tx, config.seed, (size, size, 3))
+        return build_state(config, model, tx)
 
     def place(batch: pipeline.Batch) -> dict[str, jax.Array]:
         return parallel.put_batch(batch, config.batch_size)

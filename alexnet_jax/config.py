@@ -93,6 +93,9 @@ FIELDS = {
     "batch_size": Field(128, "global: over all devices and hosts (§5)", 1),
     "num_epochs": Field(90, "the paper trained for about 90 (§5)", 1),
     "learning_rate": Field(0.01, "at the start (§5)", 0),
+    "label_smoothing": Field(
+        0.0, "share of a label's probability that all classes share (arXiv 1512.00567, §7)", 0, 1
+    ),
     "init_from": Field(
         "", "workdir of a trained or converted network to start from (docs/finetune.md)"
     ),
@@ -121,6 +124,16 @@ FIELDS = {
     "augment.crop_area": Field((0.08, 1.0), "inception: share of the image's area (low, high)"),
     "augment.crop_aspect": Field((3 / 4, 4 / 3), "inception: width over height (low, high)"),
     "augment.flip": Field(True, "mirror half of the images (§4.1)"),
+    "augment.trivial": Field(
+        False, "one of 14 operations such as rotation for each image (TrivialAugment)"
+    ),
+    "augment.erase": Field(0.0, "probability that a rectangle is erased (random erasing)", 0, 1),
+    "augment.mixup": Field(
+        0.0, "α of the beta distribution of the shares of two averaged images; 0: no MixUp", 0
+    ),
+    "augment.cutmix": Field(
+        0.0, "the same for images with a rectangle of another one; 0: no CutMix", 0
+    ),
     "augment.mean": Field(
         "image", 'what is subtracted: "image" (§2), "image_center" (run #145) or "channel"'
     ),
@@ -153,6 +166,12 @@ FIELDS = {
     "optimizer.layer_decays": Field(
         (), 'weight_decay of layers with one of their own, such as (("fc8", 0.01),)'
     ),
+    "optimizer.ema_decay": Field(
+        0.0,
+        "keep a moving average of the parameters and evaluate it too, such as 0.999; 0: none",
+        0,
+        1 - TINY,
+    ),
     "optimizer.clip_norm": Field(
         0.0, "largest global norm of the gradients, logged as grad_norm; 0: no clipping", 0
     ),
@@ -183,6 +202,7 @@ FIELDS = {
         (), 'values from an epoch on: (epoch, layer or "all" or "data", field, value)'
     ),
     "eval.every_epochs": Field(1.0, "evaluate and save this often", TINY),
+    "eval.crop_size": Field(0, "pixels that the network sees in evaluation; 0: as in training", 0),
     "eval.views": Field(
         "center",
         'or "ten": corners and center with their mirror images (§4.1), or "nine": three by three',

@@ -22,7 +22,7 @@ from alexnet_jax.data.wordnet import display_names
 from alexnet_jax.models.alexnet import AlexNet, build_model, has_classes
 from alexnet_jax.training.checkpoint import Checkpoints, named_leaves
 from alexnet_jax.training.optimizer import make_optimizer
-from alexnet_jax.training.train_step import TrainState, init_state, log_probabilities, state_of
+from alexnet_jax.training.train_step import TrainState, build_state, log_probabilities, state_of
 from alexnet_jax.utils import buckets
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.utils.files import DISK_FULL, atomic_write, explain_write_errors
@@ -41,7 +41,8 @@ class Trained(NamedTuple):
 
     Attributes:
       config: of the training.
-      variables: {"params": …, "batch_stats": …}, float32 arrays on the first device.
+      variables: {"params": …, "batch_stats": …}, float32 arrays on the first device; their moving
+        averages if the training kept any.
       stats: pixel statistics of the training.
       class_names: one for each of the num_classes logits.
       step: number of updates made.
@@ -111,7 +112,9 @@ def load(workdir: str | Path, step: int | None = None, needs_classes: bool = Fal
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         step = _chosen_step(workdir, checkpoints, step)
         try:
-            variables = checkpoints.restore_variables(step, like)
+            variables = checkpoints.restore_variables(
+                step, like, of_average=config.optimizer.ema_decay > 0
+            )
         except ValueError as error:
             raise UserError(
                 f"the checkpoint of step {step} in {workdir} cannot be read "
@@ -132,8 +135,7 @@ def load(workdir: str | Path, step: int | None = None, needs_classes: bool = Fal
 def state_shapes(config: ConfigDict, model: AlexNet) -> TrainState:
     """Returns shapes and dtypes of the train state of a config."""
     tx = make_optimizer(config, steps_per_epoch=1.0)
-    size = config.augment.crop_size
-    shapes: TrainState = jax.eval_shape(lambda: init_state(model, tx, config.seed, (size, size, 3)))
+    shapes: TrainState = jax.eval_shape(lambda: build_state(config, model, tx))
     return shapes
 
 

@@ -121,7 +121,7 @@ def make_classifier(
         features = {name: np.asarray(x) for name, x in extract(image[None]).items()}
         responses = features[conv1][0]
         return Result(
-            augment.center_window(image, network.config.augment.crop_size),
+            augment.center_window(image, network.augment.view_size),
             most_probable(network.class_names, np.asarray(classify(image[None]))[0]),
             (255 * np.clip(responses / (responses.max() + 1e-12), 0, 1)).astype(np.uint8),
             [] if index is None else _nearest(index, features[hidden].reshape(1, -1)),

@@ -43,8 +43,9 @@ from alexnet_jax.training.optimizer import make_optimizer, make_plateau, make_sc
 from alexnet_jax.training.train_step import (
     Metrics,
     TrainState,
+    averaged,
+    build_state,
     build_train_step,
-    init_state,
     make_eval_step,
 )
 from alexnet_jax.utils import buckets, distributed, process
@@ -140,16 +141,19 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         plateau = make_plateau(config)
         tx = make_optimizer(config, steps_per_epoch)
 
-        input_shape = (config.augment.crop_size, config.augment.crop_size, 3)
-
         def initial_state() -> TrainState:
-            return init_state(model, tx, config.seed, input_shape)
+            return build_state(config, model, tx)
 
         shapes = jax.eval_shape(initial_state)
         shardings = parallel.state_shardings(shapes)
-        train_step = parallel.compile_train_step(
-            build_train_step(config, model, tx, augment), shapes
-        )
+        # One program for each size of the crops. XLA programs have fixed shapes.
+        sizes = {augment.crop_size, *(size for _, size in augment.size_changes)}
+        train_steps = {
+            size: parallel.compile_train_step(
+                build_train_step(config, model, tx, augment.with_crop_size(size)), shapes
+            )
+            for size in sizes
+        }
         eval_step = parallel.compile_eval_step(make_eval_step(model, augment), shapes)
 
         # A thread for what must hold up neither the start nor the steps. The step that it compiles
@@ -157,7 +161,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         background = resources.enter_context(ThreadPoolExecutor(1, "background"))
         state_like = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
         batch_like = parallel.batch_like(config.batch_size, stores["train"].image_size)
-        compiled = background.submit(_compile, train_step, state_like, batch_like)
+        first_step = max(checkpoint_steps(workdir), default=0)
+        first_size = augment.crop_size_at(first_step)
+        compiled = background.submit(_compile, train_steps[first_size], state_like, batch_like)
 
         # Background threads read the next batches and transfer them while a step runs.
         def place(batch: pipeline.Batch) -> dict[str, jax.Array]:
@@ -239,6 +245,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 row = {"step": number, "epoch": epoch, **means, "learning_rate": rate, **timing}
                 report.train(row)
 
+        def evaluate_all(state: TrainState) -> dict[str, float] | None:
+            """Evaluates on the whole eval split; returns None if the run was asked to stop."""
+            examples = pipeline.eval_batches(stores["eval"], config.batch_size, local_rows, place)
+            return evaluate(eval_step, state, examples, stop.requested)
+
         drawn: Future[None] | None = None
         drawn_at = -math.inf
 
@@ -268,6 +279,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
             snapshot = take_snapshot(step, state, batches.get_state(), top1)
             write_snapshot()
 
+        crop_size = augment.crop_size
         try:
             while True:
                 stopping = stop.requested()
@@ -277,12 +289,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                     log_train()
                     write_snapshot()
                     report.show("evaluating")
-                    metrics = evaluate(
-                        eval_step,
-                        state,
-                        pipeline.eval_batches(stores["eval"], config.batch_size, local_rows, place),
-                        stop.requested,
-                    )
+                    metrics = evaluate_all(averaged(state))
+                    if metrics and state.average:
+                        of_last = evaluate_all(state)
+                        last = {f"last_{name}": value for name, value in (of_last or {}).items()}
+                        metrics = metrics | last if of_last else None
                     if metrics is None:
                         stopping = True
                     else:
@@ -312,6 +323,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 if step == total_steps:
                     break
 
+                new_size = augment.crop_size_at(step)
+                if new_size != crop_size:
+                    report.say(f"step {step:6d}  crops of {new_size} pixels from here on")
+                    crop_size = new_size
+                    if not meter.first_step:  # else `compiled` is this size's program
+                        log_train()
+                        _compile(train_steps[crop_size], state_like, batch_like)
+                        meter.restart_clock()
+
                 # One step. It is dispatched and not waited for, so the loop runs ahead and the
                 # devices never wait for Python.
                 asked = time.perf_counter()
@@ -319,10 +339,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 waited = time.perf_counter() - asked
                 if meter.first_step:
                     if is_first:
-                        figures.save_samples(order, augment, step, workdir / "samples.png")
+                        seen = augment.with_crop_size(crop_size)
+                        figures.save_samples(order, seen, step, workdir / "samples.png")
                     compiled.result()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, step_metrics = train_step(state, batch)
+                    state, step_metrics = train_steps[crop_size](state, batch)
                 step += 1
                 evaluated = False
                 first = meter.first_step

@@ -30,6 +30,7 @@ def state():
         step=jnp.int32(0),
         params=params,
         batch_stats={"bn1": {"mean": jnp.ones(8)}},
+        average={},
         opt_state=optax.sgd(0.1, momentum=0.9).init(params),
         plateau=optax.contrib.reduce_on_plateau().init(params),
         key=jax.random.PRNGKey(0),

@@ -328,7 +328,7 @@ BAD_VALUES = [
     ("schedule.kind", "stairs", "steps"),
     ("schedule.scaling", "square", "none, linear, sqrt"),
     ("schedule.scaling_batch_size", "0", "scaling_batch_size=0"),
-    ("optimizer.kind", "adam", "sgd, lars"),
+    ("optimizer.kind", "adam", "sgd, sgdw, lars"),
     ("optimizer.trust_coefficient", "0", "trust_coefficient=0.0"),
     ("num_epochs", "0", "num_epochs=0"),
     ("checkpoint.keep", "1", "checkpoint.keep=1"),

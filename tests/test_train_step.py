@@ -18,6 +18,8 @@ from alexnet_jax.training.sharding import make_parallel, to_host
 from alexnet_jax.training.train_step import (
     accuracies,
     augment_batch,
+    build_state,
+    build_train_step,
     init_state,
     make_eval_step,
     make_train_step,
@@ -61,21 +63,14 @@ class Program:
         self.model = build_model(config, **options)
         self.augment = make_augment(config, STATS)
         tx = make_optimizer(config, steps_per_epoch=10.0)
-        size = config.augment.crop_size
 
         def init():
-            return init_state(self.model, tx, config.seed, (size, size, 3))
+            return build_state(config, self.model, tx)
 
         self.shapes = jax.eval_shape(init)
         shardings = self.parallel.state_shardings(self.shapes)
         self.state = jax.jit(init, out_shardings=shardings)()
-        step = make_train_step(
-            self.model,
-            tx,
-            self.augment,
-            accumulate_steps=config.optimizer.accumulate_steps,
-            log_grad_norm=bool(config.optimizer.clip_norm),
-        )
+        step = build_train_step(config, self.model, tx, self.augment)
         self.train_step = self.parallel.compile_train_step(step, self.shapes)
         eval_step = make_eval_step(self.model, self.augment)
         self.eval_step = self.parallel.compile_eval_step(eval_step, self.shapes)
@@ -190,12 +185,13 @@ def test_random_draws_differ_between_images_devices_and_steps():
     same = np.repeat(make_batch(count=1)["image"], 8, axis=0)
     augment = make_augment(make_config(randomness=True), STATS)
 
-    def augment_part(images, step):
+    def augment_part(batch, step):
         key = jax.random.fold_in(train_key(0), step)
-        return augment_batch(augment, key, images, step, "devices")
+        return augment_batch(augment, key, batch, step, "devices")["image"]
 
     on_devices = jax.pmap(augment_part, "devices", in_axes=(0, None))
-    seen = [np.asarray(on_devices(same.reshape(8, 1, 72, 72, 3), step)) for step in (0, 1)]
+    batch = {"image": same.reshape(8, 1, 72, 72, 3), "label": np.zeros((8, 1), np.int32)}
+    seen = [np.asarray(on_devices(batch, step)) for step in (0, 1)]
     crops = np.concatenate([s.reshape(8, -1) for s in seen])
     assert len(np.unique(crops, axis=0)) == 16
 

@@ -89,7 +89,7 @@ def features_figure(network: Trained, image: UInt8[np.ndarray, "S S 3"]) -> "Fig
     """
     from matplotlib.figure import Figure
 
-    size = network.config.augment.crop_size
+    size = network.augment.view_size
     outputs = layer_outputs(network, image)
     panels = [("image", augment.center_window(image, size)), *outputs.items()]
     rows = [panels[start : start + COLUMNS] for start in range(0, len(panels), COLUMNS)]

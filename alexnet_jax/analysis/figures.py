@@ -76,8 +76,8 @@ def save_samples(order: Order, augment: Augment, step: int, path: Path) -> None:
     with_mean = augment.stats._replace(mean=np.zeros_like(augment.stats.mean))
     augment = dataclasses.replace(augment, stats=with_mean)
     key = jax.random.fold_in(train_key(order.seed), step)
-    images = run_once(lambda x: augment_batch(augment, key, x, step), batch["image"])
-    pixels = np.clip(np.rint(np.asarray(images) / augment.scale), 0, 255).astype(np.uint8)
+    seen = run_once(lambda x: augment_batch(augment, key, x, step)["image"], batch)
+    pixels = np.clip(np.rint(np.asarray(seen) / augment.scale), 0, 255).astype(np.uint8)
     save_sample_grid(pixels, [order.store.class_names[label] for label in batch["label"]], path)
 
 

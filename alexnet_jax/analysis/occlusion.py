@@ -77,7 +77,7 @@ def occlude(
     Raises:
       UserError: not 1 <= stride <= patch <= side of the crop.
     """
-    size = network.config.augment.crop_size
+    size = network.augment.view_size
     patch = max(1, size // 4) if patch is None else patch
     stride = min(patch, max(1, size // 28)) if stride is None else stride
     if not 1 <= stride <= patch <= size:
@@ -113,9 +113,8 @@ def occluded_batches(
 
     The last batch is padded with the image.
     """
-    config = network.config
-    size = config.augment.crop_size
-    start = (config.image_size - size) // 2
+    size = network.augment.view_size
+    start = (network.config.image_size - size) // 2
     mean = np.broadcast_to(np.rint(network.stats.mean), image.shape)
     centers = [_center(cell, stride) for cell in range(math.ceil(size / stride))]
     spans = [_span(center, patch, start, size) for center in centers]

@@ -19,7 +19,7 @@ from alexnet_jax.analysis.targets import Target
 from alexnet_jax.data.augment import Statistics, make_augment
 from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer
-from alexnet_jax.training.train_step import build_train_step, init_state
+from alexnet_jax.training.train_step import build_state, build_train_step
 
 Costs = dict[str, Any]  # one layout in plan.json
 KERNELS_SHOWN = 10
@@ -59,8 +59,7 @@ def compile_step(
     tx = make_optimizer(config, steps_per_epoch)
     augment = make_augment(config, statistics, steps_per_epoch)
     train_step = build_train_step(config, model, tx, augment)
-    crop = (config.augment.crop_size, config.augment.crop_size, 3)
-    state = jax.eval_shape(lambda: init_state(model, tx, config.seed, crop))
+    state = jax.eval_shape(lambda: build_state(config, model, tx))
     state = jax.tree.map(lambda x, s: x.update(sharding=s), state, parallel.state_shardings(state))
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.batch_sharding)

@@ -1,10 +1,11 @@
-"""What happens to the pixels inside the jitted step: crop, flip, color noise, mean, views.
+"""What happens to the pixels inside the jitted step: crop, flip, color noise, mean, mixing, views.
 
 The sources are the 2012 paper, §4.1, and run #145 of its authors' released program, which differs
 in places (`configs/imagenet_2012.py` lists them). The inception crop is that of Szegedy et al. 2014
-(arXiv 1409.4842, §6), resized as Pillow resizes.
+(arXiv 1409.4842, §6), resized as Pillow resizes. Later augmentations are off by default.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -16,11 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int32, Shaped, UInt8
 from ml_collections import ConfigDict
+from scipy.stats import beta
 
+from alexnet_jax.data.trivial_augment import trivial_augment
 from alexnet_jax.utils.errors import UserError
 
 VIEWS = ("center", "nine", "ten")
 BOX_DRAWS = 10  # attempts to draw an inception box, as in torchvision
+# Of random erasing, as in torchvision: share of the area, and width over height.
+ERASED_AREA, ERASED_ASPECT = (0.02, 0.33), (0.3, 3.3)
+# Folded into an image's key for the draws that came later, which leaves the first three as they
+# were.
+TRIVIAL, ERASE, MIX = 3, 4, 5
+# A loop that draws from a beta distribution by rejection takes longer than the mixing, so its
+# quantiles are computed once, and one of these is drawn.
+QUANTILES = 4096
+
+Examples = dict[str, jax.Array]
 
 
 class Statistics(NamedTuple):
@@ -67,6 +80,8 @@ class Augment:
       stats: of the training images.
       dtype: in which the network computes. On TPU images may be rounded to it before the crop.
       noise_changes: (step, standard deviation) pairs, rising; each holds from its step on.
+      size_changes: the same for the crop size in pixels.
+      eval_crop_size: of `views` and `center`, in pixels; 0 for that of training.
     """
 
     fields: ConfigDict
@@ -75,12 +90,29 @@ class Augment:
     stats: Statistics
     dtype: str
     noise_changes: tuple[tuple[int, float], ...] = ()
+    size_changes: tuple[tuple[int, int], ...] = ()
+    eval_crop_size: int = 0
 
     @property
     def crop_size(self) -> int:
-        """Size of the network's input in pixels."""
+        """Size of the network's input in training, in pixels, unless it changes."""
         size: int = self.fields.crop_size
         return size
+
+    @property
+    def view_size(self) -> int:
+        """Size of the network's input in evaluation, in pixels."""
+        return self.eval_crop_size or self.crop_size
+
+    def crop_size_at(self, step: int) -> int:
+        """Returns the size of the network's input in a training step, in pixels."""
+        sizes = [self.crop_size, *(size for start, size in self.size_changes if step >= start)]
+        return sizes[-1]
+
+    def with_crop_size(self, size: int) -> "Augment":
+        """Returns the same augmentation with another crop size in training."""
+        fields = ConfigDict(self.fields.to_dict() | {"crop_size": size})
+        return dataclasses.replace(self, fields=fields, eval_crop_size=self.view_size)
 
     @property
     def scale(self) -> Float32[np.ndarray, " 3"]:
@@ -108,6 +140,49 @@ class Augment:
         noise = self.color_noise(step)
         return jax.vmap(lambda image, key: self._augment_one(image, key, noise))(images, keys)
 
+    def mix(
+        self, images: Float32[jax.Array, "B H W 3"], labels: jax.Array, keys: jax.Array
+    ) -> Examples:
+        """Mixes each image with its partner, if `mixup` or `cutmix` is set.
+
+        The partner of image i is image i XOR 1, which is on the same device. Both are mixed in the
+        same proportion. MixUp (Zhang et al. 2017, arXiv 1710.09412) averages all pixels; CutMix
+        (Yun et al. 2019, arXiv 1905.04899) takes a rectangle from the partner. If both are set, a
+        pair gets either one.
+
+        Args:
+          labels: int32[B].
+          keys: of the images; the first of a pair decides.
+
+        Returns {"image": …, "label": …} and, if images are mixed, {"partner_label": int32[B],
+        "share": float32[B]}: the share that an image keeps of itself.
+        """
+        mixup, cutmix = self.fields.mixup, self.fields.cutmix
+        if not mixup and not cutmix:
+            return {"image": images, "label": labels}
+        size = images.shape[1]
+        quantiles = [_beta_quantiles(alpha) for alpha in (mixup, cutmix)]
+
+        def own_share(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            kind_key, share_key, center_key = jax.random.split(jax.random.fold_in(key, MIX), 3)
+            is_cut = jax.random.bernoulli(kind_key, 0.5 if mixup and cutmix else float(cutmix > 0))
+            index = jax.random.randint(share_key, (), 0, QUANTILES)
+            share = jnp.where(is_cut, quantiles[1][index], quantiles[0][index])
+            box = cutmix_box(share, jax.random.randint(center_key, (2,), 0, size), size)
+            outside = 1.0 - _in_box(box, size)
+            return jnp.where(is_cut, outside, share), jnp.where(is_cut, outside.mean(), share)
+
+        shares, share = jax.vmap(own_share)(keys[::2])  # of pixels float32[B / 2, S, S], of pairs
+        pairs = images.reshape(-1, 2, *images.shape[1:])
+        shares = shares[:, None, :, :, None]
+        mixed = shares * pairs + (1 - shares) * pairs[:, ::-1]
+        return {
+            "image": mixed.reshape(images.shape),
+            "label": labels,
+            "partner_label": labels.reshape(-1, 2)[:, ::-1].reshape(-1),
+            "share": jnp.repeat(share, 2),
+        }
+
     def _augment_one(self, image: jax.Array, key: jax.Array, noise: jax.Array) -> jax.Array:
         crop_key, flip_key, noise_key = jax.random.split(key, 3)
         flip = self.fields.flip & jax.random.bernoulli(flip_key)
@@ -119,13 +194,17 @@ class Augment:
         if self.fields.mean == "image":
             image = image - self.stats.mean
         image = self._random_crop(crop_key, flip, image)
+        if self.fields.trivial:
+            image = trivial_augment(image, jax.random.fold_in(key, TRIVIAL))
         if self.fields.mean != "image":
-            image = image - self._center_mean()
+            image = image - self._center_mean(self.crop_size)
 
         # §4.1: add Σ_i α_i λ_i p_i to every pixel, one draw of α ~ N(0, noise²) for each image.
         image = image + self.stats.noise_basis @ (noise * jax.random.normal(noise_key, (3,)))
         if self.fields.color_noise_shrink:
             image = image / (1.0 + noise)
+        if self.fields.erase:
+            image = self._erase(jax.random.fold_in(key, ERASE), image)
         return image * self.scale
 
     def _random_crop(self, key: jax.Array, flip: jax.Array, image: jax.Array) -> jax.Array:
@@ -143,6 +222,16 @@ class Augment:
         )
         return crop
 
+    def _erase(self, key: jax.Array, image: jax.Array) -> jax.Array:
+        """Erases a rectangle with probability `erase` (Zhong et al. 2017, arXiv 1708.04896).
+
+        Its pixels become the mean, as in torchvision, where images are normalized before.
+        """
+        draw_key, box_key = jax.random.split(key)
+        box = inception_box(box_key, len(image), ERASED_AREA, ERASED_ASPECT)
+        is_erased = jax.random.bernoulli(draw_key, self.fields.erase)
+        return jnp.where(is_erased, erase(image, box), image)
+
     @property
     def views(self) -> Int32[np.ndarray, "V 3"]:
         """The top, the left and whether it is mirrored of each view that evaluation averages.
@@ -151,7 +240,7 @@ class Augment:
         then the same five mirrored; the order is that of the released program. Its networks for
         CIFAR-10 were tested with nine views: three by three, not mirrored.
         """
-        end = self.image_size - self.crop_size
+        end = self.image_size - self.view_size
         offsets = (0, end // 2, end)
         grid = [(top, left) for top in offsets for left in offsets]
         places, mirrored = {
@@ -163,7 +252,7 @@ class Augment:
 
     def view(
         self, images: UInt8[jax.Array, "B S S 3"], place: Int32[jax.Array, " 3"]
-    ) -> Float32[jax.Array, "B crop_size crop_size 3"]:
+    ) -> Float32[jax.Array, "B view_size view_size 3"]:
         """Returns one of the `views` of each image, the mean subtracted."""
         top, left, mirrored = place
         window = self._window(images, top, left)
@@ -171,24 +260,24 @@ class Augment:
 
     def center(
         self, images: UInt8[jax.Array, "B S S 3"]
-    ) -> Float32[jax.Array, "B crop_size crop_size 3"]:
+    ) -> Float32[jax.Array, "B view_size view_size 3"]:
         """Returns the mean-subtracted center crops."""
-        border = self.image_size - self.crop_size
+        border = self.image_size - self.view_size
         return self._window(images, border // 2, border // 2)
 
     def _window(self, images: jax.Array, y: jax.Array | int, x: jax.Array | int) -> jax.Array:
-        shape = (self.crop_size, self.crop_size, 3)
+        shape = (self.view_size, self.view_size, 3)
         window = jax.lax.dynamic_slice(images, (0, y, x, 0), (images.shape[0], *shape))
         if self.fields.mean == "image":
             mean: Any = jax.lax.dynamic_slice(jnp.asarray(self.stats.mean), (y, x, 0), shape)
         else:
-            mean = self._center_mean()
+            mean = self._center_mean(self.view_size)
         view: jax.Array = (window.astype(jnp.float32) - mean) * self.scale
         return view
 
-    def _center_mean(self) -> np.ndarray:
+    def _center_mean(self, size: int) -> np.ndarray:
         mean = self.stats.mean
-        return mean if mean.ndim == 1 else center_window(mean, self.crop_size)
+        return mean if mean.ndim == 1 else center_window(mean, size)
 
 
 def make_augment(
@@ -198,7 +287,8 @@ def make_augment(
 
     Args:
       statistics: of the training images; None for a mean of 0 and no color noise.
-      steps_per_epoch: needed in training if `config.schedule.changes` changes the color noise.
+      steps_per_epoch: needed in training if `config.schedule.changes` changes the color noise or
+        the crop size.
 
     Raises:
       UserError: a field has a value that does not exist.
@@ -207,19 +297,36 @@ def make_augment(
     if statistics is None:
         like_mean = (config.image_size,) * 2 + (3,) if config.augment.mean != "channel" else (3,)
         statistics = Statistics(np.zeros(like_mean, np.float32), np.zeros((3, 3), np.float32))
-    changes = [
-        (math.ceil(epoch * steps_per_epoch), value)
-        for epoch, _, field, value in config.schedule.changes
-        if field == "color_noise" and math.isfinite(steps_per_epoch)
-    ]
+
+    def changes(field: str) -> tuple[tuple[int, Any], ...]:
+        return tuple(
+            (math.ceil(epoch * steps_per_epoch), value)
+            for epoch, _, changed, value in config.schedule.changes
+            if changed == field and math.isfinite(steps_per_epoch)
+        )
+
     return Augment(
         config.augment,
         config.image_size,
         config.eval.views,
         statistics,
         config.model.dtype,
-        tuple(changes),
+        changes("color_noise"),
+        changes("crop_size"),
+        config.eval.crop_size,
     )
+
+
+def other_crop_sizes(config: ConfigDict) -> dict[str, int]:
+    """Returns the crop sizes besides `augment.crop_size`, by the names of their fields."""
+    sizes = {
+        f"schedule.changes: crop_size={value} of epoch {epoch:g}": value
+        for epoch, _, field, value in config.schedule.changes
+        if field == "crop_size"
+    }
+    if config.eval.crop_size:
+        sizes[f"eval.crop_size={config.eval.crop_size}"] = config.eval.crop_size
+    return sizes
 
 
 def _check(config: ConfigDict) -> None:
@@ -242,6 +349,14 @@ def _check(config: ConfigDict) -> None:
             f"augment.crop_size={config.augment.crop_size} must lie between 1 and "
             f"image_size={config.image_size}"
         )
+    if config.augment.trivial and config.augment.mean == "image":
+        raise UserError(
+            "augment.trivial needs pixels from 0 to 255, but with augment.mean=image the mean is "
+            "subtracted first; set --config.augment.mean=channel"
+        )
+    for name, size in other_crop_sizes(config).items():
+        if not isinstance(size, int) or not 0 < size <= config.image_size:
+            raise UserError(f"{name} must lie between 1 and image_size={config.image_size}")
     scales = config.augment.channel_scale
     if len(scales) != 3 or not all(isinstance(s, int | float) and s > 0 for s in scales):
         raise UserError(f"augment.channel_scale={scales} must be three numbers above 0")
@@ -425,3 +540,50 @@ def _weights(
     in_box = (pixels >= 0) & (pixels < length)
     weights = jnp.where(in_box, jnp.maximum(2 * jnp.maximum(length, size) - distances, 0), 0)
     return weights / weights.sum(axis=1, keepdims=True)
+
+
+# ------------------------------------------------------------------------------------------
+# Erasing and mixing
+# ------------------------------------------------------------------------------------------
+
+
+def erase(
+    image: Float32[jax.Array, "S S 3"], box: Int32[jax.Array, " 4"]
+) -> Float32[jax.Array, "S S 3"]:
+    """Sets a box (top, left, height, width) of an image to 0."""
+    top, left, height, width = box
+    inside = _in_box((top, left, top + height, left + width), len(image))
+    return image * (1.0 - inside[..., None])
+
+
+def cutmix_box(
+    share: jax.Array | float, center: Int32[jax.Array, " 2"], size: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns top, left, bottom and right of what CutMix takes from the partner.
+
+    Args:
+      share: what the image keeps of itself, where the image's border does not cut off the box.
+      center: row and column of the box's center.
+      size: of the image in pixels.
+    """
+    half = jnp.floor(0.5 * jnp.sqrt(1.0 - share) * size).astype(jnp.int32)
+    top, left = jnp.maximum(center - half, 0)
+    bottom, right = jnp.minimum(center + half, size)
+    return top, left, bottom, right
+
+
+def _in_box(box: Sequence[jax.Array], size: int) -> Float32[jax.Array, "{size} {size}"]:
+    """Returns 1 inside a box (top, left, bottom, right) and 0 elsewhere."""
+    top, left, bottom, right = box
+    place = jnp.arange(size)
+    rows = (place >= top) & (place < bottom)
+    columns = (place >= left) & (place < right)
+    return (rows[:, None] & columns).astype(jnp.float32)
+
+
+def _beta_quantiles(alpha: float) -> Float32[jax.Array, " QUANTILES"]:
+    """Returns equally probable values of Beta(alpha, alpha), rising; ones if alpha is 0."""
+    if not alpha:
+        return jnp.ones(QUANTILES)
+    probabilities = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    return jnp.asarray(beta.ppf(probabilities, alpha, alpha), jnp.float32)

@@ -260,7 +260,9 @@ class Checkpoints:
             raise ValueError(DIFFERENT_CHECKSUM)
         return Restored(state, progress["position"])
 
-    def restore_variables(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+    def restore_variables(
+        self, step: int, like: dict[str, Any], of_average: bool = False
+    ) -> dict[str, Any]:
         """Returns only {"params": …, "batch_stats": …} of one step, for inference.
 
         This reads half of the bytes, since the velocity is as large as the parameters, and does
@@ -268,23 +270,33 @@ class Checkpoints:
 
         Args:
           like: shapes, dtypes and shardings, as `model.init` would return them.
+          of_average: whether to return the moving averages instead.
 
         Raises ValueError and UserError as `restore` does.
         """
         self._check_shapes(step, like["params"])
         like = {"params": like["params"], "batch_stats": like.get("batch_stats", {})}
+        stored = {"average": like} if of_average else like
         args = ocp.args.PyTreeRestore(
-            like,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+            stored,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
             partial_restore=True,
         )
-        variables, progress = self._read(step, ocp.PyTreeCheckpointHandler(), args)
-        for name, leaf in named_leaves(variables):
+        restored, progress = self._read(step, ocp.PyTreeCheckpointHandler(), args)
+        for name, leaf in named_leaves(restored):
             if not isinstance(leaf, jax.Array):  # Orbax leaves what is not there as it was
                 raise ValueError(f"it has no {name}")
-        # The checksums are in the order of TrainState's leaves: step, params, batch_stats, ….
-        checksums = _checksums(variables["params"]) + _checksums(variables["batch_stats"])
-        if checksums != (progress.get("checksums") or [])[1 : 1 + len(checksums)]:
+        # The checksums are in the order of TrainState's leaves: step, params, batch_stats, then
+        # those of the average, by name.
+        if of_average:
+            variables = restored["average"]
+            checksums = _checksums(variables)
+            first = 1 + len(checksums)
+        else:
+            variables = restored
+            checksums = _checksums(variables["params"]) + _checksums(variables["batch_stats"])
+            first = 1
+        if checksums != (progress.get("checksums") or [])[first : first + len(checksums)]:
             raise ValueError(DIFFERENT_CHECKSUM)
         return dict(variables)
 

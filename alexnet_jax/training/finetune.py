@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -17,7 +18,7 @@ from alexnet_jax.models.alexnet import AlexNet, kernel_layers, layers_of
 from alexnet_jax.models.summary import LayerRow
 from alexnet_jax.training.checkpoint import has_checkpoint
 from alexnet_jax.training.sharding import from_host
-from alexnet_jax.training.train_step import TrainState
+from alexnet_jax.training.train_step import TrainState, restart_average
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.errors import UserError
 
@@ -70,10 +71,15 @@ def with_weights(state: TrainState, source: Trained) -> TrainState:
     """Returns a state with the weights of all layers that the source has, after `with_classes`."""
     params, batch_stats = source.variables["params"], source.variables["batch_stats"]
     like = {name: state.params[name] for name in params}
-    return state.replace(
+    state = state.replace(
         params={**state.params, **from_host(params, like)},
         batch_stats=from_host(batch_stats, state.batch_stats),
     )
+    # Copies, since the step reuses the memory of each array of the state that it is given.
+    if state.average:
+        copy = restart_average(jax.tree.map(jnp.copy, state))
+        state = state.replace(average=copy.average)
+    return state
 
 
 def statistics(

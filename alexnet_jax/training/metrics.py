@@ -69,9 +69,10 @@ class Report:
     def evaluation(self, row: Row) -> None:
         """Records and prints a row of evaluation metrics."""
         self._record({**row, "split": "eval"})
+        without = f"; without averaging top1 {row['last_top1']:.2%}" if "last_top1" in row else ""
         self.say(
             f"{_step_and_epoch(row)}  evaluation: loss {row['loss']:.3f}, "
-            f"top1 {row['top1']:.2%}, top5 {row['top5']:.2%}"
+            f"top1 {row['top1']:.2%}, top5 {row['top5']:.2%}{without}"
         )
 
     def say(self, text: str) -> None:
@@ -180,7 +181,9 @@ def read_metrics(workdir: Path) -> list[Row]:
 
     Each has step, epoch, split ("train" or "eval"), loss (nats), top1 and top5 (0 to 1). Training
     rows also have learning_rate, images_per_s, data_wait (see `Meter.drain`) and, if gradients are
-    clipped, grad_norm. Reading ends at a line that a crash cut short.
+    clipped, grad_norm. Evaluation rows of a run with moving averages are those of the averages, and
+    have last_loss, last_top1 and last_top5 of the parameters themselves. Reading ends at a line
+    that a crash cut short.
     """
     path = workdir / "metrics.jsonl"
     rows: list[Row] = []

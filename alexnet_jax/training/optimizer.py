@@ -31,7 +31,7 @@ SCALINGS: dict[str, Callable[[float], float]] = {
     "sqrt": math.sqrt,
 }
 ALL, DATA = "all", "data"  # what else than a layer schedule.changes can name
-CHANGEABLE = ("learning_rate", "bias_learning_rate", "color_noise")
+CHANGEABLE = ("learning_rate", "bias_learning_rate", "color_noise", "crop_size")
 
 
 # ------------------------------------------------------------------------------------------
@@ -374,7 +374,7 @@ def _check_change(change: Any, frozen: Sequence[str], layers: Sequence[str]) -> 
         raise UserError(
             f"schedule.changes: unknown field {field!r}; the nearest are {', '.join(near)}"
         )
-    allowed = (DATA,) if field == "color_noise" else (ALL, *layers)
+    allowed = (DATA,) if field in ("color_noise", "crop_size") else (ALL, *layers)
     if layer not in allowed:
         raise UserError(
             f"schedule.changes: {field} cannot change for {layer!r}, only for {', '.join(allowed)}"

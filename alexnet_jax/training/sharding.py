@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int64
 from ml_collections import ConfigDict
 
+from alexnet_jax.data.augment import other_crop_sizes
 from alexnet_jax.models.alexnet import DTYPES, AlexNet, build_model, check_choice, has_classes
 from alexnet_jax.models.summary import LayerRow, layer_table
 from alexnet_jax.training.train_step import EvalStep, TrainStep
@@ -282,9 +284,13 @@ def build_network(
         )
     parallel = make_parallel(config.parallel, config.hybrid_group, devices)
     check_batch_size(config.batch_size, config.optimizer.accumulate_steps, parallel)
+    if config.augment.mixup or config.augment.cutmix:
+        _check_pairs(config.batch_size, parallel.mesh.size)
     model = build_model(config, **parallel.model_options(config.optimizer.gradient_dtype))
     layers = layer_table(model, (config.augment.crop_size, config.augment.crop_size, 3))
     check_layers(layers, parallel)
+    for name, other in other_crop_sizes(config).items():
+        _check_crop_size(model, config.augment.crop_size, other, name)
     return parallel, model, layers
 
 
@@ -309,6 +315,16 @@ def check_batch_size(batch_size: int, accumulate_steps: int, parallel: Parallel)
         )
 
 
+def _check_pairs(batch_size: int, devices: int) -> None:
+    """Raises UserError if a device has an odd number of images, so that one has no partner."""
+    if batch_size % (2 * devices):
+        raise UserError(
+            f"augment.mixup and augment.cutmix mix pairs of images, but batch_size={batch_size} "
+            f"gives each of {devices} device(s) {batch_size // devices} images, an odd number; set "
+            f"--config.batch_size={batch_size + devices}"
+        )
+
+
 def check_layers(layers: Sequence[LayerRow], parallel: Parallel) -> None:
     """Raises UserError if a group of devices cannot split the fully connected layers evenly."""
     group = parallel.mesh.shape[GROUP]
@@ -319,6 +335,27 @@ def check_layers(layers: Sequence[LayerRow], parallel: Parallel) -> None:
                 f"the {inputs} values of {row.name} cannot be split over groups of {group} "
                 "devices; set another --config.hybrid_group"
             )
+
+
+def _check_crop_size(model: AlexNet, size: int, other: int, name: str) -> None:
+    """Raises UserError if the network's parameters have other shapes at another crop size."""
+
+    def shapes(size: int) -> Any:
+        image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        try:
+            return jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
+        except UserError:  # too small for the network
+            return None
+
+    expected = shapes(size)
+    if shapes(other) != expected:
+        fitting = range(size, other, 1 if other > size else -1)
+        last = max((s for s in fitting if shapes(s) == expected), key=lambda s: abs(s - size))
+        raise UserError(
+            f"{name}: the network has other weights for crops of {other} pixels than for those of "
+            f"augment.crop_size={size}; choose at "
+            f"{'most' if other > size else 'least'} {last}, or variant owt, which takes any size"
+        )
 
 
 # ------------------------------------------------------------------------------------------

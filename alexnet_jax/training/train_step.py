@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Float32, Int32, UInt8
 from ml_collections import ConfigDict
 
-from alexnet_jax.data.augment import Augment
+from alexnet_jax.data.augment import Augment, Examples
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.training.optimizer import layer_of
 
@@ -39,6 +39,7 @@ class TrainState(flax.struct.PyTreeNode):
       step: int32[], number of updates made.
       params: float32 arrays by layer: `params["conv1"]["kernel"]`, …
       batch_stats: running statistics of the `bn` variant, {} for the others.
+      average: {"params": …, "batch_stats": …}, moving averages of these two; {} without averaging.
       opt_state: of the Optax transformation.
       plateau: state of the plateau schedule. Its `scale` multiplies the learning rate.
       key: uint32[2], the base random key. The draws of a step depend on it and the step only.
@@ -47,6 +48,7 @@ class TrainState(flax.struct.PyTreeNode):
     step: jax.Array
     params: Params
     batch_stats: dict[str, Any]
+    average: dict[str, Any]
     opt_state: optax.OptState
     plateau: Any
     key: jax.Array
@@ -57,13 +59,20 @@ def train_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.PRNGKey(seed), TRAIN)
 
 
+def build_state(config: ConfigDict, model: AlexNet, tx: optax.GradientTransformation) -> TrainState:
+    """Returns the state of a config before the first step."""
+    size = config.augment.crop_size
+    state = init_state(model, tx, config.seed, (size, size, 3))
+    return restart_average(state) if config.optimizer.ema_decay else state
+
+
 def init_state(
     model: AlexNet,
     tx: optax.GradientTransformation,
     seed: int,
     input_shape: tuple[int, int, int],
 ) -> TrainState:
-    """Returns the state before the first step.
+    """Returns the state before the first step, without a moving average.
 
     Args:
       input_shape: (S, S, C) of the images that the network sees.
@@ -86,10 +95,21 @@ def state_of(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
+        average={},
         opt_state=tx.init(params),
         plateau=optax.contrib.reduce_on_plateau().init(params),
         key=train_key(seed),
     )
+
+
+def restart_average(state: TrainState) -> TrainState:
+    """Returns a state whose moving averages start at its parameters and statistics."""
+    return state.replace(average={"params": state.params, "batch_stats": state.batch_stats})
+
+
+def averaged(state: TrainState) -> TrainState:
+    """Returns a state with the moving averages as its parameters, itself if it has none."""
+    return state.replace(**state.average)
 
 
 def make_train_step(
@@ -97,6 +117,8 @@ def make_train_step(
     tx: optax.GradientTransformation,
     augment: Augment,
     *,
+    label_smoothing: float = 0.0,
+    ema_decay: float = 0.0,
     accumulate_steps: int = 1,
     log_grad_norm: bool = False,
 ) -> TrainStep:
@@ -104,9 +126,12 @@ def make_train_step(
 
     The batch is {"image": uint8[B, S, S, 3], "label": int32[B]}; the step augments it. Metrics are
     float32[] means over the global batch: loss (nats), top1 and top5 (accuracies from 0 to 1).
+    Those of a mixed image are means over its two labels, weighted by their shares of the image.
 
     Args:
       tx: any Optax transformation. One that takes extra arguments gets `step` and `plateau_scale`.
+      label_smoothing: share of a label's probability that is spread evenly over all classes.
+      ema_decay: of the moving averages in the state; 0 for a state without them.
       accumulate_steps: number of parts in which the gradients of a batch are computed, one after
         the other, to save memory.
       log_grad_norm: adds the metric grad_norm, the global norm of the gradients of layers that
@@ -115,17 +140,24 @@ def make_train_step(
     tx = optax.with_extra_args_support(tx)
 
     def loss_fn(
-        params: Params, batch_stats: Any, images: jax.Array, labels: jax.Array, key: jax.Array
+        params: Params, batch_stats: Any, examples: Examples, key: jax.Array
     ) -> tuple[jax.Array, tuple[Metrics, Any]]:
         logits, updated = model.apply(
             {"params": params, "batch_stats": batch_stats},
-            images,
+            examples["image"],
             train=True,
             rngs={"dropout": key},
             mutable=["batch_stats"],
         )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        metrics = {"loss": losses, **accuracies(logits, labels)}
+
+        def values(labels: jax.Array) -> Metrics:
+            losses = cross_entropy(logits, labels, label_smoothing)
+            return {"loss": losses, **accuracies(logits, labels)}
+
+        metrics = values(examples["label"])
+        if "partner_label" in examples:
+            of_partner, share = values(examples["partner_label"]), examples["share"]
+            metrics = {k: share * v + (1 - share) * of_partner[k] for k, v in metrics.items()}
         metrics = {name: values.mean() for name, values in metrics.items()}
         return metrics["loss"], (metrics, updated.get("batch_stats", {}))
 
@@ -135,13 +167,12 @@ def make_train_step(
         # Augmentation is part of the step: the same pixels on any host, a tenth of the bytes to
         # transfer, and (seed, step) alone reproduce a batch exactly.
         key = jax.random.fold_in(state.key, state.step)
-        images = augment_batch(augment, key, batch["image"], state.step, model.axis_name)
+        examples = augment_batch(augment, key, batch, state.step, model.axis_name)
 
         dropout_key = jax.random.fold_in(key, DROPOUT)
-        examples = (images, batch["label"])
         if accumulate_steps == 1:
             grads, (metrics, batch_stats) = grad_fn(
-                state.params, state.batch_stats, *examples, dropout_key
+                state.params, state.batch_stats, examples, dropout_key
             )
         else:
             grads, (metrics, batch_stats) = _accumulate(
@@ -171,6 +202,11 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
         )
+        if ema_decay:
+            # The average of few steps must not remember the initial weights for a thousand.
+            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            new = {"params": state.params, "batch_stats": state.batch_stats}
+            state = state.replace(average=optax.incremental_update(new, state.average, 1 - decay))
         return state, metrics
 
     return train_step
@@ -184,6 +220,8 @@ def build_train_step(
         model,
         tx,
         augment,
+        label_smoothing=config.label_smoothing,
+        ema_decay=config.optimizer.ema_decay,
         accumulate_steps=config.optimizer.accumulate_steps,
         log_grad_norm=bool(config.optimizer.clip_norm),
     )
@@ -192,27 +230,28 @@ def build_train_step(
 def augment_batch(
     augment: Augment,
     key: jax.Array,
-    images: UInt8[jax.Array, "B S S 3"],
+    batch: Batch,
     step: jax.Array | int,
     axis_name: str | None = None,
-) -> Float32[jax.Array, "B crop_size crop_size 3"]:
-    """Returns a training batch as the network sees it.
+) -> Examples:
+    """Returns a training batch as the network sees it, as `Augment.mix` does.
 
     Args:
       key: the state's key with the step folded in.
     """
-    index = jnp.arange(len(images))
+    index = jnp.arange(len(batch["label"]))
     if axis_name:  # pmap: the index in the global batch
-        index += jax.lax.axis_index(axis_name) * len(images)
+        index += jax.lax.axis_index(axis_name) * len(index)
     key = jax.random.fold_in(key, AUGMENT)
-    return augment(images, jax.vmap(lambda i: jax.random.fold_in(key, i))(index), step)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+    return augment.mix(augment(batch["image"], keys, step), batch["label"], keys)
 
 
 def _accumulate(
     grad_fn: Callable[..., Any],
     params: Params,
     batch_stats: Any,
-    examples: tuple[jax.Array, jax.Array],
+    examples: Examples,
     key: jax.Array,
     parts: int,
 ) -> tuple[Params, tuple[Metrics, Any]]:
@@ -228,11 +267,11 @@ def _accumulate(
         grads = jax.tree.map(lambda total, g: total + g / parts, grads, part_grads)
         return (grads, batch_stats), metrics
 
-    split = [x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for x in examples]
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), examples)
     (grads, batch_stats), metrics = jax.lax.scan(
         add_part,
         (jax.tree.map(jnp.zeros_like, params), batch_stats),
-        (*split, jax.random.split(key, parts)),
+        (split, jax.random.split(key, parts)),
     )
     return grads, (jax.tree.map(jnp.mean, metrics), batch_stats)
 
@@ -274,6 +313,17 @@ def log_probabilities(
         return of_view(augment.views[0])
     # One view at a time: together they would take 8.5 GB at batch 1,024.
     return mean_softmax(jax.lax.map(of_view, jnp.asarray(augment.views)))
+
+
+def cross_entropy(
+    logits: Float32[jax.Array, "B C"], labels: Int32[jax.Array, " B"], smoothing: float = 0.0
+) -> Float32[jax.Array, " B"]:
+    """Returns -log p of the labels; with smoothing, a part of it is the mean over all classes."""
+    losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return losses
+    of_all_classes = nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
+    return (1 - smoothing) * losses + smoothing * of_all_classes
 
 
 def mean_softmax(log_probs: Float32[jax.Array, "N B C"]) -> Float32[jax.Array, "B C"]:

@@ -1,0 +1,188 @@
+"""TrivialAugment: one random operation of random strength for each image.
+
+Müller and Hutter 2021 (arXiv 2103.10158), with the operations and strengths that torchvision calls
+TrivialAugmentWide. `tests/test_trivial_augment.py` compares each with torchvision's.
+
+Which operation an image gets is known only on the device, and `jax.vmap` computes all of them for
+each image. So the five geometric ones share a single look-up of pixels, and histograms are matrix
+products.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+
+Pixels = Float32[jax.Array, "S S 3"]  # whole numbers from 0 to 255
+
+MAX_SHIFT = 32  # pixels, whatever the size of the image, as in torchvision
+MAX_SHEAR = 0.99
+MAX_ANGLE = np.deg2rad(135.0)
+GRAY = np.array([0.2989, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+
+
+def trivial_augment(image: Pixels, key: jax.Array) -> Pixels:
+    """Applies a random operation of OPERATIONS, of a random one of 31 strengths.
+
+    Args:
+      image: rounded to whole numbers first.
+      key: decides about the operation, the strength and the direction.
+    """
+    operation, strength, direction = jax.random.split(key, 3)
+    sign = jnp.where(jax.random.bernoulli(direction), 1.0, -1.0)
+    return apply(
+        jnp.rint(image),
+        jax.random.randint(operation, (), 0, len(OPERATIONS)),
+        jax.random.randint(strength, (), 0, 31) / 30,
+        sign,
+    )
+
+
+def apply(
+    image: Pixels, operation: jax.Array | int, strength: jax.Array | float, sign: jax.Array | float
+) -> Pixels:
+    """Applies one operation.
+
+    Args:
+      operation: index into OPERATIONS.
+      strength: from 0 to 1.
+      sign: 1 or -1, for the operations that have a direction.
+    """
+    amount = jnp.asarray(sign * strength, jnp.float32)
+    image = _warp(image, jnp.asarray(operation), amount)
+    changed: jax.Array = jax.lax.switch(
+        operation, list(OPERATIONS.values()), image, jnp.asarray(strength, jnp.float32), amount
+    )
+    # torchvision cuts off fractions, since it converts to uint8.
+    return jnp.floor(jnp.clip(changed, 0, 255))
+
+
+# ------------------------------------------------------------------------------------------
+# Geometry
+# ------------------------------------------------------------------------------------------
+
+
+def _warp(image: Pixels, operation: jax.Array, amount: jax.Array) -> Pixels:
+    """Shears, shifts or rotates the image: each pixel is copied from the nearest old one.
+
+    Black comes in where the image ends. Other operations leave the image as it is.
+    """
+    size = image.shape[0]
+    is_one = {name: operation == list(OPERATIONS).index(name) for name in GEOMETRIC}
+    shear = MAX_SHEAR * amount
+    shift = jnp.trunc(MAX_SHIFT * amount)
+    angle = jnp.where(is_one["rotate"], MAX_ANGLE * amount, 0.0)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # Where the pixel (x, y) comes from, measured from the point that stays where it is.
+    center = jnp.where(is_one["rotate"], size / 2, 0.0)
+    x = jnp.arange(size) + 0.5 - center
+    y = x[:, None]
+    old_x = cos * x - sin * y + jnp.where(is_one["shear_x"], shear, 0.0) * y
+    old_y = sin * x + cos * y + jnp.where(is_one["shear_y"], shear, 0.0) * x
+    old_x -= jnp.where(is_one["translate_x"], shift, 0.0)
+    old_y -= jnp.where(is_one["translate_y"], shift, 0.0)
+    column, row = (jnp.rint(old + center - 0.5).astype(jnp.int32) for old in (old_x, old_y))
+    is_inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
+    found = jnp.take(image.reshape(-1, 3), row * size + column, axis=0, mode="clip")
+    return jnp.where(is_inside[..., None], found, 0.0)
+
+
+# ------------------------------------------------------------------------------------------
+# Colors
+# ------------------------------------------------------------------------------------------
+
+
+def _same(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
+    return image
+
+
+def _brightness(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
+    return _blend(image, jnp.zeros(()), amount)
+
+
+def _color(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
+    return _blend(image, _gray(image)[..., None], amount)
+
+
+def _contrast(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
+    return _blend(image, _gray(image).mean(), amount)
+
+
+def _sharpness(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
+    size = image.shape[0]
+    inner = sum(
+        SMOOTH[i, j] * image[i : size - 2 + i, j : size - 2 + j] for i in range(3) for j in range(3)
+    )
+    # torchvision leaves the border as it is.
+    smooth = jnp.asarray(image).at[1:-1, 1:-1].set(jnp.rint(inner))
+    return _blend(image, smooth, amount)
+
+
+def _posterize(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
+    lost = jnp.rint(6 * strength)  # of the 8 bits
+    return jnp.floor(image / 2**lost) * 2**lost
+
+
+def _solarize(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
+    return jnp.where(image >= 255 * (1 - strength), 255 - image, image)
+
+
+def _autocontrast(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
+    low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))
+    return jnp.where(high > low, (image - low) * (255 / jnp.maximum(high - low, 1)), image)
+
+
+def _equalize(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
+    counts = _histograms(image)
+    up_to = jnp.cumsum(counts, axis=1)
+    # All but the pixels of the brightest value are spread over 255 steps.
+    brightest = 255 - jnp.argmax(counts[:, ::-1] > 0, axis=1)
+    step = (image.shape[0] ** 2 - counts[jnp.arange(3), brightest]) // 255
+    below = up_to - counts
+    table = (below + step[:, None] // 2) // jnp.maximum(step, 1)[:, None]
+    table = jnp.where(step[:, None] > 0, jnp.clip(table, 0, 255), jnp.arange(256))
+    values = image.astype(jnp.int32)
+    return jnp.stack([table[c][values[..., c]] for c in range(3)], axis=-1).astype(jnp.float32)
+
+
+def _blend(image: Pixels, other: jax.Array, amount: jax.Array) -> Pixels:
+    """Moves away from another image, or toward it if the amount is negative."""
+    factor = 1 + 0.99 * amount
+    return factor * image + (1 - factor) * other
+
+
+def _gray(image: Pixels) -> Float32[jax.Array, "S S"]:
+    return jnp.floor(image @ GRAY)
+
+
+def _histograms(image: Pixels) -> jax.Array:
+    """Returns how often each channel has each value, int32[3, 256].
+
+    As the product of the upper and the lower four bits: a scatter would add up one by one, and
+    comparing each pixel with 256 values takes 16 times as much memory.
+    """
+    values = image.reshape(-1, 3).astype(jnp.int32)
+    digits = jnp.arange(16)
+    upper = (values[..., None] // 16 == digits).astype(jnp.bfloat16)
+    lower = (values[..., None] % 16 == digits).astype(jnp.bfloat16)
+    counts = jnp.einsum("pch,pcl->chl", upper, lower, preferred_element_type=jnp.float32)
+    return counts.reshape(3, 256).astype(jnp.int32)
+
+
+GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+# The geometric ones are done before, by `_warp`.
+OPERATIONS: dict[str, Callable[[Pixels, jax.Array, jax.Array], Pixels]] = {
+    "identity": _same,
+    **dict.fromkeys(GEOMETRIC, _same),
+    "brightness": _brightness,
+    "color": _color,
+    "contrast": _contrast,
+    "sharpness": _sharpness,
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "autocontrast": _autocontrast,
+    "equalize": _equalize,
+}
