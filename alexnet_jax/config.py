@@ -80,6 +80,11 @@ FIELDS = {
     "image_size": Field(
         256, "pixels of stored images: shorter side scaled to this, center square kept (§2)", 1
     ),
+    "stored": Field(
+        "square",
+        '"whole": keep all of a training photograph, up to an aspect ratio of 2, for the inception '
+        "crop",
+    ),
     "storage": Field(
         "raw", 'stored as pixels, or as "jpeg": a seventh of the disk space, slower to read'
     ),

@@ -76,7 +76,7 @@ def describe(store: Store) -> str:
         "examples": f"{store.num_examples:,} ({store.num_corrupt} corrupt images left out)",
         "classes": f"{len(store.class_names)}, with {per_class.min():,} to {per_class.max():,} "
         "examples each",
-        "images": f"{store.image_size}x{store.image_size}, stored as {store.storage}",
+        "images": f"{store.image_shape[1]}x{store.image_shape[0]}, stored as {store.storage}",
         "size": f"{megabytes:,.1f} MB in {len(store.shard_bytes)} shards",
         "mean RGB": ", ".join(f"{value:.2f}" for value in store.mean_channel),
         "RGB eigenvalues": ", ".join(f"{value:.1f}" for value in store.eigenvalues),

@@ -160,7 +160,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         # is not compiled again when it is called with these shapes. `result` raises its errors.
         background = resources.enter_context(ThreadPoolExecutor(1, "background"))
         state_like = jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings)
-        batch_like = parallel.batch_like(config.batch_size, stores["train"].image_size)
+        batch_like = parallel.batch_like(config)
         first_step = max(checkpoint_steps(workdir), default=0)
         first_size = augment.crop_size_at(first_step)
         compiled = background.submit(_compile, train_steps[first_size], state_like, batch_like)

@@ -178,7 +178,7 @@ def tensorstore(data: Data, batch_size: int) -> Generator[int]:
 
 def pread(data: Data, batch_size: int) -> Generator[int]:
     """Reads random images' bytes from the shards into one reused batch, on all cores."""
-    from alexnet_jax.data.shards import CHECKSUM_BYTES, shard_key, slots_per_shard
+    from alexnet_jax.data.shards import CHECKSUM_BYTES, shard_key
     from alexnet_jax.data.store import open_store
 
     store = open_store(data.store)
@@ -188,7 +188,7 @@ def pread(data: Data, batch_size: int) -> Generator[int]:
 
     def fill(images: np.ndarray, rng: random.Random) -> int:
         for image in images:
-            shard, index = divmod(rng.randrange(store.num_examples), slots_per_shard(SIZE))
+            shard, index = divmod(rng.randrange(store.num_examples), store.slots_per_shard)
             os.preadv(files[shard], [image], index * (IMAGE_BYTES + CHECKSUM_BYTES))
         return len(images)
 

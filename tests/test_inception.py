@@ -23,7 +23,7 @@ def inception(size=SIZE, crop_size=CROP, **fields):
 
 
 def drawn_boxes(keys, size, area, aspect):
-    draw = functools.partial(inception_box, size=size, area=area, aspect=aspect)
+    draw = functools.partial(inception_box, sides=jnp.full(2, size), area=area, aspect=aspect)
     return np.asarray(jax.jit(jax.vmap(draw))(keys))
 
 
@@ -278,7 +278,7 @@ def test_train_step_uses_inception_crops():
     )
     state = init_state(model, tx, c.seed, (CROP, CROP, 3))
     batch = {"image": images(8), "label": jnp.arange(8)}
-    seen = augment_batch(augment, jax.random.fold_in(state.key, 0), batch["image"], 0)
+    seen = augment_batch(augment, jax.random.fold_in(state.key, 0), batch, 0)["image"]
     logits = model.apply({"params": state.params}, seen, train=True)
     loss = -jax.nn.log_softmax(logits)[jnp.arange(8), batch["label"]].mean()
     state, metrics = jax.jit(make_train_step(model, tx, augment))(state, batch)

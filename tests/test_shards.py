@@ -151,7 +151,7 @@ def test_jpeg_store_resembles_the_raw_store_on_a_third_of_the_disk(tmp_path):
     ("size", "expected"), [(8, 1024), (256, 1024), (512, 256), (700, 128), (20000, 1)]
 )
 def test_slots_per_shard_is_a_power_of_two_within_256_mib(size, expected):
-    assert shards.slots_per_shard(size) == expected
+    assert shards.slots_per_shard((size, size, 3)) == expected
     assert expected == 1 or expected * size * size * 3 <= 256 * 2**20
 
 

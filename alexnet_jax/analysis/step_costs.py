@@ -61,13 +61,7 @@ def compile_step(
     train_step = build_train_step(config, model, tx, augment)
     state = jax.eval_shape(lambda: build_state(config, model, tx))
     state = jax.tree.map(lambda x, s: x.update(sharding=s), state, parallel.state_shardings(state))
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.batch_sharding)
-        for name, shape, dtype in (
-            ("image", (count, size, size, 3), jnp.uint8),
-            ("label", (count,), jnp.int32),
-        )
-    }
+    batch = parallel.batch_like(config)
     jitted: Any = parallel.compile_train_step(train_step, state)
     values = sum(math.prod(layer.output_shape) for layer in layers)
     return CompiledStep(

@@ -128,17 +128,26 @@ class Augment:
         return jnp.asarray(value, jnp.float32)
 
     def __call__(
-        self, images: UInt8[jax.Array, "B S S 3"], keys: jax.Array, step: jax.Array | int = 0
+        self,
+        images: UInt8[jax.Array, "B S W 3"],
+        keys: jax.Array,
+        step: jax.Array | int = 0,
+        sizes: Int32[jax.Array, "B 2"] | None = None,
     ) -> Float32[jax.Array, "B crop_size crop_size 3"]:
         """Crops, flips and recolors a training batch at random and subtracts the mean.
 
         Args:
+          images: squares, or whole photographs as `data.store.to_canvas` describes them.
           keys: a random key for each image. What happens to an image thus does not depend on the
             device or the place in the batch that it is given.
           step: decides about `color_noise`.
+          sizes: height and width of whole photographs.
         """
         noise = self.color_noise(step)
-        return jax.vmap(lambda image, key: self._augment_one(image, key, noise))(images, keys)
+        return jax.vmap(
+            lambda image, key, size: self._augment_one(image, key, noise, size),
+            in_axes=(0, 0, None if sizes is None else 0),
+        )(images, keys, sizes)
 
     def mix(
         self, images: Float32[jax.Array, "B H W 3"], labels: jax.Array, keys: jax.Array
@@ -183,7 +192,9 @@ class Augment:
             "share": jnp.repeat(share, 2),
         }
 
-    def _augment_one(self, image: jax.Array, key: jax.Array, noise: jax.Array) -> jax.Array:
+    def _augment_one(
+        self, image: jax.Array, key: jax.Array, noise: jax.Array, size: jax.Array | None
+    ) -> jax.Array:
         crop_key, flip_key, noise_key = jax.random.split(key, 3)
         flip = self.fields.flip & jax.random.bernoulli(flip_key)
         image = image.astype(jnp.float32)
@@ -193,7 +204,7 @@ class Augment:
         # after it may have flipped it.
         if self.fields.mean == "image":
             image = image - self.stats.mean
-        image = self._random_crop(crop_key, flip, image)
+        image = self._random_crop(crop_key, flip, image, size)
         if self.fields.trivial:
             image = trivial_augment(image, jax.random.fold_in(key, TRIVIAL))
         if self.fields.mean != "image":
@@ -207,11 +218,22 @@ class Augment:
             image = self._erase(jax.random.fold_in(key, ERASE), image)
         return image * self.scale
 
-    def _random_crop(self, key: jax.Array, flip: jax.Array, image: jax.Array) -> jax.Array:
+    def _random_crop(
+        self, key: jax.Array, flip: jax.Array, image: jax.Array, whole: jax.Array | None
+    ) -> jax.Array:
         fields, size = self.fields, self.fields.crop_size
         if fields.crop == "inception":
-            box = inception_box(key, self.image_size, fields.crop_area, fields.crop_aspect)
-            return resize(image, box, flip, size, self.dtype)
+            sides = jnp.full(2, self.image_size) if whole is None else whole
+            box = inception_box(key, sides, fields.crop_area, fields.crop_aspect)
+            if whole is None:
+                return resize(image, box, (jnp.array(False), flip), size, self.dtype)
+            # A portrait is stored transposed, and so are its box and its crop at first.
+            is_portrait = whole[0] > whole[1]
+            top, left, height, width = box
+            box = jnp.where(is_portrait, jnp.stack([left, top, width, height]), box)
+            flips = (flip & is_portrait, flip & ~is_portrait)
+            resized = resize(image, box, flips, size, self.dtype)
+            return jnp.where(is_portrait, resized.swapaxes(0, 1), resized)
         offset = jax.random.randint(key, (2,), 0, self.image_size - size + 1)
         slices = functools.partial(_crop_by_slices, size=size)
         # bfloat16 holds pixels from 0 to 255, but not pixels minus a mean image.
@@ -228,7 +250,7 @@ class Augment:
         Its pixels become the mean, as in torchvision, where images are normalized before.
         """
         draw_key, box_key = jax.random.split(key)
-        box = inception_box(box_key, len(image), ERASED_AREA, ERASED_ASPECT)
+        box = inception_box(box_key, jnp.array(image.shape[:2]), ERASED_AREA, ERASED_ASPECT)
         is_erased = jax.random.bernoulli(draw_key, self.fields.erase)
         return jnp.where(is_erased, erase(image, box), image)
 
@@ -344,6 +366,14 @@ def _check(config: ConfigDict) -> None:
         raise UserError(
             f"eval.views={config.eval.views!r} does not exist; choose one of {', '.join(VIEWS)}"
         )
+    if config.stored == "whole" and (
+        config.augment.crop != "inception" or config.augment.mean != "channel"
+    ):
+        raise UserError(
+            "stored=whole keeps photographs of different shapes, which only the inception crop "
+            "uses and which have no mean image; set --config.augment.crop=inception and "
+            "--config.augment.mean=channel"
+        )
     if not 0 < config.augment.crop_size <= config.image_size:
         raise UserError(
             f"augment.crop_size={config.augment.crop_size} must lie between 1 and "
@@ -407,7 +437,7 @@ def _crop_by_products(
     """
     old, new = jnp.arange(len(image)), jnp.arange(size)
     rows = offset[0] + new[:, None] == old
-    columns = offset[1] + _columns(flip, size)[:, None] == old
+    columns = offset[1] + _order(flip, size)[:, None] == old
     rows, image, columns = (x.astype(jnp.bfloat16) for x in (rows, image, columns))
     return jnp.einsum("iy,yxc,jx->ijc", rows, image, columns).astype(jnp.float32)
 
@@ -418,14 +448,18 @@ def _crop_by_products(
 
 
 def inception_box(
-    key: jax.Array, size: int, area: tuple[float, float], aspect: tuple[float, float]
+    key: jax.Array,
+    sides: Int32[jax.Array, " 2"],
+    area: tuple[float, float],
+    aspect: tuple[float, float],
 ) -> Int32[jax.Array, " 4"]:
-    """Draws the part of a size×size image that an inception crop shows.
+    """Draws the part of an image that an inception crop shows.
 
     As in torchvision's RandomResizedCrop, this is the first of ten draws that fits into the image.
-    If none fits it is the largest box of the allowed aspect nearest to 1.
+    If none fits it is the largest box of the allowed aspect nearest to the image's.
 
     Args:
+      sides: height and width of the image in pixels.
       area: least and largest share of the image's area; uniform between them.
       aspect: least and largest width / height; log-uniform between them.
 
@@ -436,47 +470,49 @@ def inception_box(
     low, high = np.log(aspect)
     shares = jax.random.uniform(area_key, (BOX_DRAWS,), minval=area[0], maxval=area[1])
     logs = jax.random.uniform(aspect_key, (BOX_DRAWS,), minval=low, maxval=high)
-    drawn = jnp.round(size * jnp.sqrt(shares) * jnp.exp(jnp.stack([-logs, logs]) / 2))
-    fits = ((drawn >= 1) & (drawn <= size)).all(axis=0)
-    nearest = np.clip(1.0, *aspect)
-    largest = np.maximum(1, np.round(size * np.minimum(1, [1 / nearest, nearest])))
-    sides = jnp.where(fits.any(), drawn[:, jnp.argmax(fits)], largest).astype(jnp.int32)
-    offset = jax.random.randint(offset_key, (2,), 0, size - sides + 1)
-    return jnp.concatenate([offset, sides])
+    whole = sides.astype(jnp.float32)
+    geometric_mean = jnp.sqrt(whole[0] * whole[1])
+    drawn = jnp.round(geometric_mean * jnp.sqrt(shares) * jnp.exp(jnp.stack([-logs, logs]) / 2))
+    fits = ((drawn >= 1) & (drawn <= whole[:, None])).all(axis=0)
+    nearest = jnp.clip(whole[1] / whole[0], *aspect)
+    largest = jnp.minimum(whole, whole[::-1] * jnp.stack([1 / nearest, nearest]))
+    largest = jnp.maximum(1, jnp.round(largest))
+    box = jnp.where(fits.any(), drawn[:, jnp.argmax(fits)], largest).astype(jnp.int32)
+    offset = jax.random.randint(offset_key, (2,), 0, sides - box + 1)
+    return jnp.concatenate([offset, box])
 
 
 def resize(
-    image: Float32[jax.Array, "S S 3"],
+    image: Float32[jax.Array, "H W 3"],
     box: Int32[jax.Array, " 4"],
-    flip: Bool[jax.Array, ""],
+    flips: tuple[Bool[jax.Array, ""], Bool[jax.Array, ""]],
     size: int,
     dtype: str = "float32",
 ) -> Float32[jax.Array, "{size} {size} 3"]:
-    """Resizes a box of an image as Pillow's BILINEAR does, and mirrors it if `flip`.
+    """Resizes a box of an image as Pillow's BILINEAR does, and mirrors it.
 
     Args:
       box: top, left, height and width in pixels.
+      flips: whether to reverse the order of the rows, and of the columns.
       dtype: to which the result will be rounded. On TPU it determines how exact the sums are.
     """
     products = functools.partial(_resize_by_products, size=size, dtype=dtype)
     taps = functools.partial(_resize_by_taps, size=size)
-    resized: jax.Array = jax.lax.platform_dependent(image, box, flip, tpu=products, default=taps)
+    resized: jax.Array = jax.lax.platform_dependent(image, box, flips, tpu=products, default=taps)
     return resized
 
 
 def _resize_by_taps(
-    image: Float32[jax.Array, "S S 3"],
+    image: Float32[jax.Array, "H W 3"],
     box: Int32[jax.Array, " 4"],
-    flip: Bool[jax.Array, ""],
+    flips: tuple[Bool[jax.Array, ""], Bool[jax.Array, ""]],
     size: int,
 ) -> Float32[jax.Array, "{size} {size} 3"]:
     """Adds up the few pixels that make a new pixel. A GPU does this in one pass over a batch."""
     top, left, height, width = box
-    count = math.ceil(2 * max(1, len(image) / size))  # most pixels within the reach of a weight
-    for axis, start, length, new in (
-        (1, left, width, _columns(flip, size)),
-        (0, top, height, jnp.arange(size)),
-    ):
+    for axis, start, length in ((1, left, width), (0, top, height)):
+        new = _order(flips[axis], size)
+        count = math.ceil(2 * max(1, image.shape[axis] / size))  # most pixels in a weight's reach
         pixels, weights = _taps(start, length, new, count)
         weights = weights.reshape(size, count, *(1,) * (2 - axis))
         taps = (
@@ -487,31 +523,30 @@ def _resize_by_taps(
 
 
 def _resize_by_products(
-    image: Float32[jax.Array, "S S 3"],
+    image: Float32[jax.Array, "H W 3"],
     box: Int32[jax.Array, " 4"],
-    flip: Bool[jax.Array, ""],
+    flips: tuple[Bool[jax.Array, ""], Bool[jax.Array, ""]],
     size: int,
     dtype: str,
 ) -> Float32[jax.Array, "{size} {size} 3"]:
     """The same as two matrix products, since a TPU collects pixels one by one."""
     top, left, height, width = box
-    old = jnp.arange(len(image))
-    rows = _weights(old - top, height, jnp.arange(size))
-    columns = _weights(old - left, width, _columns(flip, size))
+    rows = _weights(jnp.arange(image.shape[0]) - top, height, _order(flips[0], size))
+    columns = _weights(jnp.arange(image.shape[1]) - left, width, _order(flips[1], size))
     # By default TPUs would round weights and pixels to bfloat16. HIGH adds up three products of
     # bfloat16 parts, which leaves an error far below bfloat16's; HIGHEST adds up six.
     precision = jax.lax.Precision.HIGH if dtype == "bfloat16" else jax.lax.Precision.HIGHEST
     return jnp.einsum("iy,yxc,jx->ijc", rows, image, columns, precision=precision)
 
 
-def _columns(flip: Bool[jax.Array, ""], size: int) -> Int32[jax.Array, " {size}"]:
-    """Returns the columns of a crop in the order in which it shows them.
+def _order(flip: Bool[jax.Array, ""], size: int) -> Int32[jax.Array, " {size}"]:
+    """Returns the rows or columns of a crop in the order in which it shows them.
 
     To reverse the finished crop would take longer than everything else: XLA's CPU backend computes
     each pixel again for each place that it may go to.
     """
-    columns = jnp.arange(size)
-    return jnp.where(flip, columns[::-1], columns)
+    places = jnp.arange(size)
+    return jnp.where(flip, places[::-1], places)
 
 
 def _taps(

@@ -1,4 +1,4 @@
-"""Decodes image files into the square RGB images of the 2012 paper.
+"""Decodes image files into the square RGB images of the 2012 paper, or into whole photographs.
 
 Section 2: "we first rescaled the image such that the shorter side was of length 256, and then
 cropped out the central 256x256 patch from the resulting image".
@@ -22,16 +22,17 @@ from alexnet_jax.data.shards import BufferPool
 from alexnet_jax.utils.errors import one_line
 
 WHITE = (255, 255, 255, 255)
+MAX_ASPECT = 2  # longer over shorter side of a stored whole photograph
 # 400 MB of decoded pixels. A file that claims more is damaged or a decompression bomb.
 MAX_PIXELS = 2**27
 # EXIF 2.3, tag 0x0112 (orientation): what turns the stored pixels upright. 1 is upright.
 TURN_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
-    3: lambda square: np.rot90(square, 2),
+    3: lambda image: np.rot90(image, 2),
     4: np.flipud,
-    5: lambda square: square.swapaxes(0, 1),
-    6: lambda square: np.rot90(square, -1),
-    7: lambda square: np.rot90(square, 2).swapaxes(0, 1),
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: np.rot90(image, 2).swapaxes(0, 1),
     8: np.rot90,
 }
 # Formats that Pillow recognizes by their content, but has no decoder for.
@@ -80,17 +81,25 @@ def _image_extensions() -> frozenset[str]:
 
 
 def decode_square(image: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Decodes an image, turns it upright, and scales and crops it to the central square.
+    """Decodes the central square of an image, as `decode` does."""
+    return decode(image, size, max_aspect=1)
 
-    The shorter side is scaled to `size`. Scaling antialiases when it shrinks an image. Color and
-    grayscale JPEGs that have to shrink, which includes nearly all of ImageNet, take a path that is
-    twice as fast (see `_shrink_jpeg`). For all others, Pillow decodes, and scales with its bicubic
-    filter.
+
+def decode(
+    image: bytes | np.ndarray, size: int, max_aspect: int = MAX_ASPECT
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes an image, turns it upright, and scales it so that the shorter side is `size`.
+
+    Of an image that is longer than `max_aspect` times its shorter side, the center is kept. Scaling
+    antialiases when it shrinks an image. Color and grayscale JPEGs that have to shrink, which
+    includes nearly all of ImageNet, take a path that is twice as fast (see `_shrink_jpeg`). For all
+    others, Pillow decodes, and scales with its bicubic filter.
 
     Args:
       image: bytes of any format that Pillow reads, or an array uint8[H, W], uint8[H, W, 1],
         uint8[H, W, 3], uint8[H, W, 4], uint16[H, W] or uint16[H, W, 1].
-      size: pixels along a side of the result.
+      size: pixels of the shorter side of the result.
+      max_aspect: at most this many times `size` is the longer side.
 
     Returns:
       RGB. Grayscale becomes three equal channels, transparent pixels are blended with white, CMYK
@@ -102,21 +111,20 @@ def decode_square(image: bytes | np.ndarray, size: int) -> UInt8[np.ndarray, "{s
         image of more than MAX_PIXELS, which is not decoded; UnknownRange.
     """
     if isinstance(image, np.ndarray):
-        return _scale_square(
-            Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image), size
-        )
+        picture = Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+        return _scale(picture, size, max_aspect)
     try:
-        shrunk = _shrink_jpeg(image, size)
+        shrunk = _shrink_jpeg(image, size, max_aspect)
     except ValueError:  # not a JPEG, or one for which libjpeg warns; Pillow decides
         shrunk = None
     if shrunk is not None and not _may_be_turned(image):
         return shrunk
     picture = Image.open(io.BytesIO(image))
-    square = _scale_square(picture, size, image) if shrunk is None else shrunk
-    # Turning an image and cropping the central square commute. TIFFs are upright already: Pillow
+    scaled = _scale(picture, size, max_aspect, image) if shrunk is None else shrunk
+    # Turning an image and cropping its center commute. TIFFs are upright already: Pillow
     # turns them, and removes their orientation, when it loads their pixels.
     turn = TURN_UPRIGHT.get(_orientation(picture))
-    return square if turn is None else np.ascontiguousarray(turn(square))
+    return scaled if turn is None else np.ascontiguousarray(turn(scaled))
 
 
 def _may_be_turned(jpeg: bytes) -> bool:
@@ -149,7 +157,7 @@ def reason(error: Exception) -> str:
     return one_line(error) or type(error).__name__
 
 
-def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:
+def _shrink_jpeg(image: bytes, size: int, max_aspect: int) -> np.ndarray | None:
     """Decodes a JPEG whose sides are longer than `size`; returns None for any other.
 
     libjpeg halves the image during decoding as often as possible, which skips most of the work.
@@ -166,15 +174,17 @@ def _shrink_jpeg(image: bytes, size: int) -> np.ndarray | None:
     decoded, blurred = _scratch_bytes(2 * height * width * 3).reshape(2, -1)
     pixels = simplejpeg.decode_jpeg(image, buffer=decoded, **least)
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = pixels[top : top + side, left : left + side]
+    kept = min(height, max_aspect * side), min(width, max_aspect * side)
+    top, left = (height - kept[0]) // 2, (width - kept[1]) // 2
+    center = pixels[top : top + kept[0], left : left + kept[1]]
     # A triangle of half-width s has variance s²/6; bilinear interpolation contributes 1/6.
     deviation = math.sqrt(((side / size) ** 2 - 1) / 6)
     if deviation > 0:
         taps = 2 * math.ceil(2 * deviation) + 1
-        blurred = blurred[: square.size].reshape(square.shape)
-        square = cv2.GaussianBlur(square, (taps, taps), deviation, dst=blurred)
-    return cv2.resize(square, (size, size), dst=_images.take((size, size, 3)))
+        blurred = blurred[: center.size].reshape(center.shape)
+        center = cv2.GaussianBlur(center, (taps, taps), deviation, dst=blurred)
+    height, width = (round(length * size / side) for length in kept)
+    return cv2.resize(center, (width, height), dst=_images.take((height, width, 3)))
 
 
 def _scratch_bytes(count: int) -> np.ndarray:
@@ -185,8 +195,8 @@ def _scratch_bytes(count: int) -> np.ndarray:
     return memory
 
 
-def _scale_square(picture: Image.Image, size: int, encoded: bytes = b"") -> np.ndarray:
-    """Scales the central square, whose borders may lie between pixels.
+def _scale(picture: Image.Image, size: int, max_aspect: int, encoded: bytes = b"") -> np.ndarray:
+    """Scales the center, whose borders may lie between pixels.
 
     Args:
       encoded: the bytes of the picture, if it has any.
@@ -197,9 +207,11 @@ def _scale_square(picture: Image.Image, size: int, encoded: bytes = b"") -> np.n
         )
     picture = _to_rgb(_to_eight_bits(picture, encoded))
     side = min(picture.size)
-    left, top = (picture.width - side) / 2, (picture.height - side) / 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    width, height = (min(length, max_aspect * side) for length in picture.size)
+    left, top = (picture.width - width) / 2, (picture.height - height) / 2
+    box = (left, top, left + width, top + height)
+    scaled = (round(width * size / side), round(height * size / side))
+    return np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC, box=box))
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

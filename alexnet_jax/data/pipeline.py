@@ -11,6 +11,7 @@ order does not depend on the number of hosts.
 """
 
 import functools
+import math
 import os
 import sys
 import threading
@@ -22,12 +23,11 @@ import jax
 import numpy as np
 from jaxtyping import Int, Int64
 
-from alexnet_jax.data.shards import slots_per_shard
 from alexnet_jax.data.store import Store
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.buckets import is_url
 
-Batch = dict[str, np.ndarray]  # {"image": uint8[B, S, S, 3], "label": int32[B]}
+Batch = dict[str, np.ndarray]  # of `Store.read`
 
 # Threads that read batches. Reading releases Python's lock. `launch` binds a process to some cores.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -60,7 +60,8 @@ def train_batches(
       place: called for each batch in a background thread, e.g. to transfer it to the devices.
 
     Returns:
-      An iterator over the results of `place` for {"image": uint8[L, S, S, 3], "label": int32[L]}.
+      An iterator over the results of `place` for {"image": uint8[L, S, S, 3], "label": int32[L]},
+      or what else `Store.read` returns.
       Its `get_state()` and `set_state()` read and change its position, which is the number of the
       next global batch: the same on every host, and valid for any number of hosts.
     """
@@ -68,7 +69,7 @@ def train_batches(
     indices = np.arange(batch_size) if local_indices is None else local_indices
     _advise(store, shuffle_shards)
     # In a stretch of batches, each lane uses up a quarter of a shard.
-    stretch = max(1, shuffle_shards * slots_per_shard(store.image_size) // (4 * batch_size))
+    stretch = max(1, shuffle_shards * store.slots_per_shard // (4 * batch_size))
     lock, announced = threading.Lock(), -1
 
     def announce(number: int) -> None:
@@ -164,7 +165,7 @@ class Order:
         rng = np.random.default_rng((self.seed, epoch))
         if not self.shuffle_shards:
             return rng.permutation(count)
-        shards = self.store.rows // slots_per_shard(self.store.image_size)
+        shards = self.store.rows // self.store.slots_per_shard
         ranks = rng.permutation(shards[-1] + 1)
         shard_by_shard = np.argsort(ranks[shards] + rng.random(count), kind="stable")
         # The lanes divide this sequence among themselves, each by the positions it has.
@@ -184,7 +185,7 @@ def _advise(store: Store, shuffle_shards: int) -> None:
         )
     if shuffle_shards:
         num_classes = len(store.class_names)
-        shards = store.rows // slots_per_shard(store.image_size)
+        shards = store.rows // store.slots_per_shard
         classes_per_shard = len(np.unique(shards * num_classes + store.labels)) / (shards[-1] + 1)
         if classes_per_shard * shuffle_shards < num_classes / 2:
             distributed.say(
@@ -208,7 +209,7 @@ def _pipeline(
     Several threads read one batch each, as long as READ_AHEAD_BYTES allow that many batches.
     Otherwise several threads share a batch, which needs less memory and is as fast if it is large.
     """
-    batch_bytes = max(1, local_batch_size * store.image_size**2 * 3)
+    batch_bytes = max(1, local_batch_size * math.prod(store.image_shape))
     affordable = READ_AHEAD_BYTES // batch_bytes
     num_placed = max(1, min(MAX_PLACED, affordable // 4))
     # Another one is being placed. With 0, the thread that places batches also reads them.

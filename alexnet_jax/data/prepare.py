@@ -29,7 +29,7 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 from tqdm import tqdm
 
 from alexnet_jax.config import FOLDER_PREFIX, folder_path
-from alexnet_jax.data.decode import decode_square, reason
+from alexnet_jax.data.decode import decode, decode_square, reason
 from alexnet_jax.data.shards import (
     Pieces,
     encode_jpeg,
@@ -49,15 +49,19 @@ from alexnet_jax.data.store import (
     CORRUPT_LABEL,
     FORMAT_VERSION,
     RENEW_COMMAND,
+    STORED,
     File,
     Store,
     identity_of,
+    image_shape,
     needs_preparation,
     open_kvstore,
     open_store,
     read_attributes,
     read_files,
     store_paths,
+    stored_for,
+    to_canvas,
     write_array,
     write_attributes,
     write_files,
@@ -86,7 +90,8 @@ def open_or_prepare(
 ) -> dict[str, Store]:
     """Opens the stores of a config, {"train": …, "eval": …}; prepares those that are not complete.
 
-    Reads the fields dataset, data_dir, train_split, eval_split, image_size, storage, max_corrupt.
+    Reads the fields dataset, data_dir, train_split, eval_split, image_size, stored, storage and
+    max_corrupt.
     TensorFlow is imported only if a store has to be prepared from a tfds data set.
 
     In a multi-host run, each host prepares its part of a store in a bucket. Local folders may be
@@ -176,8 +181,12 @@ def prepare_splits(
                 for path, split in splits.items()
                 if path in outdated or needs_preparation(path)
             }
-            fields = (config["image_size"], config["storage"], config["max_corrupt"], part)
-            jobs = [_Job(source, path, *fields) for path, source in sources.items()]
+            stored = {path: stored_for(config, use) for use, path in paths.items()}
+            fields = (config["image_size"], config["storage"])
+            jobs = [
+                _Job(source, path, *fields, stored[path], config["max_corrupt"], part)
+                for path, source in sources.items()
+            ]
             for job in jobs:
                 if job.source.skipped:
                     print(
@@ -248,7 +257,7 @@ def prepare_store(
 
     Raises UserError as `prepare_splits` does.
     """
-    job = _Job(source, path, image_size, storage, max_corrupt, ALL)
+    job = _Job(source, path, image_size, storage, STORED[0], max_corrupt, ALL)
     _begin(job)
     _write_missing_shards(job)
     _complete(job)
@@ -262,6 +271,7 @@ class _Job:
     path: str
     image_size: int
     storage: str
+    stored: str
     max_corrupt: float
     part: tuple[int, int]
 
@@ -270,13 +280,18 @@ class _Job:
         return open_kvstore(self.path)
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of a stored image."""
+        return image_shape(self.image_size, self.stored)
+
+    @property
     def num_shards(self) -> int:
         """Shards of the whole store."""
-        return -(-self.source.num_examples // slots_per_shard(self.image_size))
+        return -(-self.source.num_examples // slots_per_shard(self.image_shape))
 
     def rows(self, shard: int) -> range:
         """Returns the rows of one shard; the last shard may have fewer than the others."""
-        num_slots = slots_per_shard(self.image_size)
+        num_slots = slots_per_shard(self.image_shape)
         return range(shard * num_slots, min((shard + 1) * num_slots, self.source.num_examples))
 
     @property
@@ -288,6 +303,8 @@ class _Job:
             "num_rows": self.source.num_examples,
             "image_size": self.image_size,
             "storage": self.storage,
+            # Older stores of squares do not have it.
+            **({"stored": self.stored} if self.stored != STORED[0] else {}),
             "class_names": list(self.source.class_names),
         }
 
@@ -302,6 +319,7 @@ class _Record:
       outer_sum: see `_outer_sum`, summed over its images.
       num_bytes: of its file.
       files: of its rows, if the source is a folder.
+      sizes: of its rows, if photographs are stored whole.
     """
 
     labels: list[int]
@@ -309,6 +327,7 @@ class _Record:
     outer_sum: Float64[np.ndarray, "3 3"]
     num_bytes: int
     files: list[File] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
 
 def _begin(job: _Job) -> None:
@@ -373,14 +392,16 @@ class Decoded:
     """A decoded example.
 
     Attributes:
-      image: None if it is corrupt.
+      image: the central square; None if it is corrupt.
       chunk: what the shard contains of it.
+      size: height and width of the whole photograph, or of the square.
       error: why it is corrupt.
       checksum: of the encoded image of a folder; None if it cannot be read.
     """
 
     image: UInt8[np.ndarray, "S S 3"] | None
     chunk: np.ndarray | bytes | None
+    size: tuple[int, int]
     error: str = ""
     checksum: int | None = None
 
@@ -408,14 +429,27 @@ def _decode(job: _Job, example: Example) -> Decoded:
         encoded = example.load()
         if job.source.files:
             checksum = crc32c(encoded)
-        image = decode_square(encoded, job.image_size)
+        if job.stored == "whole":
+            whole = decode(encoded, job.image_size)
+            size, image = whole.shape[:2], to_canvas(whole)
+        else:
+            image = decode_square(encoded, job.image_size)
+            size = image.shape[:2]
     except Exception as error:  # damaged bytes make the decoders raise almost any exception
-        return Decoded(None, None, reason(error), checksum)
-    if job.storage == "raw":
-        return Decoded(image, image, "", checksum)
-    jpeg = encode_jpeg(image)
-    # The statistics describe the images that training reads, so they include the JPEG's loss.
-    return Decoded(simplejpeg.decode_jpeg(jpeg), jpeg, "", checksum)
+        return Decoded(None, None, (job.image_size, job.image_size), reason(error), checksum)
+    chunk: np.ndarray | bytes = image
+    if job.storage == "jpeg":
+        # The statistics describe the images that training reads, so they include the JPEG's loss.
+        chunk = encode_jpeg(image)
+        image = simplejpeg.decode_jpeg(chunk)
+    return Decoded(_central_square(image, size), chunk, size, "", checksum)
+
+
+def _central_square(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Returns the upright central square of a stored image, given its height and width."""
+    start = (max(size) - min(size)) // 2
+    square = image[:, start : start + len(image)]
+    return np.ascontiguousarray(square.swapaxes(0, 1) if size[0] > size[1] else square)
 
 
 def _assemble_shard(
@@ -438,6 +472,8 @@ def _assemble_shard(
         chunks.append(found.chunk)
         if job.source.files:
             record.files.append(job.source.files[row]._replace(crc32c=found.checksum))
+        if job.stored == "whole":
+            record.sizes.append(found.size)
         if found.image is None:
             record.labels.append(CORRUPT_LABEL)
             record.corrupt.append(f"{example.name}: {found.error}")
@@ -452,7 +488,7 @@ def _assemble_shard(
             f"{job.source.name} ends after {progress.n} examples instead of "
             f"{job.source.num_examples}; its files are damaged: build it again"
         )
-    chunks += [None] * (slots_per_shard(job.image_size) - len(chunks))
+    chunks += [None] * (slots_per_shard(job.image_shape) - len(chunks))
     pieces = pack_shard(chunks)
     record.num_bytes = sum(map(len, pieces))
     return image_sum, pieces
@@ -529,8 +565,11 @@ def _complete(job: _Job) -> None:
         image_sum += np.load(io.BytesIO(job.root[SUM_KEY.format(shard)]))
     outer_sum = np.sum([record.outer_sum for record in ordered], axis=0)
     mean_image, statistics = _statistics(num_examples, image_sum, outer_sum)
-    write_image_metadata(job.root, job.image_size, job.source.num_examples, job.storage)
+    write_image_metadata(job.root, job.image_shape, job.source.num_examples, job.storage)
     write_array(job.root, "label", labels)
+    if job.stored == "whole":
+        sizes = [size for record in ordered for size in record.sizes]
+        write_array(job.root, "size", np.array(sizes, np.int32))
     write_array(job.root, "mean_image", mean_image.astype(np.float32))
     files = [file for record in ordered for file in record.files]
     if files:

@@ -18,6 +18,7 @@ and reaches 40 % of that rate (docs/data.md).
 
 import contextlib
 import functools
+import math
 import os
 import resource
 import uuid
@@ -57,9 +58,9 @@ class ReplacedShardError(Exception):
     """A shard was written again after its store was opened."""
 
 
-def slots_per_shard(image_size: int) -> int:
+def slots_per_shard(image_shape: Sequence[int]) -> int:
     """Returns the number of images per shard: a power of two, at most 1,024 and 256 MiB."""
-    fitting = max(1, min(MAX_SLOTS, MAX_BYTES // (image_size * image_size * 3)))
+    fitting = max(1, min(MAX_SLOTS, MAX_BYTES // math.prod(image_shape)))
     return 1 << (fitting.bit_length() - 1)
 
 

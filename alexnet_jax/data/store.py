@@ -1,4 +1,4 @@
-"""The prepared store: square uint8 RGB images and their labels, as zarr v3 arrays.
+"""The prepared store: uint8 RGB images of one size and their labels, as zarr v3 arrays.
 
 JPEG decoding and resizing dominate the cost of an input pipeline, and AlexNet needs neither at
 training time: its augmentation crops from fixed 256x256 images (2012 paper, sections 2 and 4.1).
@@ -9,10 +9,13 @@ A store is a folder or a bucket prefix `<data_dir>/<dataset>_<image_size>/<split
     zarr.json    attributes of the zarr group, see `Store`; `complete` is set last
     image/       uint8[R, S, S, 3]: shard files of images with checksums, see `shards`
     label/       int32[R]; CORRUPT_LABEL where the source's image cannot be decoded
+    size/        int32[R, 2], of whole photographs; see `to_canvas`
     mean_image/  float32[S, S, 3]
     corrupt.log  one line for each such image, if there are any
     files.json   of a folder of images: name, size, time and CRC-32C of each file, see `File`
     parts/       only during preparation: records of the finished shards, see `prepare`
+
+Whole photographs are uint8[R, S, 2S, 3], for inception crops that reach beyond the central square.
 
 Row r is example r of the source. The examples of a store are its rows except the corrupt ones.
 The format is zarr because TensorStore reads and writes it on disks and in buckets, and other
@@ -30,10 +33,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float32, Int, Int32, Int64, UInt8
 from tqdm import tqdm
 
 from alexnet_jax.config import FOLDER_PREFIX, folder_path
+from alexnet_jax.data.decode import MAX_ASPECT
 from alexnet_jax.data.shards import (
     DECODERS,
     INDEX_CODECS,
@@ -57,6 +61,7 @@ FORMAT_VERSION = 3
 READABLE_VERSIONS = (2, FORMAT_VERSION)
 FILES_KEY = "files.json"
 CORRUPT_LABEL = -1
+STORED = ("square", "whole")
 PREPARE_COMMAND = "python -m alexnet_jax.store prepare --config CONFIG"
 
 
@@ -79,9 +84,33 @@ class File(NamedTuple):
     crc32c: int | None = None
 
 
+def image_shape(image_size: int, stored: str) -> tuple[int, int, int]:
+    """Returns the shape of a stored image: (S, S, 3), or (S, 2S, 3) of whole photographs."""
+    return (image_size, image_size * (MAX_ASPECT if stored == "whole" else 1), 3)
+
+
+def batch_shapes(image_size: int, stored: str) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Returns shape and dtype of what `Store.read` returns for one example, by name."""
+    size = {"size": ((2,), np.int32)} if stored == "whole" else {}
+    return {"image": (image_shape(image_size, stored), np.uint8), **size, "label": ((), np.int32)}
+
+
+def to_canvas(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "S 2S 3"]:
+    """Returns a photograph of shorter side S as it is stored with `stored="whole"`.
+
+    Portraits are transposed, so that one shape serves both. Pixels right of the photograph repeat
+    its last column, since black ones would show in its JPEG. Its height and width tell where it
+    ends and whether it is transposed.
+    """
+    if len(image) > image.shape[1]:
+        image = image.swapaxes(0, 1)
+    missing = MAX_ASPECT * len(image) - image.shape[1]
+    return np.pad(image, ((0, 0), (0, missing), (0, 0)), mode="edge")
+
+
 @dataclass(frozen=True, eq=False)
 class Store:
-    """A complete store, open for reading. N examples of S by S pixels.
+    """A complete store, open for reading. N examples of S by S pixels, or whole photographs.
 
     Attributes:
       path: a local path or a URL.
@@ -90,6 +119,7 @@ class Store:
         each file, but not on the folder's path.
       format_version: one of READABLE_VERSIONS.
       storage: "raw" or "jpeg".
+      stored: "square" or "whole".
       num_examples: N.
       num_corrupt: number of the source's examples that cannot be decoded.
       image_size: S.
@@ -101,6 +131,7 @@ class Store:
       eigenvectors: the corresponding unit eigenvectors as columns, each with its entry of largest
         magnitude positive.
       labels: of the examples.
+      sizes: height and width of whole photographs, turned upright; None for squares.
       rows: of the examples in the array `image`.
       shard_bytes: size of each shard file.
     """
@@ -110,6 +141,7 @@ class Store:
     identity: str
     format_version: int
     storage: str
+    stored: str
     num_examples: int
     num_corrupt: int
     image_size: int
@@ -119,10 +151,21 @@ class Store:
     eigenvalues: Float32[np.ndarray, " 3"]
     eigenvectors: Float32[np.ndarray, "3 3"]
     labels: Int32[np.ndarray, " N"] = field(repr=False)
+    sizes: Int32[np.ndarray, "N 2"] | None = field(repr=False)
     rows: Int64[np.ndarray, " N"] = field(repr=False)
     shard_bytes: tuple[int, ...] = field(repr=False)
     shards: Shards = field(repr=False)
     buffers: BufferPool = field(repr=False, default_factory=BufferPool)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of a stored image."""
+        return image_shape(self.image_size, self.stored)
+
+    @property
+    def slots_per_shard(self) -> int:
+        """The number of images in each shard but the last."""
+        return slots_per_shard(self.image_shape)
 
     def read(
         self, indices: Int[np.ndarray, " B"], threads: int = 1, pad_to: int = 0
@@ -134,7 +177,8 @@ class Store:
           pad_to: at least this many rows are returned. Those after the examples are black, with
             the label -1.
 
-        Returns {"image": uint8[B, S, S, 3], "label": int32[B]}.
+        Returns {"image": uint8[B, S, S, 3], "label": int32[B]}; of whole photographs {"image":
+        uint8[B, S, 2S, 3], "size": int32[B, 2], "label": int32[B]}, see `to_canvas`.
 
         Raises:
           UserError: an image is damaged or cannot be read.
@@ -145,7 +189,7 @@ class Store:
         if indices.size and not 0 <= indices.min() <= indices.max() < self.num_examples:
             raise IndexError(f"indices must be in [0, {self.num_examples})")
         count, total = len(indices), max(len(indices), pad_to)
-        images = self.buffers.take((total, self.image_size, self.image_size, 3))
+        images = self.buffers.take((total, *self.image_shape))
         labels = np.full(total, -1, np.int32)
         images[count:], labels[:count] = 0, self.labels[indices]
         try:
@@ -159,7 +203,11 @@ class Store:
             ) from error
         except OSError as error:
             raise _unreadable(self.path, error) from error
-        return {"image": images, "label": labels}
+        if self.sizes is None:
+            return {"image": images, "label": labels}
+        sizes = np.full((total, 2), self.image_size, np.int32)
+        sizes[:count] = self.sizes[indices]
+        return {"image": images, "size": sizes, "label": labels}
 
     def keep_shards(self, indices: Int[np.ndarray, " B"]) -> None:
         """Has a bucket's shards with these examples fetched whole, and forgets all others.
@@ -168,9 +216,7 @@ class Store:
         page cache anyway, if they fit.
         """
         if isinstance(self.shards, RemoteShards):
-            self.shards.keep(
-                np.unique(self.rows[indices] // slots_per_shard(self.image_size)).tolist()
-            )
+            self.shards.keep(np.unique(self.rows[indices] // self.slots_per_shard).tolist())
 
     def _read_rows(self, rows: np.ndarray, images: np.ndarray, threads: int) -> None:
         if threads == 1:
@@ -204,13 +250,15 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
     if not attributes["complete"]:
         raise UserError(f"the store at {path} is not complete; finish it with {PREPARE_COMMAND}")
     num_rows, size = attributes["num_rows"], attributes["image_size"]
-    storage, num_slots = attributes["storage"], slots_per_shard(size)
+    storage, stored = attributes["storage"], attributes.get("stored", STORED[0])
+    num_slots = slots_per_shard(image_shape(size, stored))
     shard_bytes = tuple(attributes["shard_bytes"])
     times = _check_shard_files(path, shard_bytes) if check_shards else []
     root = open_kvstore(path)
     try:
         labels = read_array(root, "label")
         mean_image = read_array(root, "mean_image")
+        sizes = read_array(root, "size") if stored == "whole" else None
     except ValueError as error:
         raise _unreadable(path, error) from error
     rows = np.flatnonzero(labels != CORRUPT_LABEL)
@@ -222,6 +270,7 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
         identity=attributes.get("identity", attributes["source"]),
         format_version=attributes["format_version"],
         storage=storage,
+        stored=stored,
         num_examples=len(rows),
         num_corrupt=num_rows - len(rows),
         image_size=size,
@@ -231,6 +280,7 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
         eigenvalues=np.array(attributes["eigenvalues"], np.float32),
         eigenvectors=np.array(attributes["eigenvectors"], np.float32),
         labels=labels[rows],
+        sizes=None if sizes is None else sizes[rows],
         rows=rows,
         shard_bytes=shard_bytes,
         shards=RemoteShards(root, storage, num_slots)
@@ -255,8 +305,8 @@ def find_damage(store: Store) -> Iterator[str]:
 
     Displays a progress bar.
     """
-    num_slots = slots_per_shard(store.image_size)
-    image = np.empty((1, store.image_size, store.image_size, 3), np.uint8)
+    num_slots = store.slots_per_shard
+    image = np.empty((1, *store.image_shape), np.uint8)
     for shard in tqdm(range(len(store.shard_bytes)), desc=store.path, unit=" shards"):
         first, end = np.searchsorted(store.rows, (shard * num_slots, (shard + 1) * num_slots))
         store.keep_shards(np.arange(first, min(end + num_slots, store.num_examples)))
@@ -302,15 +352,27 @@ def _unreadable(path: str, error: Exception) -> UserError:
 def store_paths(config: Mapping[str, Any]) -> dict[str, str]:
     """Returns the paths of a config's stores, {"train": …, "eval": …}.
 
-    Raises UserError if `config.storage` has an unknown value.
+    Raises UserError if `config.storage` or `config.stored` has an unknown value.
     """
-    if config["storage"] not in DECODERS:
-        raise UserError(f"storage={config['storage']!r}; it can be {', '.join(DECODERS)}")
-    return {use: store_path(config, config[f"{use}_split"]) for use in ("train", "eval")}
+    for field_name, values in (("storage", DECODERS), ("stored", STORED)):
+        if config[field_name] not in values:
+            raise UserError(f"{field_name}={config[field_name]!r}; it can be {', '.join(values)}")
+    return {
+        use: store_path(config, config[f"{use}_split"], stored_for(config, use))
+        for use in ("train", "eval")
+    }
 
 
-def store_path(config: Mapping[str, Any], split: str) -> str:
+def stored_for(config: Mapping[str, Any], use: str) -> str:
+    """Returns how the images of a store are kept: whole ones are for training only."""
+    stored: str = config["stored"] if use == "train" else STORED[0]
+    return stored
+
+
+def store_path(config: Mapping[str, Any], split: str, stored: str = STORED[0]) -> str:
     """Returns `<data_dir>/<dataset>_<image_size>/<split>`, or `…_<image_size>_jpeg/<split>`.
+
+    The folder of whole photographs ends in `_whole`.
 
     Characters that do not suit file names, such as those of `train[:90%]`, are replaced by "-".
     Eight hex digits of a hash of the name follow, so that different names never share a store. A
@@ -323,6 +385,7 @@ def store_path(config: Mapping[str, Any], split: str) -> str:
     else:
         name = _file_name(dataset)
     suffix = "" if config["storage"] == "raw" else f"_{config['storage']}"
+    suffix += "_whole" if stored == "whole" else ""
     parent = f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}{suffix}"
     return f"{parent}/{_file_name(split)}"
 
@@ -425,23 +488,25 @@ def write_array(root: ts.KvStore, name: str, values: np.ndarray) -> None:
     ts.open(spec, create=True, open=True).result().write(values).result()
 
 
-def write_image_metadata(root: ts.KvStore, size: int, num_rows: int, storage: str) -> None:
+def write_image_metadata(
+    root: ts.KvStore, shape: tuple[int, int, int], num_rows: int, storage: str
+) -> None:
     """Describes the shards as a zarr array, which zarr and TensorStore can open if it is raw.
 
     The codec "jpeg" is our own.
     """
     jpeg = {"name": "jpeg", "configuration": {"quality": JPEG_QUALITY}}
     sharding = {
-        "chunk_shape": [1, size, size, 3],
+        "chunk_shape": [1, *shape],
         "codecs": INDEX_CODECS if storage == "raw" else [jpeg, INDEX_CODECS[1]],
         "index_codecs": INDEX_CODECS,
         "index_location": "end",
     }
-    grid = {"chunk_shape": [slots_per_shard(size), size, size, 3]}
+    grid = {"chunk_shape": [slots_per_shard(shape), *shape]}
     array = {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": [num_rows, size, size, 3],
+        "shape": [num_rows, *shape],
         "data_type": "uint8",
         "fill_value": 0,
         "chunk_grid": {"name": "regular", "configuration": grid},

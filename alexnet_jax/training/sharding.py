@@ -26,6 +26,7 @@ from jaxtyping import Int64
 from ml_collections import ConfigDict
 
 from alexnet_jax.data.augment import other_crop_sizes
+from alexnet_jax.data.store import batch_shapes
 from alexnet_jax.models.alexnet import DTYPES, AlexNet, build_model, check_choice, has_classes
 from alexnet_jax.models.summary import LayerRow, layer_table
 from alexnet_jax.training.train_step import EvalStep, TrainStep
@@ -167,13 +168,14 @@ class Parallel:
 
         return {name: put(x) for name, x in batch.items()}
 
-    def batch_like(self, batch_size: int, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns the shapes, dtypes and shardings of a batch of `put_batch`, except for pmap."""
-
-        def like(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=self.batch_sharding)
-
-        return {"image": like(np.uint8, image_size, image_size, 3), "label": like(np.int32)}
+    def batch_like(self, config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes, dtypes and shardings of a training batch, except for pmap."""
+        return {
+            name: jax.ShapeDtypeStruct(
+                (config.batch_size, *shape), dtype, sharding=self.batch_sharding
+            )
+            for name, (shape, dtype) in batch_shapes(config.image_size, config.stored).items()
+        }
 
     # -- Compilation -------------------------------------------------------------------------------
 

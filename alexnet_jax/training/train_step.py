@@ -124,7 +124,7 @@ def make_train_step(
 ) -> TrainStep:
     """Returns `train_step(state, batch) -> (state, metrics)`.
 
-    The batch is {"image": uint8[B, S, S, 3], "label": int32[B]}; the step augments it. Metrics are
+    The batch is what `Store.read` returns; the step augments it. Metrics are
     float32[] means over the global batch: loss (nats), top1 and top5 (accuracies from 0 to 1).
     Those of a mixed image are means over its two labels, weighted by their shares of the image.
 
@@ -244,7 +244,8 @@ def augment_batch(
         index += jax.lax.axis_index(axis_name) * len(index)
     key = jax.random.fold_in(key, AUGMENT)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-    return augment.mix(augment(batch["image"], keys, step), batch["label"], keys)
+    images = augment(batch["image"], keys, step, batch.get("size"))
+    return augment.mix(images, batch["label"], keys)
 
 
 def _accumulate(
