@@ -12,6 +12,7 @@ themselves, `python -m alexnet_jax.bench` measures.
 import argparse
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 from alexnet_jax import config as configs
 from alexnet_jax.analysis import step_costs, targets
 from alexnet_jax.data import pipeline
-from alexnet_jax.data.store import needs_preparation, open_store, store_path
+from alexnet_jax.data.store import image_shape, needs_preparation, open_store, store_paths
 from alexnet_jax.models.alexnet import DTYPES
 from alexnet_jax.training import sharding
 from alexnet_jax.utils import buckets
@@ -37,7 +38,7 @@ MEASURED_S = 3.0
 
 def reading_rate(config: ConfigDict) -> float | None:
     """Returns how many images per second this machine reads; None if no data is prepared here."""
-    path = store_path(config, config.train_split)
+    path = store_paths(config)["train"]
     if needs_preparation(path):
         return None
     size = min(config.batch_size, 256)
@@ -200,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(describe(costs[-1]), end="\n\n", flush=True)
 
     needed = max(found["images_per_s_per_host"] for found in costs)
-    gigabytes = needed * config.image_size**2 * 3 / 1e9
+    gigabytes = needed * math.prod(image_shape(config.image_size, config.stored)) / 1e9
     rate = reading_rate(config)
     verdict = "The config's data is not prepared here, so this machine's rate was not measured."
     if rate is not None:

@@ -44,9 +44,11 @@ from alexnet_jax.utils import process
 
 FIRST_STEPS = 20
 # The twin has SGD as the paper describes it, and must not be compared with anything else.
-KEPT = ("init_from", "freeze", "model.conv1_padding", "schedule.changes") + tuple(
-    f"optimizer.{field}"
-    for field in ("kind", "layer_rates", "layer_decays", "clip_norm", "accumulate_steps")
+KEPT = (
+    *("init_from", "freeze", "model.conv1_padding", "schedule.changes", "label_smoothing"),
+    *("stored", "augment.mixup", "augment.cutmix", "eval.crop_size", "optimizer.nesterov"),
+    *("optimizer.kind", "optimizer.layer_rates", "optimizer.layer_decays", "optimizer.ema_decay"),
+    *("optimizer.clip_norm", "optimizer.accumulate_steps"),
 )
 QUICK = ("num_epochs=1", "train_split=train[:256]", "eval_split=test[:64]", "model.variant=bn")
 
@@ -170,15 +172,16 @@ def train_twin(config: ConfigDict, stores: dict[str, Store]) -> tuple[list[float
     order = pipeline.Order(stores["train"], config.batch_size, config.seed, config.shuffle_shards)
 
     @jax.jit
-    def augmented(images: jax.Array, step: jax.Array) -> jax.Array:
-        return augment_batch(augment, jax.random.fold_in(twin.key, step), images, step)
+    def augmented(batch: dict[str, jax.Array], step: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(twin.key, step)
+        return augment_batch(augment, key, batch, step)["image"]
 
     losses = []
     total = max(evaluation_steps(config, steps_per_epoch))
     batches = pipeline.train_batches(order)
     for step in range(total):
         batch = next(batches)
-        images = np.asarray(augmented(batch["image"], jnp.int32(step)))
+        images = np.asarray(augmented(batch, jnp.int32(step)))
         losses.append(twin.update(images, batch["label"], step))
         if step % 20 == 0:
             print(f"PyTorch: step {step} of {total}, loss {losses[-1]:.3f}", flush=True)
