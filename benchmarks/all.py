@@ -25,6 +25,7 @@ BENCHMARKS = {
     "train_step_paper": "train_step.py --mode train --variant paper --dtype float32 --batch 64",
     "augmentation": "augmentation.py",
     "loop": "loop.py",
+    "modern": "modern.py",
     "reading": "reading.py",
     "input_pipeline": "input_pipeline.py --images 8192 --seconds 3",
     "preparation": "preparation.py --scratch /dev/shm",

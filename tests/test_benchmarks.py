@@ -33,6 +33,7 @@ QUICK = (
     "reading.py",
     "start_up.py",
     "loop.py",
+    "modern.py",
     "store_scale.py",
     "train_step.py",
     f"train_step.py --against {ROOT}",
