@@ -10,13 +10,19 @@ import jax.numpy as jnp
 import pytest
 
 from alexnet_jax.analysis import step_costs, targets
-from alexnet_jax.config import default_config
+from alexnet_jax.config import default_config, load_config
 from alexnet_jax.data.augment import make_augment
 from alexnet_jax.models.alexnet import build_model
 from alexnet_jax.models.summary import layer_table
+from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.sharding import make_parallel
-from alexnet_jax.training.train_step import init_state, make_train_step
+from alexnet_jax.training.train_step import (
+    build_state,
+    build_train_step,
+    init_state,
+    make_train_step,
+)
 from alexnet_jax.utils import process
 
 BATCH = 128
@@ -113,6 +119,24 @@ def test_accelerators_get_ordinary_convolutions_and_products(platform, dtype, el
     assert not re.search(r"\bf64\b", text)
     images = re.findall(r"stablehlo.transpose .*tensor<(\d+)x\d+x\d+x\d+x\w+>", text)
     assert images.count(str(BATCH)) == (platform == "tpu")  # its crops are products
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_modern_recipe_adds_no_loop_and_no_scatter_over_pixels(platform):
+    config = load_config("imagenet_modern", parallel="jit", batch_size=8)
+    parallel, model, _ = sharding.build_network(config)
+    tx = make_optimizer(config, 100.0)
+    state = jax.eval_shape(lambda: build_state(config, model, tx))
+    step = build_train_step(config, model, tx, make_augment(config))
+    jitted = parallel.compile_train_step(step, state)
+    lowered = jitted.trace(state, parallel.batch_like(config)).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    operations = Counter(re.findall(r"= \"?stablehlo\.(\w+)", text))
+    assert not {"while", "fft"} & operations.keys()
+    scattered = re.findall(r"stablehlo.scatter[^\n]*\n(?:[^\n]*\n){,8}?.*-> tensor<(\S+)>", text)
+    # The gradients of the two losses, on the logits.
+    assert set(scattered) <= {"8x1000xf32", "8x1xf32"}
+    assert not re.search(r"\bf64\b", text)
 
 
 GB_MOVED = {  # by a step in bfloat16, at most; docs/performance.md has what there is now

@@ -116,8 +116,11 @@ def _sharpness(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
     inner = sum(
         SMOOTH[i, j] * image[i : size - 2 + i, j : size - 2 + j] for i in range(3) for j in range(3)
     )
+    place = jnp.arange(size)
+    is_inner = (place > 0) & (place < size - 1)
+    is_inner = (is_inner[:, None] & is_inner)[..., None]
     # torchvision leaves the border as it is.
-    smooth = jnp.asarray(image).at[1:-1, 1:-1].set(jnp.rint(inner))
+    smooth = jnp.where(is_inner, jnp.pad(jnp.rint(inner), ((1, 1), (1, 1), (0, 0))), image)
     return _blend(image, smooth, amount)
 
 
