@@ -103,6 +103,11 @@ FIELDS = {
         "paper",
         "a key of alexnet_jax.VARIANTS, or cifar_80sec, cifar_18pct, cifar_13pct or cifar_11pct",
     ),
+    "model.ablation": Field(
+        (),
+        "what the variant lacks: names of alexnet_jax.models.ablations.ABLATIONS, such as no_lrn, "
+        "or no_LAYER, such as no_conv3 (docs/studies.md)",
+    ),
     "model.num_classes": Field(1000, "number of logits", 1),
     "model.dtype": Field(
         "float32", 'of the arithmetic; "bfloat16" on accelerators. Parameters are float32'

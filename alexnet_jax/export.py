@@ -157,6 +157,7 @@ def _description(network: Trained, **details: Any) -> dict[str, Any]:
     size, num_classes = network.config.image_size, network.config.model.num_classes
     return {
         "variant": network.config.model.variant,
+        "ablation": list(network.config.model.ablation),
         "step": network.step,
         "class_names": list(network.class_names),
         "input": {

@@ -36,6 +36,7 @@ from alexnet_jax.analysis.neighbors import Index
 from alexnet_jax.data import augment, decode
 from alexnet_jax.data.store import Store, open_store, store_paths
 from alexnet_jax.inference import Trained
+from alexnet_jax.models.build import variant_name
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.utils.files import atomic_write
@@ -183,7 +184,7 @@ def make_page(
         title="AlexNet", analytics_enabled=False, delete_cache=(MAX_AGE // 10, MAX_AGE)
     ) as page:
         gr.Markdown(
-            f"# AlexNet, variant {network.config.model.variant}\n"
+            f"# AlexNet, variant {variant_name(network.config)}\n"
             f"{len(network.class_names):,} classes, trained for {network.step:,} steps"
         )
         with gr.Row():

@@ -29,6 +29,7 @@ from alexnet_jax.data.augment import Statistics, make_augment, statistics
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store
 from alexnet_jax.models.alexnet import towers
+from alexnet_jax.models.build import variant_name
 from alexnet_jax.models.summary import format_layer_table
 from alexnet_jax.training import finetune, sharding
 from alexnet_jax.training.checkpoint import (
@@ -112,7 +113,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         if not in_bucket:
             distributed.check_shared(workdir)
         summary = format_layer_table(layers) + finetune.describe_frozen(config, layers)
-        distributed.say(f"AlexNet, variant {config.model.variant}:\n{summary}\n")
+        distributed.say(f"AlexNet, variant {variant_name(config)}:\n{summary}\n")
         stores = open_or_prepare(config)
         _check_data(config, stores)
         if source:
@@ -244,7 +245,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 
         def draw(conv1: np.ndarray) -> None:
             figures.save_curves(read_metrics(workdir), workdir / "curves.png")
-            figures.save_filters(conv1, towers(config.model.variant), workdir / "filters.png")
+            figures.save_filters(conv1, towers(model.variant), workdir / "filters.png")
 
         snapshot: Snapshot | None = None
         lag = min(STEPS_IN_FLIGHT, config.checkpoint.every_steps - 1)  # one snapshot at a time

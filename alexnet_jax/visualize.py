@@ -17,7 +17,8 @@ from alexnet_jax.data import augment, decode
 from alexnet_jax.data.pipeline import Order
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attributes, store_paths
-from alexnet_jax.models.alexnet import build_model, towers
+from alexnet_jax.models.alexnet import towers
+from alexnet_jax.models.build import build_model
 from alexnet_jax.training.metrics import Row, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.utils import buckets, distributed, process
