@@ -80,6 +80,11 @@ FIELDS = {
     "image_size": Field(
         256, "pixels of stored images: shorter side scaled to this, center square kept (§2)", 1
     ),
+    "preprocess": Field(
+        "2012",
+        "how files become squares of image_size: 2012, torchvision, caffe or brainscore "
+        "(docs/studies.md)",
+    ),
     "storage": Field(
         "raw", 'stored as pixels, or as "jpeg": a seventh of the disk space, slower to read'
     ),

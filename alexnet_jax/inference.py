@@ -17,7 +17,8 @@ from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
-from alexnet_jax.data.augment import Augment, Statistics, make_augment
+from alexnet_jax.data.augment import Augment, Statistics, center_window, make_augment
+from alexnet_jax.data.preprocess import WHOLE
 from alexnet_jax.data.wordnet import display_names
 from alexnet_jax.models.alexnet import AlexNet, has_classes
 from alexnet_jax.models.build import build_model, variant_name, variant_of
@@ -128,6 +129,22 @@ def load(workdir: str | Path, step: int | None = None, needs_classes: bool = Fal
         (*class_names, *others),
         step,
     )
+
+
+def with_preprocess(network: Trained, name: str | None) -> Trained:
+    """Returns a network that takes images of another preprocessing, of `PREPROCESSING`, or itself.
+
+    Its crop size, mean and scale stay, since its weights depend on them.
+    """
+    if name in (None, network.config.preprocess):
+        return network
+    config, stats = network.config.copy_and_resolve_references(), network.stats
+    config.preprocess = name
+    if name in WHOLE:
+        config.image_size = config.augment.crop_size
+        if stats.mean.ndim > 1:
+            stats = stats._replace(mean=center_window(stats.mean, config.image_size))
+    return network._replace(config=config, stats=stats)
 
 
 def state_shapes(config: ConfigDict, model: AlexNet) -> TrainState:

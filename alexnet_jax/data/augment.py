@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32, Shaped, UInt8
 from ml_collections import ConfigDict
 
+from alexnet_jax.data import preprocess
 from alexnet_jax.utils.errors import UserError
 
 VIEWS = ("center", "nine", "ten")
@@ -223,6 +224,7 @@ def make_augment(
 
 
 def _check(config: ConfigDict) -> None:
+    preprocess.check(config)
     for field, values in {
         "crop": ("random", "inception"),
         "mean": ("image", "image_center", "channel"),

@@ -29,7 +29,8 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 from tqdm import tqdm
 
 from alexnet_jax.config import FOLDER_PREFIX, folder_path
-from alexnet_jax.data.decode import decode_square, reason
+from alexnet_jax.data.decode import reason
+from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.data.shards import (
     Pieces,
     encode_jpeg,
@@ -86,7 +87,8 @@ def open_or_prepare(
 ) -> dict[str, Store]:
     """Opens the stores of a config, {"train": …, "eval": …}; prepares those that are not complete.
 
-    Reads the fields dataset, data_dir, train_split, eval_split, image_size, storage, max_corrupt.
+    Reads the fields dataset, data_dir, train_split, eval_split, image_size, preprocess, storage and
+    max_corrupt.
     TensorFlow is imported only if a store has to be prepared from a tfds data set.
 
     In a multi-host run, each host prepares its part of a store in a bucket. Local folders may be
@@ -177,7 +179,10 @@ def prepare_splits(
                 if path in outdated or needs_preparation(path)
             }
             fields = (config["image_size"], config["storage"], config["max_corrupt"], part)
-            jobs = [_Job(source, path, *fields) for path, source in sources.items()]
+            jobs = [
+                _Job(source, path, *fields, config["preprocess"])
+                for path, source in sources.items()
+            ]
             for job in jobs:
                 if job.source.skipped:
                     print(
@@ -264,6 +269,7 @@ class _Job:
     storage: str
     max_corrupt: float
     part: tuple[int, int]
+    preprocess: str = "2012"
 
     @functools.cached_property
     def root(self) -> ts.KvStore:
@@ -408,7 +414,7 @@ def _decode(job: _Job, example: Example) -> Decoded:
         encoded = example.load()
         if job.source.files:
             checksum = crc32c(encoded)
-        image = decode_square(encoded, job.image_size)
+        image = PREPROCESSING[job.preprocess].decode(encoded, job.image_size)
     except Exception as error:  # damaged bytes make the decoders raise almost any exception
         return Decoded(None, None, reason(error), checksum)
     if job.storage == "raw":

@@ -312,6 +312,8 @@ def store_paths(config: Mapping[str, Any]) -> dict[str, str]:
 def store_path(config: Mapping[str, Any], split: str) -> str:
     """Returns `<data_dir>/<dataset>_<image_size>/<split>`, or `…_<image_size>_jpeg/<split>`.
 
+    Squares of another preprocessing than the paper's are in `…_<image_size>_caffe/<split>`.
+
     Characters that do not suit file names, such as those of `train[:90%]`, are replaced by "-".
     Eight hex digits of a hash of the name follow, so that different names never share a store. A
     folder is named by its last part and the hash of its absolute path.
@@ -322,7 +324,8 @@ def store_path(config: Mapping[str, Any], split: str) -> str:
         name = _file_name(f"folder-{folder.name}", unique=str(folder))
     else:
         name = _file_name(dataset)
-    suffix = "" if config["storage"] == "raw" else f"_{config['storage']}"
+    usual = {"preprocess": "2012", "storage": "raw"}
+    suffix = "".join(f"_{config[key]}" for key in usual if config[key] != usual[key])
     parent = f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}{suffix}"
     return f"{parent}/{_file_name(split)}"
 
