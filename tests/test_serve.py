@@ -232,7 +232,7 @@ def test_update_saves_the_pictures_of_a_result(expected, tmp_path):
 
     upload = images.encode(image, "PNG")
     upload_value, message, view, classes, responses, nearest = serve._update(
-        len(image), result_of, tmp_path, upload
+        functools.partial(serve.read_upload, size=len(image)), result_of, tmp_path, upload
     )
     assert (upload_value, message) == (None, "")
     assert next(iter(classes)) == digit and classes == result.classes
