@@ -44,7 +44,7 @@ from alexnet_jax.train import STEPS_IN_FLIGHT
 from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.sharding import Parallel
-from alexnet_jax.training.train_step import TrainState, build_train_step, init_state
+from alexnet_jax.training.train_step import TrainState, build_state, build_train_step
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import EXIT_KILLED_BY_CTRL_C, exit_now, exits_cleanly, one_line
 from alexnet_jax.utils.files import explain_write_errors
@@ -170,8 +170,7 @@ def measure_case(
     train_step = build_train_step(config, model, tx, augmentation)
 
     def initial_state() -> TrainState:
-        size = config.augment.crop_size
-        return init_state(model, tx, config.seed, (size, size, 3))
+        return build_state(config, model, tx)
 
     def place(batch: pipeline.Batch) -> dict[str, jax.Array]:
         return parallel.put_batch(batch, config.batch_size)
@@ -179,7 +178,7 @@ def measure_case(
     shapes = jax.eval_shape(initial_state)
     state = process.run_once(initial_state, out_shardings=parallel.state_shardings(shapes))
     rows = parallel.local_rows(config.batch_size)
-    order = pipeline.Order(store, config.batch_size, config.seed, config.shuffle_shards)
+    order = pipeline.build_order(store, config)
     with closing(pipeline.train_batches(order, rows, place)) as batches:
         batch = next(batches)
         jitted: Any = parallel.compile_train_step(train_step, shapes)

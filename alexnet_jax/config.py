@@ -52,6 +52,9 @@ FIELDS = {
     "seed": Field(
         0, "decides about initialization, order of the data, augmentation and dropout", 0, 2**32 - 1
     ),
+    "seeds.weights": Field(-1, "of the initialization; -1: seed", -1, 2**32 - 1),
+    "seeds.order": Field(-1, "of the order of the data; -1: seed", -1, 2**32 - 1),
+    "seeds.dropout": Field(-1, "of dropout and augmentation; -1: seed", -1, 2**32 - 1),
     "parallel": Field(
         "auto",
         'jit, pmap, mesh.data, mesh.zero, mesh.hybrid (docs/pods.md), or "auto": mesh.data with '
@@ -208,6 +211,12 @@ def default_config() -> ConfigDict:
             config[section] = ConfigDict()
         (config[section] if section else config)[leaf] = field.default
     return config.lock()
+
+
+def seed_for(config: ConfigDict, purpose: str) -> int:
+    """Returns the seed for "weights", "order" or "dropout" (which includes augmentation)."""
+    own: int = config.seeds[purpose]
+    return config.seed if own < 0 else own
 
 
 def load_config(path: str, **overrides: Any) -> ConfigDict:

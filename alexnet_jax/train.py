@@ -44,8 +44,8 @@ from alexnet_jax.training.optimizer import make_optimizer, make_plateau, make_sc
 from alexnet_jax.training.train_step import (
     Metrics,
     TrainState,
+    build_state,
     build_train_step,
-    init_state,
     make_eval_step,
 )
 from alexnet_jax.utils import buckets, distributed, process
@@ -115,7 +115,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         summary = format_layer_table(layers) + finetune.describe_frozen(config, layers)
         distributed.say(f"AlexNet, variant {variant_name(config)}:\n{summary}\n")
         stores = open_or_prepare(config)
-        _check_data(config, stores)
+        check_data(config, stores)
         if source:
             source = finetune.with_classes(source, config, stores["train"].class_names)
             origin = finetune.describe_source(config, source)
@@ -141,10 +141,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         plateau = make_plateau(config)
         tx = make_optimizer(config, steps_per_epoch)
 
-        input_shape = (config.augment.crop_size, config.augment.crop_size, 3)
-
         def initial_state() -> TrainState:
-            return init_state(model, tx, config.seed, input_shape)
+            return build_state(config, model, tx)
 
         shapes = jax.eval_shape(initial_state)
         shardings = parallel.state_shardings(shapes)
@@ -166,9 +164,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 
         place = jax.profiler.annotate_function(place, name="place batch")
         local_rows = parallel.local_rows(config.batch_size)
-        order = pipeline.Order(
-            stores["train"], config.batch_size, config.seed, config.shuffle_shards
-        )
+        order = pipeline.build_order(stores["train"], config)
         batches = resources.enter_context(closing(pipeline.train_batches(order, local_rows, place)))
 
         # ---- Restore the newest checkpoint, or initialize --------------------------------------
@@ -320,7 +316,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 waited = time.perf_counter() - asked
                 if meter.first_step:
                     if is_first:
-                        figures.save_samples(order, augment, step, workdir / "samples.png")
+                        draws = configs.seed_for(config, "dropout"), step
+                        figures.save_samples(order, augment, draws, workdir / "samples.png")
                     compiled.result()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, step_metrics = train_step(state, batch)
@@ -443,7 +440,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
         yield
 
 
-def _check_data(config: ConfigDict, stores: dict[str, Store]) -> None:
+def check_data(config: ConfigDict, stores: dict[str, Store]) -> None:
     """Raises UserError if hosts have different data, or the network has too few classes."""
     fields = ("identity", "num_examples", "mean_channel")
     distributed.check_same(

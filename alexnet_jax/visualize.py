@@ -14,7 +14,7 @@ from alexnet_jax import inference
 from alexnet_jax.analysis import diagram, figures, neighbors, occlusion
 from alexnet_jax.analysis.features import features_figure
 from alexnet_jax.data import augment, decode
-from alexnet_jax.data.pipeline import Order
+from alexnet_jax.data.pipeline import build_order
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attributes, store_paths
@@ -44,11 +44,12 @@ def data(args: argparse.Namespace) -> None:
         if distributed.is_first():
             path = (args.workdir or Path("runs") / config.name) / "samples.png"
             steps_per_epoch = store.num_examples / config.batch_size
-            order = Order(store, config.batch_size, config.seed, config.shuffle_shards)
+            order = build_order(store, config)
             stats = augment.statistics(store, config)
             augmentation = augment.make_augment(config, stats, steps_per_epoch)
             with _output(path, "another --workdir") as new:
-                figures.save_samples(order, augmentation, 0, new)
+                draws = configs.seed_for(config, "dropout"), 0
+                figures.save_samples(order, augmentation, draws, new)
 
 
 def filters(args: argparse.Namespace) -> None:

@@ -66,16 +66,20 @@ def save_sample_grid(
     _save_rows([images[row] for row in rows], [captions[row] for row in rows], path)
 
 
-def save_samples(order: Order, augment: Augment, step: int, path: Path) -> None:
+def save_samples(order: Order, augment: Augment, draws: tuple[int, int], path: Path) -> None:
     """Saves the first images of the batch of a training step, augmented as in that step.
 
     Only the mean is not subtracted, so that the picture shows natural colors.
+
+    Args:
+      draws: seed of the augmentation, and the step.
     """
+    seed, step = draws
     positions = step * order.batch_size + np.arange(min(MAX_SAMPLES, order.batch_size))
     batch = order.store.read(order.examples(positions))
     with_mean = augment.stats._replace(mean=np.zeros_like(augment.stats.mean))
     augment = dataclasses.replace(augment, stats=with_mean)
-    key = jax.random.fold_in(train_key(order.seed), step)
+    key = jax.random.fold_in(train_key(seed), step)
     images = run_once(lambda x: augment_batch(augment, key, x, step), batch["image"])
     pixels = np.clip(np.rint(np.asarray(images) / augment.scale), 0, 255).astype(np.uint8)
     save_sample_grid(pixels, [order.store.class_names[label] for label in batch["label"]], path)

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Float32, Int32, UInt8
 from ml_collections import ConfigDict
 
+from alexnet_jax.config import seed_for
 from alexnet_jax.data.augment import Augment
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.training.optimizer import layer_of
@@ -71,6 +72,13 @@ def init_state(
     init_key = jax.random.fold_in(jax.random.PRNGKey(seed), INIT)
     variables = model.init(init_key, jnp.zeros((1, *input_shape)), train=False)
     return state_of(variables, tx, seed)
+
+
+def build_state(config: ConfigDict, model: AlexNet, tx: optax.GradientTransformation) -> TrainState:
+    """Returns `init_state` with the seeds and the input size of a config."""
+    size = config.augment.crop_size
+    state = init_state(model, tx, seed_for(config, "weights"), (size, size, 3))
+    return state.replace(key=train_key(seed_for(config, "dropout")))
 
 
 def state_of(
