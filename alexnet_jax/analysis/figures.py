@@ -284,6 +284,29 @@ def save_confusion(
     fonts.prepare(figure).savefig(path, dpi=100)
 
 
+def save_similarity(
+    matrices: Mapping[str, Float32[np.ndarray, "K K"]], names: Sequence[str], path: Path
+) -> None:
+    """Saves matrices of similarities between networks beside each other, with their titles."""
+    from matplotlib.figure import Figure
+
+    side = max(4.0, 0.5 * len(names) + 2)
+    figure = Figure(figsize=(side * len(matrices), side), layout="constrained")
+    (panels,) = figure.subplots(1, len(matrices), squeeze=False)
+    for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
+        picture = axes.imshow(matrix, cmap="viridis", vmin=min(0.0, matrix.min()), vmax=1)
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(title)
+        if len(names) <= MAX_CLASSES_NAMED:
+            for (row, column), value in np.ndenumerate(matrix):
+                style = {"ha": "center", "va": "center", "fontsize": 7}
+                color = "black" if value > 0.7 else "white"
+                axes.text(column, row, f"{value:.2f}", color=color, **style)
+        figure.colorbar(picture, shrink=0.7)
+    fonts.prepare(figure).savefig(path, dpi=100)
+
+
 def _shorten(text: str, width: int, runs_of: Callable[[str], list[fonts.Run]]) -> str:
     while text and sum(font.getlength(run) for font, run in runs_of(text)) > width:
         text = text[:-2] + "…" if len(text) > 2 else ""
