@@ -59,7 +59,8 @@ def rdm(x: Responses) -> Float64[np.ndarray, " pairs"]:
     centered = x.astype(np.float64) - x.mean(axis=1, keepdims=True, dtype=np.float64)
     norms = np.linalg.norm(centered, axis=1, keepdims=True)
     unit = np.divide(centered, norms, out=np.zeros_like(centered), where=norms > 0)
-    return 1 - (unit @ unit.T)[np.triu_indices(len(x), k=1)]
+    distances: np.ndarray = 1 - (unit @ unit.T)[np.triu_indices(len(x), k=1)]
+    return distances
 
 
 def rdm_correlation(x: Responses, y: Responses) -> float:
