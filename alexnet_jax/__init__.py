@@ -14,7 +14,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from alexnet_jax.config import default_config, load_config  # noqa: E402
 from alexnet_jax.data.augment import make_augment  # noqa: E402
 from alexnet_jax.inference import load  # noqa: E402
-from alexnet_jax.models.alexnet import VARIANTS, AlexNet, build_model  # noqa: E402
+from alexnet_jax.models.alexnet import VARIANTS, AlexNet  # noqa: E402
+from alexnet_jax.models.build import build_model  # noqa: E402
 from alexnet_jax.models.summary import layer_table  # noqa: E402
 from alexnet_jax.training.optimizer import make_optimizer  # noqa: E402
 from alexnet_jax.training.train_step import (  # noqa: E402

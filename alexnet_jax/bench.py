@@ -178,7 +178,7 @@ def measure_case(
     shapes = jax.eval_shape(initial_state)
     state = process.run_once(initial_state, out_shardings=parallel.state_shardings(shapes))
     rows = parallel.local_rows(config.batch_size)
-    order = pipeline.Order(store, config.batch_size, config.seed, config.shuffle_shards)
+    order = pipeline.build_order(store, config)
     with closing(pipeline.train_batches(order, rows, place)) as batches:
         batch = next(batches)
         jitted: Any = parallel.compile_train_step(train_step, shapes)

@@ -52,6 +52,9 @@ FIELDS = {
     "seed": Field(
         0, "decides about initialization, order of the data, augmentation and dropout", 0, 2**32 - 1
     ),
+    "seeds.weights": Field(-1, "of the initialization; -1: seed", -1, 2**32 - 1),
+    "seeds.order": Field(-1, "of the order of the data; -1: seed", -1, 2**32 - 1),
+    "seeds.dropout": Field(-1, "of dropout and augmentation; -1: seed", -1, 2**32 - 1),
     "parallel": Field(
         "auto",
         'jit, pmap, mesh.data, mesh.zero, mesh.hybrid (docs/pods.md), or "auto": mesh.data with '
@@ -85,6 +88,11 @@ FIELDS = {
         '"whole": keep all of a training photograph, up to an aspect ratio of 2, for the inception '
         "crop",
     ),
+    "preprocess": Field(
+        "2012",
+        "how files become squares of image_size: 2012, torchvision, caffe or brainscore "
+        "(docs/studies.md)",
+    ),
     "storage": Field(
         "raw", 'stored as pixels, or as "jpeg": a seventh of the disk space, slower to read'
     ),
@@ -110,6 +118,11 @@ FIELDS = {
     "model.variant": Field(
         "paper",
         "a key of alexnet_jax.VARIANTS, or cifar_80sec, cifar_18pct, cifar_13pct or cifar_11pct",
+    ),
+    "model.ablation": Field(
+        (),
+        "what the variant lacks: names of alexnet_jax.models.ablations.ABLATIONS, such as no_lrn, "
+        "or no_LAYER, such as no_conv3 (docs/studies.md)",
     ),
     "model.num_classes": Field(1000, "number of logits", 1),
     "model.dtype": Field(
@@ -231,6 +244,12 @@ def default_config() -> ConfigDict:
             config[section] = ConfigDict()
         (config[section] if section else config)[leaf] = field.default
     return config.lock()
+
+
+def seed_for(config: ConfigDict, purpose: str) -> int:
+    """Returns the seed for "weights", "order" or "dropout" (which includes augmentation)."""
+    own: int = config.seeds[purpose]
+    return config.seed if own < 0 else own
 
 
 def load_config(path: str, **overrides: Any) -> ConfigDict:

@@ -26,6 +26,7 @@ from alexnet_jax import inference
 from alexnet_jax.data import augment
 from alexnet_jax.data.wordnet import imagenet_names
 from alexnet_jax.models.alexnet import has_classes
+from alexnet_jax.models.build import variant_name
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.weights import layouts, lpips, torchvision
@@ -96,10 +97,12 @@ def to_torch(workdir: Path, target: Path, step: int | None = None) -> str:
         raise UserError(f"{target} exists; choose another file, or remove it")
     network = inference.load(workdir, step)
     model = network.config.model
-    if model.variant != "owt" or model.width != 1:
+    # Without dropout a trained network computes the same.
+    ablations = {*model.ablation} - {"no_dropout"}
+    if model.variant != "owt" or model.width != 1 or ablations:
         raise UserError(
-            f"{workdir} has variant {model.variant} of width {model.width:g}; torchvision's "
-            "alexnet is variant owt of width 1"
+            f"{workdir} has variant {variant_name(network.config)} of width {model.width:g}; "
+            "torchvision's alexnet is variant owt of width 1"
         )
     torchvision.write(target, layouts.from_params(network.variables["params"], model.variant))
     mean = network.stats.mean.reshape(-1, 3).mean(0) / 255

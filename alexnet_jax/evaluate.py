@@ -13,6 +13,7 @@ from alexnet_jax.analysis import evaluation, figures
 from alexnet_jax.analysis.evaluation import ClassificationMetrics, Ensemble
 from alexnet_jax.data.augment import make_augment
 from alexnet_jax.data.prepare import open_or_prepare
+from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import exits_cleanly
 from alexnet_jax.utils.files import explain_write_errors
@@ -99,6 +100,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--step", type=int, help="step of the checkpoint (default: the best top-1 accuracy)"
     )
+    parser.add_argument(
+        "--preprocess",
+        choices=PREPROCESSING,
+        help="how squares are made of images; the data is prepared again for another one than that "
+        "of the run (default: preprocess of the config)",
+    )
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
     parser.add_argument(
         "--dataset",
@@ -112,7 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     process.set_up()
-    networks = [inference.load(workdir, args.step, needs_classes=True) for workdir in args.workdir]
+    networks = [
+        inference.with_preprocess(
+            inference.load(workdir, args.step, needs_classes=True), args.preprocess
+        )
+        for workdir in args.workdir
+    ]
     config = networks[0].config
     if args.dataset:
         config.dataset = args.dataset

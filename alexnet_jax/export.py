@@ -29,6 +29,7 @@ from jaxtyping import Float32, UInt8
 from alexnet_jax import config as configs
 from alexnet_jax import inference
 from alexnet_jax.data import augment
+from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.inference import Trained
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly
@@ -155,16 +156,17 @@ def _description(network: Trained, **details: Any) -> dict[str, Any]:
       details: further entries, placed before the config, which is long.
     """
     size, num_classes = network.config.image_size, network.config.model.num_classes
+    meaning = PREPROCESSING[network.config.preprocess].meaning
     return {
         "variant": network.config.model.variant,
+        "ablation": list(network.config.model.ablation),
         "step": network.step,
         "class_names": list(network.class_names),
         "input": {
             "name": "images",
             "dtype": "uint8",
             "shape": ["batch", size, size, 3],
-            "meaning": f"RGB from 0 to 255, top row first: the upright image, its shorter side "
-            f"scaled to {size} pixels with antialiasing, then its central square",
+            "meaning": f"RGB from 0 to 255, top row first: {meaning.format(size=size)}",
         },
         "output": {
             "name": "probabilities",
@@ -211,6 +213,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "center",
     )
     parser.add_argument(
+        "--preprocess",
+        choices=PREPROCESSING,
+        help="how the other program makes squares of images; default: that of the network",
+    )
+    parser.add_argument(
         "--platforms",
         metavar="LIST",
         help=f"platforms of a .jaxexport file; default: {','.join(PLATFORMS)}",
@@ -220,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     platforms = _check(file, args)
     process.set_up()
     network = inference.load(args.workdir, args.step, needs_classes=True)
+    network = inference.with_preprocess(network, args.preprocess)
     for path in export(network, file, args.views or "center", platforms):
         print(f"wrote {path}, {path.stat().st_size:,} bytes")
 

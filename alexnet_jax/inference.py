@@ -17,9 +17,11 @@ from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
-from alexnet_jax.data.augment import Augment, Statistics, make_augment
+from alexnet_jax.data.augment import Augment, Statistics, center_window, make_augment
+from alexnet_jax.data.preprocess import WHOLE
 from alexnet_jax.data.wordnet import display_names
-from alexnet_jax.models.alexnet import AlexNet, build_model, has_classes
+from alexnet_jax.models.alexnet import AlexNet, has_classes
+from alexnet_jax.models.build import build_model, variant_name, variant_of
 from alexnet_jax.training.checkpoint import Checkpoints, named_leaves
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.train_step import TrainState, build_state, log_probabilities, state_of
@@ -95,7 +97,7 @@ def load(workdir: str | Path, step: int | None = None, needs_classes: bool = Fal
     """
     workdir = buckets.readable(workdir)
     config = saved_config(workdir)
-    if needs_classes and not has_classes(config.model.variant):
+    if needs_classes and not has_classes(variant_of(config)):
         raise UserError(
             f"{workdir} has convolutions only and knows no classes; train the other layers with "
             f"--config.init_from={workdir}"
@@ -132,6 +134,22 @@ def load(workdir: str | Path, step: int | None = None, needs_classes: bool = Fal
     )
 
 
+def with_preprocess(network: Trained, name: str | None) -> Trained:
+    """Returns a network that takes images of another preprocessing, of `PREPROCESSING`, or itself.
+
+    Its crop size, mean and scale stay, since its weights depend on them.
+    """
+    if name in (None, network.config.preprocess):
+        return network
+    config, stats = network.config.copy_and_resolve_references(), network.stats
+    config.preprocess = name
+    if name in WHOLE:
+        config.image_size = network.augment.view_size
+        if stats.mean.ndim > 1:
+            stats = stats._replace(mean=center_window(stats.mean, config.image_size))
+    return network._replace(config=config, stats=stats)
+
+
 def state_shapes(config: ConfigDict, model: AlexNet) -> TrainState:
     """Returns shapes and dtypes of the train state of a config."""
     tx = make_optimizer(config, steps_per_epoch=1.0)
@@ -161,7 +179,7 @@ def create(
     model = build_model(config)
     difference = mismatch(state_shapes(config, model).params, variables["params"])
     if difference:
-        raise UserError(f"the weights are not of variant {config.model.variant}: {difference}")
+        raise UserError(f"the weights are not of variant {variant_name(config)}: {difference}")
     tx = make_optimizer(config, steps_per_epoch=1.0)
     state = state_of(jax.tree.map(jnp.asarray, variables), tx, config.seed)
     if workdir.exists() and any(workdir.iterdir()):

@@ -41,9 +41,9 @@ def reading_rate(config: ConfigDict) -> float | None:
     path = store_paths(config)["train"]
     if needs_preparation(path):
         return None
-    size = min(config.batch_size, 256)
-    order = pipeline.Order(open_store(path), size, config.seed, config.shuffle_shards)
-    batches = pipeline.train_batches(order)
+    config = config.copy_and_resolve_references()
+    config.batch_size = size = min(config.batch_size, 256)
+    batches = pipeline.train_batches(pipeline.build_order(open_store(path), config))
     next(batches)
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < MEASURED_S:

@@ -12,6 +12,7 @@ from alexnet_jax import inference
 from alexnet_jax.analysis import figures
 from alexnet_jax.analysis.prediction import Prediction, Skipped, find_files, predict_files
 from alexnet_jax.data.augment import VIEWS
+from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.data.wordnet import display_names
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly
@@ -92,6 +93,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--step", type=int, help="step of the checkpoint (default: the best top-1 accuracy)"
     )
+    parser.add_argument(
+        "--preprocess",
+        choices=PREPROCESSING,
+        help="how squares are made of images (default: preprocess of the network's config)",
+    )
     parser.add_argument("--batch-size", type=int, default=128, help="default: 128")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
@@ -101,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     process.set_up()
     files = find_files(args.images)
     network = inference.load(args.workdir, args.step, needs_classes=True)
+    network = inference.with_preprocess(network, args.preprocess)
     width = min(MAX_COLUMN_WIDTH, max(len(str(path)) for path in files))
     in_panel: list[Prediction] = []
     skipped = 0

@@ -34,8 +34,10 @@ from alexnet_jax.analysis import figures, neighbors
 from alexnet_jax.analysis.features import displayed_outputs
 from alexnet_jax.analysis.neighbors import Index
 from alexnet_jax.data import augment, decode
+from alexnet_jax.data.preprocess import PREPROCESSING, Decoder
 from alexnet_jax.data.store import Store, open_store, store_paths
 from alexnet_jax.inference import Trained
+from alexnet_jax.models.build import variant_name
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.utils.files import atomic_write
@@ -77,7 +79,9 @@ class Result(NamedTuple):
     nearest: list[tuple[UInt8[np.ndarray, "S S 3"], str]]
 
 
-def read_upload(data: bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def read_upload(
+    data: bytes, size: int, decoder: Decoder = decode.decode_square
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Decodes an upload like a training image.
 
     Files that are too large or not images are rejected before any pixel is decoded.
@@ -100,7 +104,7 @@ def read_upload(data: bytes, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
             "upload a smaller one"
         )
     try:
-        return decode.decode_square(data, size)
+        return decoder(data, size)
     except decode.UnknownRange as error:
         raise UserError(str(error)) from error
     except Exception as error:
@@ -183,7 +187,7 @@ def make_page(
         title="AlexNet", analytics_enabled=False, delete_cache=(MAX_AGE // 10, MAX_AGE)
     ) as page:
         gr.Markdown(
-            f"# AlexNet, variant {network.config.model.variant}\n"
+            f"# AlexNet, variant {variant_name(network.config)}\n"
             f"{len(network.class_names):,} classes, trained for {network.step:,} steps"
         )
         with gr.Row():
@@ -217,8 +221,13 @@ def make_page(
             height="auto",
             **_picture("nearest"),
         )
+        read = functools.partial(
+            read_upload,
+            size=network.config.image_size,
+            decoder=PREPROCESSING[network.config.preprocess].decode,
+        )
         drop.upload(
-            functools.partial(_update, network.config.image_size, result_of, folder),
+            functools.partial(_update, read, result_of, folder),
             drop,
             [drop, message, view, classes, responses, nearest],
             api_visibility="private",
@@ -228,12 +237,15 @@ def make_page(
 
 
 def _update(
-    size: int, result_of: Callable[[np.ndarray], Result], folder: Path, data: bytes | None
+    read: Callable[[bytes], np.ndarray],
+    result_of: Callable[[np.ndarray], Result],
+    folder: Path,
+    data: bytes | None,
 ) -> tuple[Any, ...]:
     """Returns the new values of the page's components for an upload."""
     empty = None  # for the upload component too, which is then ready for the next file
     try:
-        image = read_upload(data or b"", size)
+        image = read(data or b"")
     except UserError as error:
         return empty, f"⚠️ {error}", empty, empty, empty, empty
     result = result_of(image)

@@ -29,6 +29,7 @@ from alexnet_jax.data.augment import Statistics, make_augment, statistics
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store
 from alexnet_jax.models.alexnet import towers
+from alexnet_jax.models.build import variant_name
 from alexnet_jax.models.summary import format_layer_table
 from alexnet_jax.training import finetune, sharding
 from alexnet_jax.training.checkpoint import (
@@ -113,9 +114,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         if not in_bucket:
             distributed.check_shared(workdir)
         summary = format_layer_table(layers) + finetune.describe_frozen(config, layers)
-        distributed.say(f"AlexNet, variant {config.model.variant}:\n{summary}\n")
+        distributed.say(f"AlexNet, variant {variant_name(config)}:\n{summary}\n")
         stores = open_or_prepare(config)
-        _check_data(config, stores)
+        check_data(config, stores)
         if source:
             source = finetune.with_classes(source, config, stores["train"].class_names)
             origin = finetune.describe_source(config, source)
@@ -171,9 +172,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 
         place = jax.profiler.annotate_function(place, name="place batch")
         local_rows = parallel.local_rows(config.batch_size)
-        order = pipeline.Order(
-            stores["train"], config.batch_size, config.seed, config.shuffle_shards
-        )
+        order = pipeline.build_order(stores["train"], config)
         batches = resources.enter_context(closing(pipeline.train_batches(order, local_rows, place)))
 
         # ---- Restore the newest checkpoint, or initialize --------------------------------------
@@ -255,7 +254,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
 
         def draw(conv1: np.ndarray) -> None:
             figures.save_curves(read_metrics(workdir), workdir / "curves.png")
-            figures.save_filters(conv1, towers(config.model.variant), workdir / "filters.png")
+            figures.save_filters(conv1, towers(model.variant), workdir / "filters.png")
 
         snapshot: Snapshot | None = None
         lag = min(STEPS_IN_FLIGHT, config.checkpoint.every_steps - 1)  # one snapshot at a time
@@ -340,7 +339,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 if meter.first_step:
                     if is_first:
                         seen = augment.with_crop_size(crop_size)
-                        figures.save_samples(order, seen, step, workdir / "samples.png")
+                        draws = configs.seed_for(config, "dropout"), step
+                        figures.save_samples(order, seen, draws, workdir / "samples.png")
                     compiled.result()
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, step_metrics = train_steps[crop_size](state, batch)
@@ -463,7 +463,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> Iterator[None]:
         yield
 
 
-def _check_data(config: ConfigDict, stores: dict[str, Store]) -> None:
+def check_data(config: ConfigDict, stores: dict[str, Store]) -> None:
     """Raises UserError if hosts have different data, or the network has too few classes."""
     fields = ("identity", "num_examples", "mean_channel")
     distributed.check_same(

@@ -14,10 +14,12 @@ from alexnet_jax import inference
 from alexnet_jax.analysis import diagram, figures, neighbors, occlusion
 from alexnet_jax.analysis.features import features_figure
 from alexnet_jax.data import augment, decode
-from alexnet_jax.data.pipeline import Order
+from alexnet_jax.data.pipeline import build_order
 from alexnet_jax.data.prepare import open_or_prepare
+from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attributes, store_paths
-from alexnet_jax.models.alexnet import build_model, towers
+from alexnet_jax.models.alexnet import towers
+from alexnet_jax.models.build import build_model
 from alexnet_jax.training.metrics import Row, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.utils import buckets, distributed, process
@@ -42,11 +44,12 @@ def data(args: argparse.Namespace) -> None:
         if distributed.is_first():
             path = (args.workdir or Path("runs") / config.name) / "samples.png"
             steps_per_epoch = store.num_examples / config.batch_size
-            order = Order(store, config.batch_size, config.seed, config.shuffle_shards)
+            order = build_order(store, config)
             stats = augment.statistics(store, config)
             augmentation = augment.make_augment(config, stats, steps_per_epoch)
             with _output(path, "another --workdir") as new:
-                figures.save_samples(order, augmentation, 0, new)
+                draws = configs.seed_for(config, "dropout"), 0
+                figures.save_samples(order, augmentation, draws, new)
 
 
 def filters(args: argparse.Namespace) -> None:
@@ -62,7 +65,7 @@ def features(args: argparse.Namespace) -> None:
     """Draws the output of every layer for one image on one page."""
     path = _out_path(args, "features.png")
     network = inference.load(args.workdir, args.step)
-    image = _read_image(args.image, network.config.image_size)
+    image = _read_image(args.image, network.config)
     figure = features_figure(network, image)
     with _output(path) as new:
         figure.savefig(new)
@@ -76,8 +79,7 @@ def nearest(args: argparse.Namespace) -> None:
         network.config.data_dir = str(args.data_dir)
     train = _open_store(network.config, "train")
     if args.image:
-        size = network.config.image_size
-        queries = np.stack([_read_image(image, size) for image in args.image])
+        queries = np.stack([_read_image(image, network.config) for image in args.image])
         names = [printable(image.name) for image in args.image]
     else:
         queries, names = _evenly_spaced(_open_store(network.config, "eval"), QUERIES)
@@ -98,7 +100,7 @@ def occlude(args: argparse.Namespace) -> None:
     """Draws how probable a class is while a gray square hides each part of an image."""
     path = _out_path(args, "occlusion.png")
     network = inference.load(args.workdir, args.step, needs_classes=True)
-    image = _read_image(args.image, network.config.image_size)
+    image = _read_image(args.image, network.config)
     label = None if args.label is None else _find_label(network.class_names, args.label)
     result = occlusion.occlude(network, image, label, args.patch, args.stride)
     name = network.class_names[result.label]
@@ -157,8 +159,9 @@ def _out_path(args: argparse.Namespace, name: str) -> Path:
     return path
 
 
-def _read_image(path: Path, size: int) -> np.ndarray:
-    image = decode.read_square(path, size)
+def _read_image(path: Path, config: ConfigDict) -> np.ndarray:
+    decoder = PREPROCESSING[config.preprocess].decode
+    image = decode.read_square(path, config.image_size, decoder)
     if isinstance(image, str):
         raise UserError(f"{path} cannot be read ({image}); name an image file")
     return image

@@ -35,6 +35,7 @@ from alexnet_jax.data.augment import Augment, make_augment, statistics
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import Store
 from alexnet_jax.models import alexnet
+from alexnet_jax.models.build import build_model, variant_of
 from alexnet_jax.models.layers import dropout_mask
 from alexnet_jax.train import evaluation_steps
 from alexnet_jax.training.metrics import read_metrics
@@ -59,12 +60,12 @@ class Twin:
     """The network of a config in PyTorch, and the paper's update (§5)."""
 
     def __init__(self, config: ConfigDict, steps_per_epoch: float) -> None:
-        model = alexnet.build_model(config)
+        model = build_model(config)
         size = config.augment.crop_size
         tx = make_optimizer(config, steps_per_epoch)
         state = process.run_once(lambda: init_state(model, tx, config.seed, (size, size, 3)))
         self.config = config
-        self.layers = alexnet.named_layers(config.model.variant)
+        self.layers = alexnet.named_layers(variant_of(config))
         self.key = state.key
         self.statistics = as_tensors(state.batch_stats)
         self.params = as_tensors(state.params)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from alexnet_jax import config as configs
-from alexnet_jax.models.alexnet import build_model
+from alexnet_jax.models.build import build_model
 from alexnet_jax.train import train_and_evaluate
 from alexnet_jax.training.metrics import read_metrics
 from alexnet_jax.training.optimizer import make_optimizer

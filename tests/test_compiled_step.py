@@ -12,7 +12,7 @@ import pytest
 from alexnet_jax.analysis import step_costs, targets
 from alexnet_jax.config import default_config, load_config
 from alexnet_jax.data.augment import make_augment
-from alexnet_jax.models.alexnet import build_model
+from alexnet_jax.models.build import build_model
 from alexnet_jax.models.summary import layer_table
 from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer

@@ -17,7 +17,7 @@ import safetensors.numpy
 from alexnet_jax import convert, inference
 from alexnet_jax.config import default_config
 from alexnet_jax.data import augment
-from alexnet_jax.models.alexnet import build_model
+from alexnet_jax.models.build import build_model
 from alexnet_jax.utils.errors import UserError
 from alexnet_jax.weights import programs
 

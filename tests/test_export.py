@@ -18,7 +18,8 @@ from alexnet_jax import config as configs
 from alexnet_jax import export, inference
 from alexnet_jax.analysis import targets
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.models.alexnet import VARIANTS, build_model
+from alexnet_jax.models.alexnet import VARIANTS
+from alexnet_jax.models.build import build_model
 from alexnet_jax.utils.errors import UserError
 
 PROGRAM_WITHOUT_PACKAGE = """

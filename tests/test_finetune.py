@@ -16,7 +16,7 @@ from images import contents, encode, photograph
 from alexnet_jax import config, inference
 from alexnet_jax.analysis import hlo
 from alexnet_jax.data.augment import Statistics, make_augment
-from alexnet_jax.models.alexnet import build_model
+from alexnet_jax.models.build import build_model
 from alexnet_jax.train import train_and_evaluate
 from alexnet_jax.training import finetune, sharding
 from alexnet_jax.training.optimizer import layer_of, make_optimizer

@@ -209,7 +209,7 @@ import jax
 import numpy as np
 from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import make_augment
-from alexnet_jax.models.alexnet import build_model
+from alexnet_jax.models.build import build_model
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.training.sharding import make_parallel
 from alexnet_jax.training.train_step import init_state, make_train_step

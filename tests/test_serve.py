@@ -1,5 +1,6 @@
 """`python -m alexnet_jax.serve`: uploads, results, the command, and the page in a browser."""
 
+import functools
 import http.client
 import importlib.util
 import io
@@ -219,6 +220,9 @@ def test_delete_older_keeps_new_files(tmp_path):
     assert [path.read_text() for path in tmp_path.rglob("upload")] == ["new"]
 
 
+READ = functools.partial(serve.read_upload, size=72)
+
+
 def test_update_saves_the_pictures_of_a_result(expected, tmp_path):
     (digit, (image, result)), _ = expected.items()
 
@@ -228,7 +232,7 @@ def test_update_saves_the_pictures_of_a_result(expected, tmp_path):
 
     upload = images.encode(image, "PNG")
     upload_value, message, view, classes, responses, nearest = serve._update(
-        len(image), result_of, tmp_path, upload
+        functools.partial(serve.read_upload, size=len(image)), result_of, tmp_path, upload
     )
     assert (upload_value, message) == (None, "")
     assert next(iter(classes)) == digit and classes == result.classes
@@ -246,7 +250,7 @@ def test_update_saves_the_pictures_of_a_result(expected, tmp_path):
 @pytest.mark.parametrize("kind", INVALID_UPLOADS)
 def test_update_shows_only_the_reason_for_an_invalid_upload(kind, tmp_path):
     data, reason = INVALID_UPLOADS[kind]
-    _, message, *rest = serve._update(72, pytest.fail, tmp_path, data or None)
+    _, message, *rest = serve._update(READ, pytest.fail, tmp_path, data or None)
     assert reason in message
     assert rest == [None] * 4 and not list(tmp_path.iterdir())
 

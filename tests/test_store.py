@@ -179,6 +179,9 @@ def test_command_prepares_and_describes_the_stores(folder, tmp_path):
     assert "1100/1100" in ran.stderr
 
 
+USUAL = {"preprocess": "2012", "storage": "raw"}
+
+
 @pytest.mark.parametrize(
     ("dataset", "split", "expected"),
     [
@@ -190,9 +193,7 @@ def test_command_prepares_and_describes_the_stores(folder, tmp_path):
     ],
 )
 def test_store_path(dataset, split, expected):
-    path = store_path(
-        {"dataset": dataset, "data_dir": "/data", "image_size": 32, "storage": "raw"}, split
-    )
+    path = store_path({"dataset": dataset, "data_dir": "/data", "image_size": 32, **USUAL}, split)
     parts = zip(path.split("/"), expected.split("/"), strict=True)
     for part, pattern in parts:
         before, _, after = pattern.partition("########")
@@ -202,14 +203,27 @@ def test_store_path(dataset, split, expected):
 
 
 def test_splits_that_differ_only_in_punctuation_have_different_stores():
-    config = {"dataset": "cifar10", "data_dir": "/data", "image_size": 32, "storage": "raw"}
+    config = {"dataset": "cifar10", "data_dir": "/data", "image_size": 32, **USUAL}
     splits = ("train[:90%]", "train[90%:]", "train-90", "train[-90:]")
     assert len({store_path(config, split) for split in splits}) == len(splits)
 
 
+@pytest.mark.parametrize(
+    ("fields", "folder"),
+    [
+        ({"storage": "jpeg"}, "cifar10_32_jpeg"),
+        ({"preprocess": "caffe"}, "cifar10_32_caffe"),
+        ({"preprocess": "caffe", "storage": "jpeg"}, "cifar10_32_caffe_jpeg"),
+    ],
+)
+def test_stores_of_other_squares_have_other_folders(fields, folder):
+    config = {"dataset": "cifar10", "data_dir": "/data", "image_size": 32, **USUAL} | fields
+    assert store_path(config, "test") == f"/data/{folder}/test"
+
+
 def test_data_dir_may_start_with_tilde_or_be_a_url(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    config = {"dataset": "cifar10", "image_size": 32, "storage": "raw"}
+    config = {"dataset": "cifar10", "image_size": 32, **USUAL}
     assert store_path(config | {"data_dir": "~/d"}, "test") == "/home/me/d/cifar10_32/test"
     assert store_path(config | {"data_dir": "gs://b/d/"}, "test") == "gs://b/d/cifar10_32/test"
 

@@ -10,7 +10,8 @@ import pytest
 
 from alexnet_jax.config import default_config
 from alexnet_jax.data.augment import Statistics, make_augment
-from alexnet_jax.models.alexnet import AlexNet, build_model
+from alexnet_jax.models.alexnet import AlexNet
+from alexnet_jax.models.build import build_model
 from alexnet_jax.models.summary import layer_table
 from alexnet_jax.training import sharding
 from alexnet_jax.training.optimizer import make_optimizer

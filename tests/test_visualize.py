@@ -16,7 +16,8 @@ from alexnet_jax import config as configs
 from alexnet_jax import inference, visualize
 from alexnet_jax.analysis import diagram, features, figures, occlusion
 from alexnet_jax.data.augment import Statistics
-from alexnet_jax.models.alexnet import VARIANTS, build_model, named_layers
+from alexnet_jax.models.alexnet import VARIANTS, named_layers
+from alexnet_jax.models.build import build_model
 from alexnet_jax.utils.errors import EXIT_USER_ERROR
 
 

@@ -182,6 +182,12 @@ def check_comparable(workdirs: Sequence[Path], networks: Sequence[Trained], stor
                 f"{workdir} has {num_classes} classes, {workdirs[0]} has {expected} and the data "
                 f"has {len(store.class_names)}; evaluate networks with the same classes together"
             )
+        if network.config.preprocess != networks[0].config.preprocess:
+            raise UserError(
+                f"{workdir} has preprocess={network.config.preprocess}, {workdirs[0]} has "
+                f"{networks[0].config.preprocess}; pass --preprocess to give both the same images, "
+                "or evaluate them separately"
+            )
         if network.config.image_size != store.image_size:
             raise UserError(
                 f"{workdir} takes images stored at {network.config.image_size} pixels, but the "

@@ -66,16 +66,20 @@ def save_sample_grid(
     _save_rows([images[row] for row in rows], [captions[row] for row in rows], path)
 
 
-def save_samples(order: Order, augment: Augment, step: int, path: Path) -> None:
+def save_samples(order: Order, augment: Augment, draws: tuple[int, int], path: Path) -> None:
     """Saves the first images of the batch of a training step, augmented as in that step.
 
     Only the mean is not subtracted, so that the picture shows natural colors.
+
+    Args:
+      draws: seed of the augmentation, and the step.
     """
+    seed, step = draws
     positions = step * order.batch_size + np.arange(min(MAX_SAMPLES, order.batch_size))
     batch = order.store.read(order.examples(positions))
     with_mean = augment.stats._replace(mean=np.zeros_like(augment.stats.mean))
     augment = dataclasses.replace(augment, stats=with_mean)
-    key = jax.random.fold_in(train_key(order.seed), step)
+    key = jax.random.fold_in(train_key(seed), step)
     seen = run_once(lambda x: augment_batch(augment, key, x, step)["image"], batch)
     pixels = np.clip(np.rint(np.asarray(seen) / augment.scale), 0, 255).astype(np.uint8)
     save_sample_grid(pixels, [order.store.class_names[label] for label in batch["label"]], path)
@@ -277,6 +281,29 @@ def save_confusion(
             text = f"{confusion[row, column]}"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=8)
     axes.set(xlabel="prediction", ylabel="label")
+    fonts.prepare(figure).savefig(path, dpi=100)
+
+
+def save_similarity(
+    matrices: Mapping[str, Float32[np.ndarray, "K K"]], names: Sequence[str], path: Path
+) -> None:
+    """Saves matrices of similarities between networks beside each other, with their titles."""
+    from matplotlib.figure import Figure
+
+    side = max(4.0, 0.5 * len(names) + 2)
+    figure = Figure(figsize=(side * len(matrices), side), layout="constrained")
+    (panels,) = figure.subplots(1, len(matrices), squeeze=False)
+    for axes, (title, matrix) in zip(panels, matrices.items(), strict=True):
+        picture = axes.imshow(matrix, cmap="viridis", vmin=min(0.0, matrix.min()), vmax=1)
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_title(title)
+        if len(names) <= MAX_CLASSES_NAMED:
+            for (row, column), value in np.ndenumerate(matrix):
+                style = {"ha": "center", "va": "center", "fontsize": 7}
+                color = "black" if value > 0.7 else "white"
+                axes.text(column, row, f"{value:.2f}", color=color, **style)
+        figure.colorbar(picture, shrink=0.7)
     fonts.prepare(figure).savefig(path, dpi=100)
 
 

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
+from ml_collections import ConfigDict
 
 from alexnet_jax import inference
 from alexnet_jax.data.decode import read_square
+from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.inference import Trained
 from alexnet_jax.training.train_step import top_five
 from alexnet_jax.utils.errors import UserError
@@ -101,7 +103,7 @@ def predict_files(
                 probabilities, best, image = next(rows)
                 yield Prediction(path, best, probabilities, image)
 
-    for decoded, images in _batches(files, network.config.image_size, batch_size):
+    for decoded, images in batches(files, network.config, batch_size):
         pending.append((decoded, images, classify(images)))
         if len(pending) > BATCHES_IN_FLIGHT:
             yield from oldest()
@@ -109,16 +111,22 @@ def predict_files(
         yield from oldest()
 
 
-def _batches(
-    files: Sequence[Path], size: int, batch_size: int
+def batches(
+    files: Sequence[Path], config: ConfigDict, batch_size: int
 ) -> Iterator[tuple[list[DecodedFile], UInt8[np.ndarray, "B S S 3"]]]:
     """Yields files and the images of those that could be decoded.
 
     All batches have the same size B, so that only one program is compiled. The last is padded.
+
+    Args:
+      config: of the network; `preprocess` and `image_size` decide about the squares.
     """
+    size, decode = config.image_size, PREPROCESSING[config.preprocess].decode
     length = min(batch_size, len(files))
     threads = grain.ReadOptions(num_threads=DECODING_THREADS, prefetch_buffer_size=2 * length)
-    results = grain.MapDataset.source(files).map(lambda path: (path, read_square(path, size)))
+    results = grain.MapDataset.source(files).map(
+        lambda path: (path, read_square(path, size, decode))
+    )
     decoded: list[DecodedFile] = []
     images = np.zeros((length, size, size, 3), np.uint8)
     count = 0

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float32, Int32, Shaped, UInt8
 from ml_collections import ConfigDict
 from scipy.stats import beta
 
+from alexnet_jax.data import preprocess
 from alexnet_jax.data.trivial_augment import trivial_augment
 from alexnet_jax.utils.errors import UserError
 
@@ -352,6 +353,7 @@ def other_crop_sizes(config: ConfigDict) -> dict[str, int]:
 
 
 def _check(config: ConfigDict) -> None:
+    preprocess.check(config)
     for field, values in {
         "crop": ("random", "inception"),
         "mean": ("image", "image_center", "channel"),
@@ -367,12 +369,13 @@ def _check(config: ConfigDict) -> None:
             f"eval.views={config.eval.views!r} does not exist; choose one of {', '.join(VIEWS)}"
         )
     if config.stored == "whole" and (
-        config.augment.crop != "inception" or config.augment.mean != "channel"
+        (config.augment.crop, config.augment.mean) != ("inception", "channel")
+        or config.preprocess != "2012"
     ):
         raise UserError(
             "stored=whole keeps photographs of different shapes, which only the inception crop "
-            "uses and which have no mean image; set --config.augment.crop=inception and "
-            "--config.augment.mean=channel"
+            "uses and which have no mean image; set --config.augment.crop=inception, "
+            "--config.augment.mean=channel and --config.preprocess=2012"
         )
     if not 0 < config.augment.crop_size <= config.image_size:
         raise UserError(

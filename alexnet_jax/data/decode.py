@@ -127,6 +127,20 @@ def decode(
     return scaled if turn is None else np.ascontiguousarray(turn(scaled))
 
 
+def decode_at_own_size(image: bytes | np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes an image by Pillow alone, in its own size, and turns it upright.
+
+    Arguments, colors and errors are those of `decode_square`.
+    """
+    if isinstance(image, np.ndarray):
+        pixels = image[..., 0] if image.shape[2:] == (1,) else image
+        return np.asarray(_rgb(Image.fromarray(pixels)))
+    picture = Image.open(io.BytesIO(image))
+    whole = np.asarray(_rgb(picture, image))
+    turn = TURN_UPRIGHT.get(_orientation(picture))
+    return whole if turn is None else np.ascontiguousarray(turn(whole))
+
+
 def _may_be_turned(jpeg: bytes) -> bool:
     """Returns whether a JPEG may have an orientation. Most have none, and parsing takes 60 µs."""
     metadata = jpeg[: jpeg.find(b"\xff\xda")]  # all before the start of the first scan
@@ -140,12 +154,20 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def read_square(path: Path, size: int) -> UInt8[np.ndarray, "{size} {size} 3"] | str:
-    """Returns the image of a file, as `decode_square` does, or a sentence that says why not."""
+def read_square(
+    path: Path,
+    size: int,
+    decode: Callable[[bytes | np.ndarray, int], np.ndarray] = decode_square,
+) -> UInt8[np.ndarray, "{size} {size} 3"] | str:
+    """Returns the image of a file, or a sentence that says why not.
+
+    Args:
+      decode: of `preprocess.PREPROCESSING`.
+    """
     if path.exists() and not path.is_file():
         return "it is not a regular file"
     try:
-        return decode_square(path.read_bytes(), size)
+        return decode(path.read_bytes(), size)
     except Exception as error:  # damaged bytes make the decoders raise almost any exception
         return reason(error)
 
@@ -201,17 +223,21 @@ def _scale(picture: Image.Image, size: int, max_aspect: int, encoded: bytes = b"
     Args:
       encoded: the bytes of the picture, if it has any.
     """
-    if picture.width * picture.height > MAX_PIXELS:
-        raise ValueError(
-            f"the image has {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}"
-        )
-    picture = _to_rgb(_to_eight_bits(picture, encoded))
+    picture = _rgb(picture, encoded)
     side = min(picture.size)
     width, height = (min(length, max_aspect * side) for length in picture.size)
     left, top = (picture.width - width) / 2, (picture.height - height) / 2
     box = (left, top, left + width, top + height)
     scaled = (round(width * size / side), round(height * size / side))
     return np.asarray(picture.resize(scaled, Image.Resampling.BICUBIC, box=box))
+
+
+def _rgb(picture: Image.Image, encoded: bytes = b"") -> Image.Image:
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(
+            f"the image has {picture.width}x{picture.height} pixels, more than {MAX_PIXELS}"
+        )
+    return _to_rgb(_to_eight_bits(picture, encoded))
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

@@ -22,7 +22,9 @@ import grain
 import jax
 import numpy as np
 from jaxtyping import Int, Int64
+from ml_collections import ConfigDict
 
+from alexnet_jax.config import seed_for
 from alexnet_jax.data.store import Store
 from alexnet_jax.utils import distributed
 from alexnet_jax.utils.buckets import is_url
@@ -174,6 +176,12 @@ class Order:
         order = np.empty(count, np.int64)
         order[np.argsort(lanes, kind="stable")] = shard_by_shard
         return order
+
+
+def build_order(store: Store, config: ConfigDict) -> Order:
+    """Returns the order in which a run of a config sees the examples of its train split."""
+    seed = seed_for(config, "order")
+    return Order(store, config.batch_size, seed, config.shuffle_shards)
 
 
 def _advise(store: Store, shuffle_shards: int) -> None:

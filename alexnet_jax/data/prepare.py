@@ -29,7 +29,8 @@ from jaxtyping import Float32, Float64, Int64, UInt8
 from tqdm import tqdm
 
 from alexnet_jax.config import FOLDER_PREFIX, folder_path
-from alexnet_jax.data.decode import decode, decode_square, reason
+from alexnet_jax.data.decode import decode, reason
+from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.data.shards import (
     Pieces,
     encode_jpeg,
@@ -90,7 +91,8 @@ def open_or_prepare(
 ) -> dict[str, Store]:
     """Opens the stores of a config, {"train": …, "eval": …}; prepares those that are not complete.
 
-    Reads the fields dataset, data_dir, train_split, eval_split, image_size, stored, storage and
+    Reads the fields dataset, data_dir, train_split, eval_split, image_size, preprocess, stored,
+    storage and
     max_corrupt.
     TensorFlow is imported only if a store has to be prepared from a tfds data set.
 
@@ -182,9 +184,17 @@ def prepare_splits(
                 if path in outdated or needs_preparation(path)
             }
             stored = {path: stored_for(config, use) for use, path in paths.items()}
-            fields = (config["image_size"], config["storage"])
             jobs = [
-                _Job(source, path, *fields, stored[path], config["max_corrupt"], part)
+                _Job(
+                    source,
+                    path,
+                    config["image_size"],
+                    config["storage"],
+                    stored[path],
+                    config["max_corrupt"],
+                    part,
+                    config["preprocess"],
+                )
                 for path, source in sources.items()
             ]
             for job in jobs:
@@ -274,6 +284,7 @@ class _Job:
     stored: str
     max_corrupt: float
     part: tuple[int, int]
+    preprocess: str = "2012"
 
     @functools.cached_property
     def root(self) -> ts.KvStore:
@@ -433,7 +444,7 @@ def _decode(job: _Job, example: Example) -> Decoded:
             whole = decode(encoded, job.image_size)
             size, image = whole.shape[:2], to_canvas(whole)
         else:
-            image = decode_square(encoded, job.image_size)
+            image = PREPROCESSING[job.preprocess].decode(encoded, job.image_size)
             size = image.shape[:2]
     except Exception as error:  # damaged bytes make the decoders raise almost any exception
         return Decoded(None, None, (job.image_size, job.image_size), reason(error), checksum)

@@ -372,7 +372,8 @@ def stored_for(config: Mapping[str, Any], use: str) -> str:
 def store_path(config: Mapping[str, Any], split: str, stored: str = STORED[0]) -> str:
     """Returns `<data_dir>/<dataset>_<image_size>/<split>`, or `…_<image_size>_jpeg/<split>`.
 
-    The folder of whole photographs ends in `_whole`.
+    The folder of whole photographs ends in `_whole`, and that of squares of another preprocessing
+    than the paper's in its name.
 
     Characters that do not suit file names, such as those of `train[:90%]`, are replaced by "-".
     Eight hex digits of a hash of the name follow, so that different names never share a store. A
@@ -384,7 +385,8 @@ def store_path(config: Mapping[str, Any], split: str, stored: str = STORED[0]) -
         name = _file_name(f"folder-{folder.name}", unique=str(folder))
     else:
         name = _file_name(dataset)
-    suffix = "" if config["storage"] == "raw" else f"_{config['storage']}"
+    usual = {"preprocess": "2012", "storage": "raw"}
+    suffix = "".join(f"_{config[key]}" for key in usual if config[key] != usual[key])
     suffix += "_whole" if stored == "whole" else ""
     parent = f"{expand_dir(config['data_dir'])}/{name}_{config['image_size']}{suffix}"
     return f"{parent}/{_file_name(split)}"

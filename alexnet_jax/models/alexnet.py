@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float, Float32
-from ml_collections import ConfigDict
 
 from alexnet_jax.models import layers as ops
 from alexnet_jax.utils.errors import UserError
@@ -645,27 +644,3 @@ def _check_input(shape: tuple[int, ...], least: int) -> None:
             f"images of {height}x{width} pixels are too small for AlexNet: "
             f"resize them to at least {least}x{least}"
         )
-
-
-def build_model(config: ConfigDict, **devices: Any) -> AlexNet:
-    """Returns the network of `config.model`.
-
-    Args:
-      devices: attributes of `AlexNet` that depend on devices (`Parallel.model_options`).
-
-    Raises:
-      UserError: a value of `config.model` does not exist.
-    """
-    fields = config.model
-    return AlexNet(
-        variant=fields.variant,
-        num_classes=fields.num_classes,
-        dtype=fields.dtype,
-        dropout=fields.dropout,
-        initializer=fields.init,
-        hidden_bias=fields.hidden_bias,
-        width=fields.width,
-        conv1_padding=fields.conv1_padding,
-        frozen=tuple(config.freeze),
-        **devices,
-    )

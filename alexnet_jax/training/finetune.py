@@ -15,6 +15,7 @@ from alexnet_jax import inference
 from alexnet_jax.data.augment import Statistics, make_augment
 from alexnet_jax.inference import Trained
 from alexnet_jax.models.alexnet import AlexNet, kernel_layers, layers_of
+from alexnet_jax.models.build import variant_of
 from alexnet_jax.models.summary import LayerRow
 from alexnet_jax.training.checkpoint import has_checkpoint
 from alexnet_jax.training.sharding import from_host
@@ -122,9 +123,9 @@ def _check_fits(config: ConfigDict, model: AlexNet, source: Trained) -> None:
     """Raises UserError, which names the fields to set, if features would change their meaning."""
     here, there = configs.flat(config), configs.flat(source.config)
     fields = ["model.width", "model.conv1_padding", "augment.mean"]
-    layers, of_source = layers_of(config.model.variant), layers_of(source.config.model.variant)
+    layers, of_source = (layers_of(variant_of(c)) for c in (config, source.config))
     if layers[: len(of_source)] != of_source:  # a source of convolutions only lacks the others
-        fields.insert(0, "model.variant")
+        fields[:0] = ["model.variant", "model.ablation"]
     if source.stats.mean.ndim > 1:  # a mean image has the size of the stored images
         fields.append("image_size")
     if not np.allclose(make_augment(config).scale, source.augment.scale, rtol=1e-5):
@@ -148,12 +149,12 @@ def _check_fits(config: ConfigDict, model: AlexNet, source: Trained) -> None:
 
 
 def _new_layers(config: ConfigDict, source: Trained) -> list[str]:
-    layers = kernel_layers(config.model.variant)
+    layers = kernel_layers(variant_of(config))
     return [name for name in layers if name not in source.variables["params"]]
 
 
 def _last_layer(config: ConfigDict) -> str:
-    return kernel_layers(config.model.variant)[-1]
+    return kernel_layers(variant_of(config))[-1]
 
 
 def _without(layer: str, params: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from alexnet_jax.models.alexnet import kernel_layers
+from alexnet_jax.models.build import variant_of
 from alexnet_jax.utils.errors import UserError
 
 Params = dict[str, Any]
@@ -325,7 +326,7 @@ def _check(config: ConfigDict) -> None:
             raise UserError(f"{name}={kind!r} does not exist; choose one of {', '.join(kinds)}")
     if not all(isinstance(epoch, int | float) for epoch in config.schedule.step_epochs):
         raise UserError(f"schedule.step_epochs={config.schedule.step_epochs} must be numbers")
-    layers = kernel_layers(config.model.variant)
+    layers = kernel_layers(variant_of(config))
     for layer in config.freeze:
         _check_layer("freeze", layer, layers)
     if set(config.freeze) == set(layers):

@@ -27,7 +27,8 @@ from ml_collections import ConfigDict
 
 from alexnet_jax.data.augment import other_crop_sizes
 from alexnet_jax.data.store import batch_shapes
-from alexnet_jax.models.alexnet import DTYPES, AlexNet, build_model, check_choice, has_classes
+from alexnet_jax.models.alexnet import DTYPES, AlexNet, check_choice, has_classes
+from alexnet_jax.models.build import build_model, variant_of
 from alexnet_jax.models.summary import LayerRow, layer_table
 from alexnet_jax.training.train_step import EvalStep, TrainStep
 from alexnet_jax.utils.errors import UserError
@@ -279,7 +280,7 @@ def build_network(
     Raises:
       UserError: the config does not fit the devices, or names something that does not exist.
     """
-    if not has_classes(config.model.variant):
+    if not has_classes(variant_of(config)):
         raise UserError(
             f"model.variant={config.model.variant} ends before the logits and cannot be trained; "
             "set --config.model.variant=owt, and --config.init_from to start from its weights"

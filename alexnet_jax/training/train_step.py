@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Float32, Int32, UInt8
 from ml_collections import ConfigDict
 
+from alexnet_jax.config import seed_for
 from alexnet_jax.data.augment import Augment, Examples
 from alexnet_jax.models.alexnet import AlexNet
 from alexnet_jax.training.optimizer import layer_of
@@ -60,9 +61,10 @@ def train_key(seed: int) -> jax.Array:
 
 
 def build_state(config: ConfigDict, model: AlexNet, tx: optax.GradientTransformation) -> TrainState:
-    """Returns the state of a config before the first step."""
+    """Returns the state before the first step, with the seeds and the input size of a config."""
     size = config.augment.crop_size
-    state = init_state(model, tx, config.seed, (size, size, 3))
+    state = init_state(model, tx, seed_for(config, "weights"), (size, size, 3))
+    state = state.replace(key=train_key(seed_for(config, "dropout")))
     return restart_average(state) if config.optimizer.ema_decay else state
 
 

@@ -24,6 +24,7 @@ class Program(NamedTuple):
       channel_scale: factors of the mean-subtracted channels.
       image_mean: `augment.mean` of a network with a mean image; None if the program has none.
       conv1_padding: `model.conv1_padding`; -1 keeps the variant's padding.
+      preprocess: `config.preprocess`, how the program made squares of its training images.
     """
 
     read: Callable[[Path], tuple[str, ChannelsFirst]]
@@ -32,12 +33,14 @@ class Program(NamedTuple):
     channel_scale: tuple[float, ...] = (1.0, 1.0, 1.0)
     image_mean: str | None = None
     conv1_padding: int = -1
+    preprocess: str = "2012"
 
     def config(self, variant: str, num_classes: int, has_mean_image: bool) -> ConfigDict:
         """Returns the config of a converted network."""
         c = default_config()
         c.model.variant, c.model.num_classes = variant, num_classes
         c.model.conv1_padding = self.conv1_padding
+        c.preprocess = self.preprocess
         c.augment.crop_size = self.crop_size
         c.augment.mean = self.image_mean if has_mean_image else "channel"
         c.augment.channel_scale = self.channel_scale
@@ -50,11 +53,17 @@ TORCHVISION = Program(
     crop_size=224,
     pixel_mean=tuple(255 * mean for mean in torchvision.PIXEL_MEAN),
     channel_scale=tuple(1 / (255 * std) for std in torchvision.PIXEL_STD),
+    preprocess="torchvision",
 )
 # Its convolutions are torchvision's, and so are its pixels.
 LPIPS = TORCHVISION._replace(read=lpips.read)
 # Caffe's networks see 227 pixels without padding, which gives conv1 the paper's 55×55 outputs.
-CAFFE = Program(caffe.read, 227, caffe.CHANNEL_MEAN, image_mean="image", conv1_padding=0)
+CAFFE = Program(
+    *(caffe.read, 227, caffe.CHANNEL_MEAN),
+    image_mean="image",
+    conv1_padding=0,
+    preprocess="caffe",
+)
 # Run #145 subtracted the center of the mean image, wherever the crop was.
 CUDA_CONVNET = Program(cuda_convnet.read, 224, caffe.CHANNEL_MEAN, image_mean="image_center")
 
