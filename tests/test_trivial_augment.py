@@ -10,7 +10,7 @@ from alexnet_jax.data.trivial_augment import OPERATIONS, apply, trivial_augment
 
 
 def test_each_image_gets_one_operation_of_one_of_31_strengths():
-    image = photograph(0, 40, 40).astype(np.float32)  # a shift by 32 pixels leaves some of it
+    image = photograph(0, 40, 40)  # a shift by 32 pixels leaves some of it
     cases = [(o, b, s) for o in range(len(OPERATIONS)) for b in range(31) for s in (-1, 1)]
     operations, bins, signs = np.array(cases).T
     every = jax.jit(jax.vmap(lambda o, b, s: apply(image, o, b / 30, s)))(operations, bins, signs)
@@ -38,7 +38,16 @@ def test_values_are_whole_numbers_from_0_to_255():
 
 
 def test_an_image_of_one_color_has_no_contrast_to_raise():
-    image = np.full((16, 16, 3), 77, np.float32)
+    image = np.full((16, 16, 3), 77, np.uint8)
     for name in ("autocontrast", "equalize"):
         found = apply(image, list(OPERATIONS).index(name), 1.0, 1.0)
         np.testing.assert_array_equal(found, image)
+
+
+def test_equalizing_on_accelerators_is_that_on_cpu(monkeypatch):
+    image, equalize = photograph(3, 24, 24), list(OPERATIONS).index("equalize")
+    expected = apply(image, equalize, 1.0, 1.0)
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, default, **others: default(*args)
+    )
+    np.testing.assert_array_equal(apply(image, equalize, 1.0, 1.0), expected)

@@ -4,8 +4,8 @@ Müller and Hutter 2021 (arXiv 2103.10158), with the operations and strengths th
 TrivialAugmentWide. `tests/test_trivial_augment.py` compares each with torchvision's.
 
 Which operation an image gets is known only on the device, and `jax.vmap` computes all of them for
-each image. So the five geometric ones share a single look-up of pixels, and histograms are matrix
-products.
+each image. So the five geometric ones share a single look-up of pixels, all others are one pass
+over the pixels, and what is kept in between has 8 bits.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32, UInt8
 
 Pixels = Float32[jax.Array, "S S 3"]  # whole numbers from 0 to 255
+Bytes = UInt8[jax.Array, "S S 3"]
 
 MAX_SHIFT = 32  # pixels, whatever the size of the image, as in torchvision
 MAX_SHEAR = 0.99
@@ -34,7 +35,7 @@ def trivial_augment(image: Pixels, key: jax.Array) -> Pixels:
     operation, strength, direction = jax.random.split(key, 3)
     sign = jnp.where(jax.random.bernoulli(direction), 1.0, -1.0)
     return apply(
-        jnp.rint(image),
+        jnp.rint(image).astype(jnp.uint8),
         jax.random.randint(operation, (), 0, len(OPERATIONS)),
         jax.random.randint(strength, (), 0, 31) / 30,
         sign,
@@ -42,7 +43,7 @@ def trivial_augment(image: Pixels, key: jax.Array) -> Pixels:
 
 
 def apply(
-    image: Pixels, operation: jax.Array | int, strength: jax.Array | float, sign: jax.Array | float
+    image: Bytes, operation: jax.Array | int, strength: jax.Array | float, sign: jax.Array | float
 ) -> Pixels:
     """Applies one operation.
 
@@ -52,9 +53,9 @@ def apply(
       sign: 1 or -1, for the operations that have a direction.
     """
     amount = jnp.asarray(sign * strength, jnp.float32)
-    image = _warp(image, jnp.asarray(operation), amount)
+    pixels = _warp(image, jnp.asarray(operation), amount).astype(jnp.float32)
     changed: jax.Array = jax.lax.switch(
-        operation, list(OPERATIONS.values()), image, jnp.asarray(strength, jnp.float32), amount
+        operation, list(OPERATIONS.values()), pixels, jnp.asarray(strength, jnp.float32), amount
     )
     # torchvision cuts off fractions, since it converts to uint8.
     return jnp.floor(jnp.clip(changed, 0, 255))
@@ -65,7 +66,7 @@ def apply(
 # ------------------------------------------------------------------------------------------
 
 
-def _warp(image: Pixels, operation: jax.Array, amount: jax.Array) -> Pixels:
+def _warp(image: Bytes, operation: jax.Array, amount: jax.Array) -> Bytes:
     """Shears, shifts or rotates the image: each pixel is copied from the nearest old one.
 
     Black comes in where the image ends. Other operations leave the image as it is.
@@ -87,7 +88,7 @@ def _warp(image: Pixels, operation: jax.Array, amount: jax.Array) -> Pixels:
     column, row = (jnp.rint(old + center - 0.5).astype(jnp.int32) for old in (old_x, old_y))
     is_inside = (column >= 0) & (column < size) & (row >= 0) & (row < size)
     found = jnp.take(image.reshape(-1, 3), row * size + column, axis=0, mode="clip")
-    return jnp.where(is_inside[..., None], found, 0.0)
+    return jnp.where(is_inside[..., None], found, 0)
 
 
 # ------------------------------------------------------------------------------------------
@@ -147,8 +148,8 @@ def _equalize(image: Pixels, strength: jax.Array, amount: jax.Array) -> Pixels:
     below = up_to - counts
     table = (below + step[:, None] // 2) // jnp.maximum(step, 1)[:, None]
     table = jnp.where(step[:, None] > 0, jnp.clip(table, 0, 255), jnp.arange(256))
-    values = image.astype(jnp.int32)
-    return jnp.stack([table[c][values[..., c]] for c in range(3)], axis=-1).astype(jnp.float32)
+    values = image.astype(jnp.int32) + 256 * jnp.arange(3)
+    return jnp.take(table.reshape(-1), values).astype(jnp.float32)
 
 
 def _blend(image: Pixels, other: jax.Array, amount: jax.Array) -> Pixels:
@@ -158,21 +159,26 @@ def _blend(image: Pixels, other: jax.Array, amount: jax.Array) -> Pixels:
 
 
 def _gray(image: Pixels) -> Float32[jax.Array, "S S"]:
-    return jnp.floor(image @ GRAY)
+    return jnp.floor((image * GRAY).sum(axis=-1))
 
 
-def _histograms(image: Pixels) -> jax.Array:
-    """Returns how often each channel has each value, int32[3, 256].
-
-    As the product of the upper and the lower four bits: a scatter would add up one by one, and
-    comparing each pixel with 256 values takes 16 times as much memory.
-    """
+def _histograms(image: Pixels) -> Int32[jax.Array, "3 256"]:
+    """Returns how often each channel has each value."""
     values = image.reshape(-1, 3).astype(jnp.int32)
-    digits = jnp.arange(16)
-    upper = (values[..., None] // 16 == digits).astype(jnp.bfloat16)
-    lower = (values[..., None] % 16 == digits).astype(jnp.bfloat16)
-    counts = jnp.einsum("pch,pcl->chl", upper, lower, preferred_element_type=jnp.float32)
-    return counts.reshape(3, 256).astype(jnp.int32)
+    found: jax.Array = jax.lax.platform_dependent(
+        values, cpu=_count_one_by_one, default=_count_by_comparing
+    )
+    return found
+
+
+def _count_one_by_one(values: Int32[jax.Array, "P 3"]) -> Int32[jax.Array, "3 256"]:
+    counts = jnp.zeros((3, 256), jnp.int32)
+    return counts.at[jnp.arange(3), values].add(1)
+
+
+def _count_by_comparing(values: Int32[jax.Array, "P 3"]) -> Int32[jax.Array, "3 256"]:
+    """Compares each pixel with all values, since accelerators would add up one by one slowly."""
+    return (values[:, :, None] == jnp.arange(256)).sum(axis=0, dtype=jnp.int32)
 
 
 GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
