@@ -250,6 +250,23 @@ def classifier(trained: Trained, views: str | None = None) -> OfImages:
     return on_all_devices(function, trained.variables)
 
 
+def features_of(trained: Trained, names: Sequence[str]) -> Callable[..., dict[str, jax.Array]]:
+    """Returns a pure function from variables and images to {name: float32[B, …]}.
+
+    Args:
+      names: of taps (`models.names`).
+    """
+
+    def features(
+        variables: dict[str, Any], images: UInt8[jax.Array, "B S S 3"]
+    ) -> dict[str, jax.Array]:
+        view = trained.augment.center(images)
+        found = taps.responses(trained.model, variables, view, names)
+        return {name: x.astype(jnp.float32) for name, x in found.items()}
+
+    return features
+
+
 def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
     """Returns a function from images to {name: float32[B, …]}, for their center crops.
 
@@ -259,13 +276,7 @@ def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
     Raises:
       UserError: the network has no such tap.
     """
-
-    def features(variables: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
-        view = trained.augment.center(images)
-        found = taps.responses(trained.model, variables, view, names)
-        return {name: x.astype(jnp.float32) for name, x in found.items()}
-
-    return on_all_devices(features, trained.variables)
+    return on_all_devices(features_of(trained, names), trained.variables)
 
 
 def on_all_devices(function: Callable[..., Any], variables: Any) -> Callable[..., Any]:
