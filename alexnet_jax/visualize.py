@@ -17,6 +17,7 @@ from alexnet_jax.data import augment, decode
 from alexnet_jax.data.pipeline import Order
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attributes, store_paths
+from alexnet_jax.models import summary
 from alexnet_jax.models.alexnet import build_model, towers
 from alexnet_jax.training.metrics import Row, read_metrics
 from alexnet_jax.training.optimizer import make_optimizer
@@ -124,7 +125,7 @@ def curves(args: argparse.Namespace) -> None:
 
 
 def network(args: argparse.Namespace) -> None:
-    """Draws the layers of the network with their shapes, as in Figure 2."""
+    """Draws the layers of the network with their shapes, as in Figure 2; --csv writes a table."""
     if (args.workdir is None) == (args.config is None):
         raise UserError("name either a workdir or --config NAME")
     if args.config:
@@ -134,10 +135,16 @@ def network(args: argparse.Namespace) -> None:
     else:
         config = inference.saved_config(args.workdir)
     path = _out_path(args, "network.png")
+    if args.csv and (args.csv.suffix.lower() != ".csv" or args.csv.is_dir()):
+        raise UserError(f"--csv={args.csv} must name a file that ends in .csv")
     size = config.augment.crop_size
-    figure = diagram.network_figure(build_model(config), (size, size, 3))
+    model, shape = build_model(config), (size, size, 3)
+    figure = diagram.network_figure(model, shape)
     with _output(path) as new:
         figure.savefig(new)
+    if args.csv:
+        with _output(args.csv, "another --csv") as new:
+            summary.write_layer_csv(summary.operation_table(model, shape), new)
 
 
 @contextmanager
@@ -259,6 +266,11 @@ def _make_parser() -> argparse.ArgumentParser:
     picture = add("network", network, out="WORKDIR/network.png or runs/<config name>/network.png")
     text = "workdir whose network is drawn; alternatively, pass --config"
     picture.add_argument("workdir", type=buckets.readable, nargs="?", metavar="WORKDIR", help=text)
+    text = (
+        "also write shape, stride, receptive field, parameters, multiply-accumulates and bytes of "
+    )
+    text += "each operation"
+    picture.add_argument("--csv", type=buckets.local, metavar="FILE.csv", help=text)
     _add_config(picture)
     usages = [picture.format_usage().split(maxsplit=4)[4] for picture in pictures.choices.values()]
     lines = [" ".join(usage.replace("[-h] ", "").split()) for usage in usages]
