@@ -120,7 +120,7 @@ class Augment:
             image = image - self.stats.mean
         image = self._random_crop(crop_key, flip, image)
         if self.fields.mean != "image":
-            image = image - self._center_mean()
+            image = image - self.center_mean
 
         # §4.1: add Σ_i α_i λ_i p_i to every pixel, one draw of α ~ N(0, noise²) for each image.
         image = image + self.stats.noise_basis @ (noise * jax.random.normal(noise_key, (3,)))
@@ -182,11 +182,13 @@ class Augment:
         if self.fields.mean == "image":
             mean: Any = jax.lax.dynamic_slice(jnp.asarray(self.stats.mean), (y, x, 0), shape)
         else:
-            mean = self._center_mean()
+            mean = self.center_mean
         view: jax.Array = (window.astype(jnp.float32) - mean) * self.scale
         return view
 
-    def _center_mean(self) -> np.ndarray:
+    @property
+    def center_mean(self) -> np.ndarray:
+        """What is subtracted from a center crop: the mean image's own, or the channel means."""
         mean = self.stats.mean
         return mean if mean.ndim == 1 else center_window(mean, self.crop_size)
 
