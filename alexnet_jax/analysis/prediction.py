@@ -103,7 +103,7 @@ def predict_files(
                 probabilities, best, image = next(rows)
                 yield Prediction(path, best, probabilities, image)
 
-    for decoded, images in batches(files, network.config, batch_size):
+    for decoded, images in decoded_batches(files, network.config, batch_size):
         pending.append((decoded, images, classify(images)))
         if len(pending) > BATCHES_IN_FLIGHT:
             yield from oldest()
@@ -111,7 +111,7 @@ def predict_files(
         yield from oldest()
 
 
-def batches(
+def decoded_batches(
     files: Sequence[Path], config: ConfigDict, batch_size: int
 ) -> Iterator[tuple[list[DecodedFile], UInt8[np.ndarray, "B S S 3"]]]:
     """Yields files and the images of those that could be decoded.

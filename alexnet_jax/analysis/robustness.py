@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from alexnet_jax import inference
-from alexnet_jax.analysis.prediction import batches
+from alexnet_jax.analysis.prediction import decoded_batches
 from alexnet_jax.data.augment import center_window
 from alexnet_jax.data.store import Store
 from alexnet_jax.data.wordnet import display_names, imagenet_names
@@ -148,7 +148,7 @@ def folder_images(
       UserError: a file is not an image.
     """
     files = [path for name in labels for path in files_below(folder / name)]
-    for decoded, images in batches(files, network.config, batch_size) if files else ():
+    for decoded, images in decoded_batches(files, network.config, batch_size) if files else ():
         found = np.full(len(images), -1)
         for index, (path, fault) in enumerate(decoded):
             if fault is not None:

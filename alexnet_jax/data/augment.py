@@ -294,9 +294,14 @@ class Augment:
         if self.fields.mean == "image":
             mean: Any = jax.lax.dynamic_slice(jnp.asarray(self.stats.mean), (y, x, 0), shape)
         else:
-            mean = self._center_mean(self.view_size)
+            mean = self.center_mean
         view: jax.Array = (window.astype(jnp.float32) - mean) * self.scale
         return view
+
+    @property
+    def center_mean(self) -> np.ndarray:
+        """What is subtracted from a center crop: the mean image's own, or the channel means."""
+        return self._center_mean(self.view_size)
 
     def _center_mean(self, size: int) -> np.ndarray:
         mean = self.stats.mean

@@ -1,7 +1,8 @@
 """AlexNet and its variants: each is a list of layers, in the order in which an image meets them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -313,6 +314,10 @@ DTYPES = ("float32", "bfloat16")
 MIN_SIZE = 63  # pixels: the smallest input for which torchvision's alexnet has a whole pool5 window
 MIN_CIFAR_SIZE = 8
 
+INPUT = "input"  # the tap of the images, before the first layer
+Edits = Mapping[str, Callable[[Array], Array]]
+NO_EDITS: Edits = MappingProxyType({})
+
 
 def layers_of(variant: str | Variant) -> Variant:
     """Returns the list of a variant given by name; a list is returned as it is.
@@ -449,7 +454,11 @@ class AlexNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S S C"], train: bool = False, features: Sequence[str] = ()
+        self,
+        x: Float[Array, "B S S C"],
+        train: bool = False,
+        features: Sequence[str] = (),
+        edits: Edits = NO_EDITS,
     ) -> Float32[Array, "B classes"] | tuple[Float32[Array, "B classes"], dict[str, Array]]:
         """Returns the logits and, on request, the outputs of layers by name.
 
@@ -459,19 +468,29 @@ class AlexNet(nn.Module):
             statistics of the batch.
           features: names of layers (`named_layers`) whose outputs are returned too, in a dict:
             [B, H, W, C] before the first fully connected layer and [B, D] from it on, in `dtype`.
-            `conv1` is the convolution's own output with its bias, `relu1` follows ReLU.
+            `conv1` is the convolution's own output with its bias, `relu1` follows ReLU. "input" is
+            what conv1 sees.
+          edits: for names as in `features`, functions that replace an output before the next layer
+            and `features` see it. They keep its shape and dtype.
         """
         layers = named_layers(self.variant)
         is_large = getattr(layers.get("conv1"), "stride", 1) > 1  # not one for CIFAR-10
         _check_input(x.shape, MIN_SIZE if is_large else MIN_CIFAR_SIZE)
-        for name in features:
-            check_choice("feature", name, layers)
+        tapped = {*features, *edits}
+        for name in (*features, *edits):
+            check_choice("feature", name, (INPUT, *layers))
         outputs: dict[str, Array] = {}
-        x = x.astype(self.dtype)
-        for name, layer in _pool_early(layers, features).items():
-            x = self._apply(name, layer, x, train)
+
+        def tap(name: str, x: Array) -> Array:
+            if name in edits:
+                x = edits[name](x)
             if name in features:
                 outputs[name] = x
+            return x
+
+        x = tap(INPUT, x.astype(self.dtype))
+        for name, layer in _pool_early(layers, tapped).items():
+            x = tap(name, self._apply(name, layer, x, train))
         logits = x.astype(jnp.float32)
         return (logits, outputs) if features else logits
 
@@ -617,9 +636,9 @@ class _PooledConv:
 
 
 def _pool_early(
-    named: dict[str, Layer], features: Sequence[str]
+    named: dict[str, Layer], tapped: Collection[str]
 ) -> "dict[str, Layer | _PooledConv]":
-    """Moves max pooling in front of bias and ReLU where neither output is asked for.
+    """Moves max pooling in front of bias and ReLU where neither output is tapped.
 
     Both are monotone, so max(relu(x + b)) = relu(max(x) + b): the values are the same, and bias,
     ReLU and their gradients process a quarter of the elements.
@@ -628,7 +647,7 @@ def _pool_early(
     names = list(named)
     for conv, relu, pool in zip(names, names[1:], names[2:], strict=False):
         match named[conv], named[relu], named[pool]:
-            case Conv() as c, ReLU(), MaxPool() as p if not {conv, relu} & {*features}:
+            case Conv() as c, ReLU(), MaxPool() as p if not {conv, relu} & {*tapped}:
                 moved[conv] = _PooledConv(c, p)
                 del moved[relu]
                 moved[pool] = ReLU()  # what it returns is still the output of the pooling layer

