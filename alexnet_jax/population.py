@@ -3,16 +3,16 @@
     python -m alexnet_jax.population --config quickstart --count 10 --workdir runs/population
 
 Network k has seed + k for all that seeds.weights, seeds.order and seeds.dropout do not fix: with
---config.seeds.order=0 all see the same batches. One step, mapped over the networks by vmap, trains
-all of them, on one device. Each has a workdir below --workdir, like one of alexnet_jax.train. The
-same command continues an interrupted population.
+--config.seeds.order=0 all see the same batches. On an accelerator one step, mapped over the
+networks by vmap, trains all of them; on CPU they take turns. Each has a workdir below --workdir,
+like one of alexnet_jax.train. The same command continues an interrupted population.
 """
 
 import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,8 @@ def train_population(config: ConfigDict, count: int, folder: Path) -> TrainState
             seed_for(run, "order"): pipeline.build_order(stores["train"], run) for run in runs
         }
         shared = len(orders) == 1  # every network sees the same batches
-        train_step = jax.jit(
-            jax.vmap(step_of_one, in_axes=(0, None if shared else 0)), donate_argnums=0
-        )
-        eval_step = jax.jit(jax.vmap(make_eval_step(model, augment), in_axes=(0, None)))
+        train_step = over_networks(step_of_one, shared)
+        eval_step = over_networks(make_eval_step(model, augment), shared=True, keep=True)
         streams = [
             resources.enter_context(closing(pipeline.train_batches(order)))
             for order in orders.values()
@@ -140,7 +138,7 @@ def train_population(config: ConfigDict, count: int, folder: Path) -> TrainState
 
         def save(top1: np.ndarray | None = None) -> None:
             for index, each in enumerate(checkpoints):
-                own = jax.tree.map(lambda x, i=index: x[i], state)
+                own = _of_network(state, index)
                 position = streams[0 if shared else index].get_state()
                 accuracy = None if top1 is None else float(top1[index])
                 try:
@@ -185,6 +183,46 @@ def train_population(config: ConfigDict, count: int, folder: Path) -> TrainState
             tqdm.write(f"step {step:6d}  epoch {epoch['epoch']:6.2f}  top1 {accuracies}")
             save(evaluated["top1"])
         return state
+
+
+def over_networks(
+    step: Callable[[TrainState, Any], Any],
+    shared: bool,
+    keep: bool = False,
+    by_vmap: bool | None = None,
+) -> Callable[[TrainState, Any], Any]:
+    """Returns a step of all networks, compiled, whose states and results have an axis for them.
+
+    Args:
+      step: of one network.
+      shared: whether all get the same batch. Otherwise batches have the axis too.
+      keep: whether the states are used again. Otherwise their memory is.
+      by_vmap: whether one program computes all. By default not on CPU, where XLA's convolutions
+        take ten times as long there: the networks then take turns, each as if it were alone.
+    """
+    if jax.default_backend() != "cpu" if by_vmap is None else by_vmap:
+        mapped = jax.vmap(step, in_axes=(0, None if shared else 0))
+        return jax.jit(mapped, donate_argnums=() if keep else 0)
+    of_one = jax.jit(step)
+
+    def in_turns(states: TrainState, batch: Any) -> Any:
+        results = [
+            of_one(_of_network(states, i), batch if shared else {k: x[i] for k, x in batch.items()})
+            for i in range(len(states.step))
+        ]
+        return _stack(results)
+
+    return in_turns
+
+
+@jax.jit
+def _of_network(states: TrainState, index: jax.Array | int) -> Any:
+    return jax.tree.map(lambda x: x[index], states)
+
+
+@jax.jit
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 def evaluate(
@@ -247,9 +285,7 @@ def _restored(
         for stream, restored in zip(streams, found, strict=False):
             stream.set_state(restored.position)
         print(f"resuming from step {step}", flush=True)
-        stacked: TrainState = jax.tree.map(
-            lambda *x: jnp.stack(x), *(restored.state for restored in found)
-        )
+        stacked: TrainState = _stack([restored.state for restored in found])
         return stacked
     return None
 

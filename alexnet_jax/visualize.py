@@ -119,7 +119,7 @@ def attribute(args: argparse.Namespace) -> None:
     """Draws which pixels and parts of an image speak for a class: saliency and Grad-CAM."""
     path = _out_path(args, "attribution.png")
     network = inference.load(args.workdir, args.step, needs_classes=True)
-    image = _read_image(args.image, network.config.image_size)
+    image = _read_image(args.image, network.config)
     label = None if args.label is None else _find_label(network.class_names, args.label)
     found = attribution.attribute(network, image, label)
     name = network.class_names[found.label]

@@ -6,16 +6,18 @@ import sys
 
 import commands
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from alexnet_jax import config as configs
 from alexnet_jax import evaluate, inference, population, train
 from alexnet_jax.data import pipeline
+from alexnet_jax.data.augment import make_augment
 from alexnet_jax.models.build import build_model
 from alexnet_jax.training.metrics import read_metrics
 from alexnet_jax.training.optimizer import make_optimizer
-from alexnet_jax.training.train_step import build_state
+from alexnet_jax.training.train_step import build_state, build_train_step
 from alexnet_jax.utils.errors import UserError
 
 FIELDS = (
@@ -75,6 +77,30 @@ def trained(digits, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_step_by_vmap_is_that_of_each_network_in_turns(shared, digits, digit_stores):
+    runs = population.members(quickstart(digits), 3)
+    model, tx = build_model(runs[0]), make_optimizer(runs[0], 10.0)
+    step = build_train_step(runs[0], model, tx, make_augment(runs[0]))
+    states = [jax.jit(lambda run=run: build_state(run, model, tx))() for run in runs]
+    batches = [digit_stores["train"].read(np.arange(8) + 100 * n) for n in range(3)]
+    batch = batches[0] if shared else jax.tree.map(lambda *x: np.stack(x), *batches)
+    for by_vmap in (True, False):
+        all_states = jax.tree.map(lambda *x: jnp.stack(x), *states)
+        together = population.over_networks(step, shared, by_vmap=by_vmap)
+        for _ in range(3):
+            all_states, metrics = together(all_states, batch)
+        for n, state in enumerate(states):
+            for _ in range(3):
+                state, own = jax.jit(step)(state, batches[0 if shared else n])
+            assert float(metrics["loss"][n]) == pytest.approx(float(own["loss"]), rel=1e-5)
+            for x, y in zip(
+                jax.tree.leaves(state.params), jax.tree.leaves(all_states.params), strict=True
+            ):
+                limit = 1e-5 * np.abs(x).max() if by_vmap else 0
+                np.testing.assert_allclose(y[n], x, rtol=0, atol=limit)
+
+
 def test_each_network_equals_the_one_trained_alone(trained, digits, tmp_path):
     train.train_and_evaluate(quickstart(digits, seed=1), tmp_path)
     (step, alone), (_, together) = (commands.saved_state(w) for w in (tmp_path, trained / "seed1"))
@@ -82,7 +108,7 @@ def test_each_network_equals_the_one_trained_alone(trained, digits, tmp_path):
     for (path, x), y in zip(
         jax.tree.leaves_with_path(alone["params"]), jax.tree.leaves(together["params"]), strict=True
     ):
-        np.testing.assert_allclose(y, x, rtol=0, atol=1e-4 * np.abs(x).max(), err_msg=str(path))
+        np.testing.assert_allclose(y, x, rtol=0, atol=1e-6 * np.abs(x).max(), err_msg=str(path))
     rows = [
         [r for r in read_metrics(w) if r["split"] == "eval"] for w in (tmp_path, trained / "seed1")
     ]
