@@ -40,9 +40,11 @@ from alexnet_jax.training.optimizer import make_optimizer, make_schedule
 from alexnet_jax.training.train_step import (
     EvalStep,
     TrainState,
+    averaged,
     build_train_step,
     init_state,
     make_eval_step,
+    restart_average,
     train_key,
 )
 from alexnet_jax.utils import buckets, process
@@ -122,8 +124,8 @@ def train_population(config: ConfigDict, count: int, folder: Path) -> TrainState
         size = (config.augment.crop_size, config.augment.crop_size, 3)
 
         def initial(weights: Any, dropout: Any) -> TrainState:
-            state = init_state(model, tx, weights, size)
-            return state.replace(key=train_key(dropout))
+            state = init_state(model, tx, weights, size).replace(key=train_key(dropout))
+            return restart_average(state) if config.optimizer.ema_decay else state
 
         seeds = [
             np.array([seed_for(run, purpose) for run in runs], np.uint32)
@@ -169,7 +171,7 @@ def train_population(config: ConfigDict, count: int, folder: Path) -> TrainState
                 continue
             trained = {k: np.mean([np.asarray(m[k]) for m in done], axis=0) for k in done[0]}
             done = []
-            evaluated = evaluate(eval_step, state, stores["eval"], config.batch_size)
+            evaluated = evaluate(eval_step, averaged(state), stores["eval"], config.batch_size)
             lr = float(rate("all", True, step - 1, jnp.ones(())))
             epoch = {"step": step, "epoch": round(step / steps_per_epoch, 4)}
             for index, workdir in enumerate(workdirs):
@@ -255,6 +257,11 @@ def _check(config: ConfigDict, count: int) -> None:
         raise UserError(
             "schedule.kind=plateau would give each network another learning rate; choose another "
             "schedule, or train them by alexnet_jax.sweep"
+        )
+    if make_augment(config, steps_per_epoch=1.0).size_changes:
+        raise UserError(
+            "schedule.changes changes the crop size, and networks trained together have one "
+            "size; remove these changes, or train them by alexnet_jax.sweep"
         )
     if config.init_from:
         raise UserError(

@@ -1,6 +1,7 @@
 """Draws pictures of data, training runs and trained networks."""
 
 import argparse
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def nearest(args: argparse.Namespace) -> None:
     network = inference.load(args.workdir, args.step)
     if args.data_dir:
         network.config.data_dir = str(args.data_dir)
-    train = _open_store(network.config, "train")
+    train = dataclasses.replace(_open_store(network.config, "train"), reads_squares=True)
     if args.image:
         queries = np.stack([_read_image(image, network.config) for image in args.image])
         names = [printable(image.name) for image in args.image]

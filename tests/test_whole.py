@@ -1,5 +1,6 @@
 """Whole photographs: what is stored of them, and the inception crops that reach all of it."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -116,6 +117,11 @@ def test_train_store_keeps_whole_photographs_and_eval_store_squares(folder, stor
     squares = [decode_square(file.read_bytes(), SIDE) for file in files]
     mean = np.mean(squares, axis=0)
     assert np.abs(train.mean_image - mean).mean() < 2.5  # of the same squares, within rounding
+    found = dataclasses.replace(train, reads_squares=True).read(np.arange(3), pad_to=4)
+    assert found["image"].shape == (4, SIDE, SIDE, 3) and not found["image"][3].any()
+    assert set(found) == {"image", "label"}
+    for square, expected in zip(found["image"], squares, strict=False):
+        assert np.abs(square.astype(int) - expected).mean() <= 2.5 + tolerance
 
 
 def test_square_and_whole_stores_of_one_folder_are_kept_side_by_side(folder):

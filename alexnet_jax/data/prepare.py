@@ -53,6 +53,7 @@ from alexnet_jax.data.store import (
     STORED,
     File,
     Store,
+    central_square,
     identity_of,
     image_shape,
     needs_preparation,
@@ -453,14 +454,7 @@ def _decode(job: _Job, example: Example) -> Decoded:
         # The statistics describe the images that training reads, so they include the JPEG's loss.
         chunk = encode_jpeg(image)
         image = simplejpeg.decode_jpeg(chunk)
-    return Decoded(_central_square(image, size), chunk, size, "", checksum)
-
-
-def _central_square(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns the upright central square of a stored image, given its height and width."""
-    start = (max(size) - min(size)) // 2
-    square = image[:, start : start + len(image)]
-    return np.ascontiguousarray(square.swapaxes(0, 1) if size[0] > size[1] else square)
+    return Decoded(central_square(image, size), chunk, size, "", checksum)
 
 
 def _assemble_shard(

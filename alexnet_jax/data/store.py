@@ -108,6 +108,15 @@ def to_canvas(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "S 2S 3"]:
     return np.pad(image, ((0, 0), (0, missing), (0, 0)), mode="edge")
 
 
+def central_square(
+    image: UInt8[np.ndarray, "S W 3"], size: Sequence[int]
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Returns the upright central square of a stored image, given its height and width."""
+    start = (max(size) - min(size)) // 2
+    square = image[:, start : start + len(image)]
+    return np.ascontiguousarray(square.swapaxes(0, 1) if size[0] > size[1] else square)
+
+
 @dataclass(frozen=True, eq=False)
 class Store:
     """A complete store, open for reading. N examples of S by S pixels, or whole photographs.
@@ -134,6 +143,7 @@ class Store:
       sizes: height and width of whole photographs, turned upright; None for squares.
       rows: of the examples in the array `image`.
       shard_bytes: size of each shard file.
+      reads_squares: whether `read` returns the central squares of whole photographs.
     """
 
     path: str
@@ -156,6 +166,7 @@ class Store:
     shard_bytes: tuple[int, ...] = field(repr=False)
     shards: Shards = field(repr=False)
     buffers: BufferPool = field(repr=False, default_factory=BufferPool)
+    reads_squares: bool = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -205,6 +216,12 @@ class Store:
             raise _unreadable(self.path, error) from error
         if self.sizes is None:
             return {"image": images, "label": labels}
+        if self.reads_squares:
+            squares = self.buffers.take((total, self.image_size, self.image_size, 3))
+            squares[count:] = 0
+            for n, size in enumerate(self.sizes[indices].tolist()):
+                squares[n] = central_square(images[n], size)
+            return {"image": squares, "label": labels}
         sizes = np.full((total, 2), self.image_size, np.int32)
         sizes[:count] = self.sizes[indices]
         return {"image": images, "size": sizes, "label": labels}
