@@ -136,6 +136,7 @@ def test_grad_cam_needs_maps(variables, x):
         compiled(grad_cam, variables, x, "relu7")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv2", pytest.param("fc8", marks=pytest.mark.long)])
 def test_maximization_excites_its_own_unit_most(name, network):
     units = [0, 3, 7]

@@ -77,7 +77,7 @@ def trained(digits, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.long), False])
 def test_step_by_vmap_is_that_of_each_network_in_turns(shared, digits, digit_stores):
     runs = population.members(quickstart(digits), 3)
     model, tx = build_model(runs[0]), make_optimizer(runs[0], 10.0)

@@ -73,7 +73,7 @@ def assert_described(entries, arrays):
     ("variant", "dtype"),
     [
         ("owt", "float32"),
-        ("paper", "bfloat16"),
+        pytest.param("paper", "bfloat16", marks=pytest.mark.slow),
         *(pytest.param(v, "float32", marks=pytest.mark.long) for v in VARIANTS if v != "owt"),
     ],
 )

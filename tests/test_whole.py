@@ -120,7 +120,7 @@ def test_train_store_keeps_whole_photographs_and_eval_store_squares(folder, stor
     found = dataclasses.replace(train, reads_squares=True).read(np.arange(3), pad_to=4)
     assert found["image"].shape == (4, SIDE, SIDE, 3) and not found["image"][3].any()
     assert set(found) == {"image", "label"}
-    for square, expected in zip(found["image"], squares, strict=False):
+    for square, expected in zip(found["image"][:3], squares, strict=False):
         assert np.abs(square.astype(int) - expected).mean() <= 2.5 + tolerance
 
 
@@ -243,7 +243,7 @@ def whole_batch(seed):
     return {"image": canvases, "size": sizes, "label": np.int32(rng.integers(0, 10, BATCH_SIZE))}
 
 
-@pytest.mark.parametrize("kind", ["mesh.data", "pmap"])
+@pytest.mark.parametrize("kind", ["mesh.data", pytest.param("pmap", marks=pytest.mark.long)])
 def test_eight_devices_equal_one(kind):
     c = make_config(randomness=True, stored="whole")
     c.augment.update({"crop": "inception", "mean": "channel"})
