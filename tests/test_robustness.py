@@ -182,13 +182,8 @@ def test_class_folders_are_evaluated_by_the_networks_preprocessing(
 # Corruptions on the fly
 # ------------------------------------------------------------------------------------------
 
-needs_package = pytest.mark.skipif(
-    not __import__("importlib").util.find_spec("imagecorruptions"),
-    reason="pip install --no-deps -r requirements-robustness.txt",
-)
 
-
-@needs_package
+@pytest.mark.corruptions
 @pytest.mark.parametrize("name", alexnet_errors())
 def test_corruptions_change_an_image_the_more_the_more_severe_and_most_reproducibly(name):
     image = photograph(1, 64, 64)
@@ -200,7 +195,7 @@ def test_corruptions_change_an_image_the_more_the_more_severe_and_most_reproduci
     assert 0 < changes[0] < changes[1]
 
 
-@needs_package
+@pytest.mark.corruptions
 def test_command_corrupts_the_eval_split(trained_run, network, digits, tmp_path, capsys):
     words = ("--corruptions", "gaussian_noise", "--count", "30", "--batch-size", "16")
     assert not run(trained_run, *words, "--data-dir", digits, "--out", tmp_path)
@@ -210,7 +205,7 @@ def test_command_corrupts_the_eval_split(trained_run, network, digits, tmp_path,
     assert "gaussian_noise" in capsys.readouterr().out
 
 
-@needs_package
+@pytest.mark.corruptions
 def test_corrupted_images_are_center_crops_of_the_store(digit_stores):
     store = digit_stores["eval"]
     with Corrupter(store, 64, 5, 4) as corrupter:
