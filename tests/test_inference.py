@@ -99,7 +99,9 @@ def test_features_are_the_outputs_of_layers_for_the_center_crops(network, digit_
 
 def test_unknown_feature_is_rejected_with_the_choices(network, digit_stores):
     images = digit_stores["eval"].read(np.arange(8))["image"]
-    with pytest.raises(UserError, match="unknown feature 'conv9': choose one of conv1, bn1, relu1"):
+    with pytest.raises(
+        UserError, match="unknown layer 'conv9'; the nearest names are conv5, conv4"
+    ):
         network.features(images, ["conv9"])
 
 

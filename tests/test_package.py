@@ -53,6 +53,9 @@ def imported(folder):
     return {name.split(".")[0] for name in whole + parts} - sys.stdlib_module_names
 
 
+OTHER_NAMES = {"imagecorruptions": "imagecorruptions-imaug"}
+
+
 def test_every_imported_package_is_required():
     required_names = {
         canonical(one) for file in ROOT.glob("requirements*.txt") for one in required(file)
@@ -62,7 +65,7 @@ def test_every_imported_package_is_required():
     assert "jax" in modules
     for module in modules - {"alexnet_jax", "jaxlib"}:  # JAX requires jaxlib
         # Packages that are not installed here have the name of their module: gradio, torch.
-        names = distributions.get(module, [module])
+        names = distributions.get(module, [OTHER_NAMES.get(module, module)])
         assert required_names & {canonical(name) for name in names}, module
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from alexnet_jax import config as configs
 from alexnet_jax.data import pipeline
+from alexnet_jax.data.shards import slots_per_shard
 from alexnet_jax.utils.errors import UserError
 
 EXAMPLES = 1000
@@ -32,7 +33,8 @@ class Numbered:
 
     def __init__(self, num_examples=EXAMPLES, image_size=1):
         self.num_examples = num_examples
-        self.image_size = image_size
+        self.image_shape = (image_size, image_size, 3)
+        self.slots_per_shard = slots_per_shard(self.image_shape)
         self.rows = np.arange(num_examples)
         self.path, self.labels, self.class_names = "numbers", self.rows % 2, ("even", "odd")
         self.was_read = []
