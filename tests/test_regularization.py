@@ -194,8 +194,8 @@ EVERYTHING = {
 @pytest.mark.parametrize(
     "kind",
     [
-        "pmap",
         "mesh.data",
+        pytest.param("pmap", marks=pytest.mark.long),
         *(pytest.param(k, marks=pytest.mark.long) for k in ("mesh.zero", "mesh.hybrid")),
     ],
 )
