@@ -79,7 +79,8 @@ def test_portraits_are_transposed_on_the_canvas():
         canvas = to_canvas(photo)
         assert canvas.shape == (SIDE, 2 * SIDE, 3)
         np.testing.assert_array_equal(canvas[:, :60], stored)
-        np.testing.assert_array_equal(canvas[:, 60:], np.repeat(stored[:, -1:], 36, axis=1))
+        np.testing.assert_array_equal(canvas[:, 60:64], np.repeat(stored[:, -1:], 4, axis=1))
+        assert not canvas[:, 64:].any()
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ READABLE_VERSIONS = (2, FORMAT_VERSION)
 FILES_KEY = "files.json"
 CORRUPT_LABEL = -1
 STORED = ("square", "whole")
+JPEG_BLOCK = 16  # pixels; colors have half the resolution of blocks of 8
 PREPARE_COMMAND = "python -m alexnet_jax.store prepare --config CONFIG"
 
 
@@ -98,14 +99,18 @@ def batch_shapes(image_size: int, stored: str) -> dict[str, tuple[tuple[int, ...
 def to_canvas(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "S 2S 3"]:
     """Returns a photograph of shorter side S as it is stored with `stored="whole"`.
 
-    Portraits are transposed, so that one shape serves both. Pixels right of the photograph repeat
-    its last column, since black ones would show in its JPEG. Its height and width tell where it
-    ends and whether it is transposed.
+    Portraits are transposed, so that one shape serves both. Its height and width tell where the
+    photograph ends and whether it is transposed. Pixels right of it are black, which takes few
+    bytes as JPEG, except that its last column is repeated to the end of JPEG's blocks: black pixels
+    in the same block would show in the photograph.
     """
     if len(image) > image.shape[1]:
         image = image.swapaxes(0, 1)
-    missing = MAX_ASPECT * len(image) - image.shape[1]
-    return np.pad(image, ((0, 0), (0, missing), (0, 0)), mode="edge")
+    size, width = image.shape[:2]
+    block_end = min(-(-width // JPEG_BLOCK) * JPEG_BLOCK, MAX_ASPECT * size)
+    canvas = np.zeros(image_shape(size, "whole"), np.uint8)
+    canvas[:, :width], canvas[:, width:block_end] = image, image[:, -1:]
+    return canvas
 
 
 def central_square(
