@@ -109,7 +109,7 @@ def is_finished(case: Case) -> bool:
     try:
         saved = json.loads((case.workdir / "config.json").read_text())
     except (OSError, ValueError):
-        return False  # training says what is wrong with it
+        return False  # the training reports it
     if configs.differing_fields(case.config, saved):
         return False
     rows = [row for row in read_metrics(case.workdir) if row["split"] == "eval"]

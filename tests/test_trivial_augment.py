@@ -21,7 +21,7 @@ def test_each_image_gets_one_operation_of_one_of_31_strengths():
     results = np.asarray(jax.jit(jax.vmap(lambda key: trivial_augment(image, key)))(keys))
     drawn = collections.Counter(frozenset(names[result.tobytes()]) for result in results)
     certain = {name: drawn[frozenset({name})] for name in OPERATIONS}
-    # Weak operations change nothing, and cannot be told from the identity.
+    # Weak operations change nothing, so their results are those of the identity.
     assert sum(drawn.values()) == sum(certain.values()) + sum(
         count for found, count in drawn.items() if len(found) > 1 and "identity" in found
     )

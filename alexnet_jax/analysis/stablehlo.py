@@ -61,7 +61,7 @@ Lowered = tuple[Callable[..., Any], dict[str, Any], tuple[str, ...]]
 
 
 def _inference(config: ConfigDict) -> Lowered:
-    model, size = build_model(config), config.eval.crop_size or config.augment.crop_size
+    model, size = build_model(config), make_augment(config).view_size
     images = jax.ShapeDtypeStruct((config.batch_size, size, size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.PRNGKey(0), images)
 
