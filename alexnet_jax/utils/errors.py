@@ -120,5 +120,9 @@ def _ignore_errors_that_orbax_repeats(unraisable: Any) -> None:
 
 
 def _is_not_repeated_by_orbax(record: logging.LogRecord) -> bool:
-    # The same for the other arrays whose write had failed before the loop was closed.
-    return "_GatheringFuture exception was never retrieved" not in record.getMessage()
+    # The same for the writes that had failed before the loop was closed: asyncio logs each error
+    # that nobody read. Which of Orbax's tasks it names depends on when they failed.
+    if record.exc_info is None or "exception was never retrieved" not in record.getMessage():
+        return True
+    frames = traceback.walk_tb(record.exc_info[2])
+    return not any(frame.f_globals["__name__"].startswith("orbax.") for frame, _ in frames)
