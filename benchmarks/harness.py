@@ -120,6 +120,7 @@ def take_turns(
             stack.callback(pipes[name].close)
         try:
             for pipe in pipes.values():
+                pipe.send("start")  # one by one: on a GPU they choose kernels by their speed
                 pipe.recv()  # sent when the contender is ready
             for _ in range(rounds):
                 for name, pipe in pipes.items():
@@ -132,6 +133,7 @@ def take_turns(
 
 def _serve(pipe: Connection, make: Make, warm_up: int, group: int) -> None:
     """Runs one contender: one turn for each message, until the pipe is closed."""
+    pipe.recv()
     batches = make()
     next(batches)  # imports, compiles and starts workers
     _wait_until_idle()

@@ -1,6 +1,7 @@
-"""How fast is the training step on CPU, beside plain Flax and PyTorch, or beside another version?
+"""How fast is the training step, beside plain Flax and PyTorch, or beside another version?
 
     python benchmarks/train_step.py
+    JAX_PLATFORMS=cuda python benchmarks/train_step.py --batch 256 --dtype bfloat16
     python benchmarks/train_step.py --against ../other_checkout --variant owt paper --batch 64
 
 All contenders take the same random images; augmentation is left out. Each has its own process and
