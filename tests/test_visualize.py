@@ -288,6 +288,16 @@ def test_curves_show_the_metrics_of_each_run(draw, tmp_path):
     assert [text.get_text() for text in legend.get_texts()] == ["fast", "slow", "train", "eval"]
 
 
+def test_curves_leave_out_rows_of_few_steps():
+    of_step = {20: 2.0, 40: 1.5, 59: 1.2, 60: 0.1, 80: 1.0}  # an evaluation after step 59
+    rows = [
+        {"step": step, "epoch": step / 59, "loss": loss, "top1": 0.5, "split": "train"}
+        for step, loss in of_step.items()
+    ]
+    figure = figures.curves_of_runs({"run": [row | {"learning_rate": 0.1} for row in rows]})
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), [2.0, 1.5, 1.2, 1.0])
+
+
 def test_runs_of_the_same_name_are_labeled_by_their_paths(draw, tmp_path):
     for parent, rate in (("a", 0.5), ("b", 0.1)):
         (tmp_path / parent).mkdir()

@@ -207,6 +207,11 @@ def _draw_curve(
 ) -> None:
     loss, error, rate = panels
     rows = [row for row in rows if row["split"] == split]
+    if split == "train" and rows:
+        # A row ends before an evaluation, and can be of a single batch. Its loss would be a spike.
+        steps = np.diff([row["step"] for row in rows], prepend=0)
+        usual = np.median(steps)
+        rows = [row for row, count in zip(rows, steps, strict=True) if 2 * count >= usual]
     epochs = [row["epoch"] for row in rows]
     loss.plot(epochs, [row["loss"] for row in rows], markersize=3, **style)
     error.plot(epochs, [100 * (1 - row["top1"]) for row in rows], markersize=3, **style)
