@@ -1,6 +1,7 @@
 """Imagenette from scratch with what networks are trained with today; see docs/recipes.md.
 
-`configs/imagenette.py` with the values below.
+`configs/imagenette.py` with the values below. TrivialAugment is not among them: with it, a network
+reaches 1.6 points less in 44 epochs.
 """
 
 from ml_collections import ConfigDict
@@ -19,13 +20,11 @@ def get_config() -> ConfigDict:
     c.augment.mixup = 0.2
     c.augment.cutmix = 1.0
     c.augment.erase = 0.1  # torchvision's recipe
-    c.augment.trivial = True  # Müller and Hutter 2021: no strength to tune
-    c.augment.color_noise = 0.0  # TrivialAugment changes colors more
-    # About the last seven of 40 epochs. The state is evaluated with and without it.
+    # About the last seven of 44 epochs. The state is evaluated with and without it.
     c.optimizer.ema_decay = 0.999
     # Objects look larger in inception crops than in center crops, so the test image is larger than
     # the crops (Touvron et al. 2019, arXiv 1906.06423). fc6 has the same weights from 99 to 130
-    # pixels. Small crops first save a third of the arithmetic, as in ffcv-imagenet.
+    # pixels. Small crops first save a fifth of the arithmetic, as in ffcv-imagenet.
     c.augment.crop_size = 120
     c.schedule.changes = (
         (0.0, "data", "crop_size", 104),
