@@ -96,7 +96,8 @@ def fastest(
                 with atomic_write(kept) as new:
                     new.write_text(json.dumps(curve))
         print(f"{name}, rate {rate}: {len(curve)} epochs to {100 * curve[-1]:.1f} %", flush=True)
-        if curve[-1] <= TARGET or not best:
+        # A kept curve may be longer than the best one.
+        if not best or (curve[-1] <= TARGET and len(curve) < len(best)):
             best = curve
     return best
 
