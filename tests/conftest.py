@@ -9,8 +9,7 @@ import os
 import signal
 import tempfile
 
-# Also where JAX would find a GPU. `JAX_PLATFORMS=cuda XLA_FLAGS= pytest` runs on it what needs one
-# device.
+# Where there is a GPU, JAX would use it and find one device. JAX_PLATFORMS=cuda selects it.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

@@ -129,7 +129,7 @@ def test_files_that_cannot_be_decoded_have_rows_of_nan(paper, folder, tmp_path, 
 
 @pytest.mark.parametrize("kind", ["npy", "zarr"])
 def test_a_killed_process_is_continued(kind, paper, tmp_path, run):
-    """There are so many images that the process is killed before it has read them all."""
+    """Kills the process before it has read all images, then starts it again."""
     count, folder = 2000, tmp_path / "marks"
     folder.mkdir()
     for number in range(count):

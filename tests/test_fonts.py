@@ -18,8 +18,12 @@ NAMES = [f"{RARE} $1_bill", "US$5_to_$10", RARE, "кот"]
 IMAGES = np.full((4, 72, 72, 3), 128, np.uint8)
 ROWS = [
     {
-        **{"split": split, "step": epoch, "epoch": epoch},
-        **{"loss": 3 / epoch, "top1": 0.1, "learning_rate": 0.01 / epoch},
+        "split": split,
+        "step": epoch,
+        "epoch": epoch,
+        "loss": 3 / epoch,
+        "top1": 0.1,
+        "learning_rate": 0.01 / epoch,
     }
     for epoch in (1, 2)
     for split in ("train", "eval")

@@ -125,4 +125,5 @@ def _is_not_repeated_by_orbax(record: logging.LogRecord) -> bool:
     if record.exc_info is None or "exception was never retrieved" not in record.getMessage():
         return True
     frames = traceback.walk_tb(record.exc_info[2])
-    return not any(frame.f_globals["__name__"].startswith("orbax.") for frame, _ in frames)
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    return not any(module.startswith("orbax.") for module in modules)
