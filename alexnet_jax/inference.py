@@ -60,7 +60,7 @@ class Trained(NamedTuple):
 
     @property
     def augment(self) -> Augment:
-        """The augmentation, whose `center` and `ten` prepare images for the network."""
+        """The augmentation, whose `center` and `view` prepare images for the network."""
         return make_augment(self.config, self.stats)
 
     def predict(self, images: UInt8[np.ndarray, "B S S 3"]) -> Float32[np.ndarray, "B num_classes"]:
@@ -251,7 +251,7 @@ def log_probs(
     """Returns the log-probabilities of images, a pure function.
 
     Args:
-      views: "center" or "ten".
+      views: one of `augment.VIEWS`.
       variables: of the network. An argument, so that they are not compiled as constants.
     """
     augment = dataclasses.replace(trained.augment, eval_views=views)
@@ -264,7 +264,7 @@ def classifier(trained: Trained, views: str | None = None) -> OfImages:
     S is `config.image_size`. See `on_all_devices`.
 
     Args:
-      views: "center" or "ten"; by default the config's.
+      views: one of `augment.VIEWS`; by default the config's.
     """
     function = functools.partial(log_probs, trained, views or trained.config.eval.views)
     return on_all_devices(function, trained.variables)

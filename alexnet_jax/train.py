@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         sizes = {augment.crop_size, *(size for _, size in augment.size_changes)}
         train_steps = {
             size: parallel.compile_train_step(
-                build_train_step(config, model, tx, augment.with_crop_size(size)), shapes
+                build_train_step(config, model, tx, replace(augment, crop_size=size)), shapes
             )
             for size in sizes
         }
@@ -338,7 +339,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
                 waited = time.perf_counter() - asked
                 if meter.first_step:
                     if is_first:
-                        seen = augment.with_crop_size(crop_size)
+                        seen = replace(augment, crop_size=crop_size)
                         draws = configs.seed_for(config, "dropout"), step
                         figures.save_samples(order, seen, draws, workdir / "samples.png")
                     compiled.result()

@@ -1,5 +1,6 @@
 """Label smoothing, MixUp, CutMix, random erasing and moving averages of the parameters."""
 
+import dataclasses
 import signal
 
 import commands
@@ -248,7 +249,7 @@ def test_crop_size_changes_at_its_epoch_and_evaluation_has_its_own():
     images = make_batch()["image"]
     keys = jax.random.split(jax.random.PRNGKey(0), BATCH_SIZE)
     for size in (64, 70):
-        sized = augment.with_crop_size(size)
+        sized = dataclasses.replace(augment, crop_size=size)
         assert sized(images, keys).shape == (BATCH_SIZE, size, size, 3)
         assert sized.center(images).shape == (BATCH_SIZE, 72, 72, 3)
         np.testing.assert_array_equal(sized.center(images), augment.center(images))

@@ -5,7 +5,6 @@ in places (`configs/imagenet_2012.py` lists them). The inception crop is that of
 (arXiv 1409.4842, §6), resized as Pillow resizes. Later augmentations are off by default.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -77,43 +76,29 @@ class Augment:
     Attributes:
       fields: `config.augment`.
       image_size: S, of stored images, in pixels.
+      crop_size: of training crops, in pixels, before the first of `size_changes`.
+      view_size: the same in evaluation.
       eval_views: "center", "nine" or "ten", which `views` there are.
       stats: of the training images.
       dtype: in which the network computes. On TPU images may be rounded to it before the crop.
       noise_changes: (step, standard deviation) pairs, rising; each holds from its step on.
       size_changes: the same for the crop size in pixels.
-      eval_crop_size: of `views` and `center`, in pixels; 0 for that of training.
     """
 
     fields: ConfigDict
     image_size: int
+    crop_size: int
+    view_size: int
     eval_views: str
     stats: Statistics
     dtype: str
     noise_changes: tuple[tuple[int, float], ...] = ()
     size_changes: tuple[tuple[int, int], ...] = ()
-    eval_crop_size: int = 0
-
-    @property
-    def crop_size(self) -> int:
-        """Size of the network's input in training, in pixels, unless it changes."""
-        size: int = self.fields.crop_size
-        return size
-
-    @property
-    def view_size(self) -> int:
-        """Size of the network's input in evaluation, in pixels."""
-        return self.eval_crop_size or self.crop_size
 
     def crop_size_at(self, step: int) -> int:
         """Returns the size of the network's input in a training step, in pixels."""
         sizes = [self.crop_size, *(size for start, size in self.size_changes if step >= start)]
         return sizes[-1]
-
-    def with_crop_size(self, size: int) -> "Augment":
-        """Returns the same augmentation with another crop size in training."""
-        fields = ConfigDict(self.fields.to_dict() | {"crop_size": size})
-        return dataclasses.replace(self, fields=fields, eval_crop_size=self.view_size)
 
     @property
     def scale(self) -> Float32[np.ndarray, " 3"]:
@@ -222,7 +207,7 @@ class Augment:
     def _random_crop(
         self, key: jax.Array, flip: jax.Array, image: jax.Array, whole: jax.Array | None
     ) -> jax.Array:
-        fields, size = self.fields, self.fields.crop_size
+        fields, size = self.fields, self.crop_size
         if fields.crop == "inception":
             sides = jnp.full(2, self.image_size) if whole is None else whole
             box = inception_box(key, sides, fields.crop_area, fields.crop_aspect)
@@ -334,14 +319,15 @@ def make_augment(
         )
 
     return Augment(
-        config.augment,
-        config.image_size,
-        config.eval.views,
-        statistics,
-        config.model.dtype,
-        changes("color_noise"),
-        changes("crop_size"),
-        config.eval.crop_size,
+        fields=config.augment,
+        image_size=config.image_size,
+        crop_size=config.augment.crop_size,
+        view_size=preprocess.view_size(config),
+        eval_views=config.eval.views,
+        stats=statistics,
+        dtype=config.model.dtype,
+        noise_changes=changes("color_noise"),
+        size_changes=changes("crop_size"),
     )
 
 

@@ -87,6 +87,12 @@ PREPROCESSING = {
 WHOLE = ("brainscore",)  # the network sees all of these squares, without a crop
 
 
+def view_size(config: ConfigDict) -> int:
+    """Returns the size of what the network sees in evaluation, in pixels."""
+    size: int = config.eval.crop_size or config.augment.crop_size
+    return size
+
+
 def check(config: ConfigDict) -> None:
     """Raises UserError if `config.preprocess` does not exist or does not fit the sizes."""
     if config.preprocess not in PREPROCESSING:
@@ -94,9 +100,8 @@ def check(config: ConfigDict) -> None:
             f"preprocess={config.preprocess!r} does not exist; choose one of "
             f"{', '.join(PREPROCESSING)}"
         )
-    shown = config.eval.crop_size or config.augment.crop_size
-    if config.preprocess in WHOLE and config.image_size != shown:
+    if config.preprocess in WHOLE and config.image_size != view_size(config):
         raise UserError(
             f"preprocess={config.preprocess} shows the whole image to the network; set "
-            f"--config.image_size={shown}, the size of its crops"
+            f"--config.image_size={view_size(config)}, the size of its crops"
         )
