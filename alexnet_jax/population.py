@@ -10,6 +10,7 @@ like one of alexnet_jax.train. The same command continues an interrupted populat
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -41,11 +42,9 @@ from alexnet_jax.training.train_step import (
     EvalStep,
     TrainState,
     averaged,
+    build_state,
     build_train_step,
-    init_state,
     make_eval_step,
-    restart_average,
-    train_key,
 )
 from alexnet_jax.utils import buckets, process
 from alexnet_jax.utils.errors import EXIT_STOPPED, UserError, exits_cleanly
@@ -121,19 +120,14 @@ def train_population(config: ConfigDict, count: int, folder: Path) -> TrainState
             )
             for run, workdir in zip(runs, workdirs, strict=True)
         ]
-        size = (config.augment.crop_size, config.augment.crop_size, 3)
-
-        def initial(weights: Any, dropout: Any) -> TrainState:
-            state = init_state(model, tx, weights, size).replace(key=train_key(dropout))
-            return restart_average(state) if config.optimizer.ema_decay else state
-
-        seeds = [
+        seeds = tuple(
             np.array([seed_for(run, purpose) for run in runs], np.uint32)
             for purpose in ("weights", "dropout")
-        ]
-        state = _restored(checkpoints, jax.eval_shape(initial, *(s[0] for s in seeds)), streams)
+        )
+        initial = functools.partial(build_state, config, model, tx)
+        state = _restored(checkpoints, jax.eval_shape(initial), streams)
         if state is None:
-            state = process.run_once(jax.vmap(initial), *seeds)
+            state = process.run_once(jax.vmap(initial), seeds)
         step = int(state.step[0])
         for workdir in workdirs:
             _forget_rows_after(workdir, step)

@@ -60,11 +60,20 @@ def train_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.PRNGKey(seed), TRAIN)
 
 
-def build_state(config: ConfigDict, model: AlexNet, tx: optax.GradientTransformation) -> TrainState:
-    """Returns the state before the first step, with the seeds and the input size of a config."""
+def build_state(
+    config: ConfigDict,
+    model: AlexNet,
+    tx: optax.GradientTransformation,
+    seeds: tuple[Any, Any] | None = None,
+) -> TrainState:
+    """Returns the state before the first step, with the input size of a config.
+
+    Args:
+      seeds: of the weights and of dropout, which may be traced; by default the config's.
+    """
+    weights, dropout = seeds or (seed_for(config, "weights"), seed_for(config, "dropout"))
     size = config.augment.crop_size
-    state = init_state(model, tx, seed_for(config, "weights"), (size, size, 3))
-    state = state.replace(key=train_key(seed_for(config, "dropout")))
+    state = init_state(model, tx, weights, (size, size, 3)).replace(key=train_key(dropout))
     return restart_average(state) if config.optimizer.ema_decay else state
 
 
