@@ -50,7 +50,6 @@ from alexnet_jax.data.store import (
     CORRUPT_LABEL,
     FORMAT_VERSION,
     RENEW_COMMAND,
-    STORED,
     File,
     Store,
     central_square,
@@ -93,9 +92,8 @@ def open_or_prepare(
     """Opens the stores of a config, {"train": …, "eval": …}; prepares those that are not complete.
 
     Reads the fields dataset, data_dir, train_split, eval_split, image_size, preprocess, stored,
-    storage and
-    max_corrupt.
-    TensorFlow is imported only if a store has to be prepared from a tfds data set.
+    storage and max_corrupt. TensorFlow is imported only if a store has to be prepared from a tfds
+    data set.
 
     In a multi-host run, each host prepares its part of a store in a bucket. Local folders may be
     shared by hosts or not, which no host can tell. Therefore the first host to arrive at a folder
@@ -268,7 +266,7 @@ def prepare_store(
 
     Raises UserError as `prepare_splits` does.
     """
-    job = _Job(source, path, image_size, storage, STORED[0], max_corrupt, ALL)
+    job = _Job(source, path, image_size, storage, "square", max_corrupt, ALL)
     _begin(job)
     _write_missing_shards(job)
     _complete(job)
@@ -316,7 +314,7 @@ class _Job:
             "image_size": self.image_size,
             "storage": self.storage,
             # Older stores of squares do not have it.
-            **({"stored": self.stored} if self.stored != STORED[0] else {}),
+            **({"stored": self.stored} if self.stored != "square" else {}),
             "class_names": list(self.source.class_names),
         }
 

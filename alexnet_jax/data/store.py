@@ -64,8 +64,6 @@ CORRUPT_LABEL = -1
 STORED = ("square", "whole")
 JPEG_BLOCK = 16  # pixels; colors have half the resolution of blocks of 8
 PREPARE_COMMAND = "python -m alexnet_jax.store prepare --config CONFIG"
-
-
 RENEW_COMMAND = "python -m alexnet_jax.store renew"
 
 
@@ -272,7 +270,7 @@ def open_store(path: str | os.PathLike[str], check_shards: bool = True) -> Store
     if not attributes["complete"]:
         raise UserError(f"the store at {path} is not complete; finish it with {PREPARE_COMMAND}")
     num_rows, size = attributes["num_rows"], attributes["image_size"]
-    storage, stored = attributes["storage"], attributes.get("stored", STORED[0])
+    storage, stored = attributes["storage"], attributes.get("stored", "square")
     num_slots = slots_per_shard(image_shape(size, stored))
     shard_bytes = tuple(attributes["shard_bytes"])
     times = _check_shard_files(path, shard_bytes) if check_shards else []
@@ -387,11 +385,11 @@ def store_paths(config: Mapping[str, Any]) -> dict[str, str]:
 
 def stored_for(config: Mapping[str, Any], use: str) -> str:
     """Returns how the images of a store are kept: whole ones are for training only."""
-    stored: str = config["stored"] if use == "train" else STORED[0]
+    stored: str = config["stored"] if use == "train" else "square"
     return stored
 
 
-def store_path(config: Mapping[str, Any], split: str, stored: str = STORED[0]) -> str:
+def store_path(config: Mapping[str, Any], split: str, stored: str = "square") -> str:
     """Returns `<data_dir>/<dataset>_<image_size>/<split>`, or `…_<image_size>_jpeg/<split>`.
 
     The folder of whole photographs ends in `_whole`, and that of squares of another preprocessing
