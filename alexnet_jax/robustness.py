@@ -28,14 +28,14 @@ from alexnet_jax.utils.errors import UserError, exits_cleanly
 from alexnet_jax.utils.files import atomic_write, explain_write_errors
 
 # The pictures of ImageNet-C are what a network sees: 224 pixels, cropped already.
-WHOLE = "brainscore"
+CROPPED = "brainscore"
 
 
 def on_folders(network: Trained, args: argparse.Namespace) -> list[Result]:
     """Returns the result of class folders, or those of ImageNet-C's folders."""
     places = {("", 0): args.images}
     if args.imagenet_c:
-        network = inference.with_preprocess(network, args.preprocess or WHOLE)
+        network = inference.with_preprocess(network, args.preprocess or CROPPED)
         places = robustness.corruption_folders(args.imagenet_c)
     else:
         network = inference.with_preprocess(network, args.preprocess)
@@ -55,11 +55,11 @@ def on_corruptions(network: Trained, args: argparse.Namespace) -> list[Result]:
         config.data_dir = args.data_dir
     store = open_or_prepare(config, ["eval"])["eval"]
     kinds = [("", 0), *((name, s) for name in args.corruptions for s in SEVERITIES)]
-    whole = inference.with_preprocess(network, WHOLE)
+    cropped = inference.with_preprocess(network, CROPPED)
     classes = range(config.model.num_classes)
     with Corrupter(store, network.augment.view_size, args.count, args.batch_size) as corrupter:
         return [
-            robustness.measure(whole, corrupter.images(*kind), classes, kind)
+            robustness.measure(cropped, corrupter.images(*kind), classes, kind)
             for kind in _with_progress(kinds)
         ]
 

@@ -61,6 +61,24 @@ def test_alexnet_itself_has_mce_of_one():
     assert mean_corruption_error(corruption_errors(own)) == pytest.approx(1)
 
 
+# Of AlexNet, as ImageNet-C's authors published it with the averages: severities 1 to 5.
+ALEXNET_BY_SEVERITY = {
+    "gaussian_noise": (0.69528, 0.82542, 0.93554, 0.98138, 0.99452),
+    "brightness": (0.45140, 0.48502, 0.54048, 0.62166, 0.72440),
+    "jpeg_compression": (0.51002, 0.54718, 0.57294, 0.65458, 0.74778),
+}
+
+
+def test_ce_of_the_published_errors_of_each_severity_of_alexnet_is_one():
+    results = [
+        Result(name, severity, 50_000, error, 0.0)
+        for name, errors in ALEXNET_BY_SEVERITY.items()
+        for severity, error in zip(SEVERITIES, errors, strict=True)
+    ]
+    expected = dict.fromkeys(ALEXNET_BY_SEVERITY, 1.0)
+    assert corruption_errors(results) == pytest.approx(expected, abs=1e-9)
+
+
 def test_ce_needs_all_severities_and_mce_all_corruptions():
     errors = corruption_errors(RESULTS[:-1])
     assert [*errors] == [*RESNET_50][:-1]
