@@ -31,6 +31,7 @@ BENCHMARKS = {
     "preparation": "preparation.py --scratch /dev/shm",
     "store_scale": "store_scale.py",
     "inference": "inference.py",
+    "perceptual_distance": "perceptual_distance.py",
     "torch_twin": "torch_twin.py --config configs/imagenette.py --config.num_epochs=5",
     "figure1": "figure1.py",
     **{f"accuracy_{name}": f"accuracy.py {name}" for name in accuracy.NAMES},
