@@ -6,7 +6,7 @@ lists the commands.
 
 import os
 
-__version__ = "0.2.0"
+__version__ = "1.0.0"
 
 # XLA logs what it also raises. It reads this when JAX is first imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
