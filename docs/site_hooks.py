@@ -23,6 +23,8 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 SOURCES = {uri: path for path, uri in PAGES.items()}
+PICTURE = re.compile(r"!\[[^]]*\]\((?P<file>[^)\s]+)\)")
+SPACE_IN_CELL = re.compile(r"(?<=\d) (?=%)")
 LINK = re.compile(r"(?<=\]\()[^)#\s]+")
 FORMULA = re.compile(r"\$\$(?P<block>.+?)\$\$|\$(?P<inline>.+?)\$", re.S)
 
@@ -44,14 +46,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_) -> str:
-    """Replaces links to repository files by links to the same files in the site."""
+    """Links to the site's copies of repository files, and from each picture to its file.
+
+    Where a table is narrow, its numbers keep their percent signs.
+    """
     uri = page.file.src_uri
 
     def replace(link: re.Match) -> str:
         path = _repository_path(link[0], uri)
         return posixpath.relpath(_site_uri(path), posixpath.dirname(uri)) if path else link[0]
 
-    return LINK.sub(replace, markdown)
+    markdown = PICTURE.sub(r"[\g<0>](\g<file>)", LINK.sub(replace, markdown))
+    lines = markdown.split("\n")
+    return "\n".join(
+        SPACE_IN_CELL.sub("\N{NO-BREAK SPACE}", line) if line.startswith("|") else line
+        for line in lines
+    )
 
 
 def _notebook_files(path: Path) -> Iterator[tuple[str, str | bytes]]:
