@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SCRIPTS = PROJECT["project"]["scripts"]
 MARKERS = {text.partition(":")[0] for text in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
-OTHERS = {"ruff", "mypy", "mkdocs", "uv", "cd", "printf", "nohup"}  # not parsed
+OTHERS = {"ruff", "mypy", "mkdocs", "uv", "cd", "printf", "nohup", ".ci/run", "git", "twine"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 # Words of sentences that stand for others.
 PLACEHOLDER = re.compile(r"WHAT|PICTURE|.*(…|\.\.\.)")
@@ -106,7 +106,7 @@ def check(monkeypatch, capsys):
             if target == "-m":
                 target, *arguments = arguments
                 target = target.replace(".", "/") + ".py"
-            if target not in ("venv.py", "alexnet_jax.py"):
+            if target not in ("venv.py", "alexnet_jax.py", "build.py"):
                 check_main(target, arguments, complete)
         elif program == "pip":
             check_pip(*arguments)
