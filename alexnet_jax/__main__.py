@@ -21,11 +21,12 @@ def summaries() -> dict[str, str]:
 
 def main() -> None:
     """Prints the list; exits with 2 if there are arguments, which belong after a command."""
+    commands = summaries()
     if arguments := [word for word in sys.argv[1:] if word not in ("-h", "--help")]:
-        message = f"error: unknown argument {arguments[0]}; run python -m alexnet_jax.COMMAND"
+        name = arguments[0] if arguments[0] in commands else "COMMAND"
+        message = f"error: unknown argument {arguments[0]}; run python -m alexnet_jax.{name}"
         print(message, file=sys.stderr)
         sys.exit(2)
-    commands = summaries()
     width = max(map(len, commands))
     print("usage: python -m alexnet_jax.COMMAND [--help]\n\ncommands:")
     for name, summary in commands.items():
