@@ -210,7 +210,7 @@ def saved_config(workdir: Path) -> ConfigDict:
     path = workdir / "config.json"
     try:
         saved = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"no trained network in {workdir}: it has no config.json; name a workdir of train.py "
             "or of alexnet_jax.convert"

@@ -200,6 +200,12 @@ def test_unusable_workdir_is_rejected(trained_run, tmp_path, message):
         inference.load(run)
 
 
+def test_file_as_workdir_is_rejected(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="no trained network in .*notes.txt"):
+        inference.load(tmp_path / "notes.txt")
+
+
 def test_damaged_and_missing_checkpoints_are_rejected(trained_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained_run, run)
