@@ -206,7 +206,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | Path) -> TrainState:
         processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         distributed.say(
             f"training to step {total_steps} on {jax.device_count()} {jax.default_backend()} "
-            f"device(s){processes}, parallel={parallel.kind}"
+            f"device(s){processes}, parallel={parallel.kind}; the first step compiles"
         )
 
         # ---- Train -----------------------------------------------------------------------------
