@@ -57,6 +57,13 @@ NEIGHBORS_SHOWN = 8
 MIN_SIDE = 224  # pixels of an image on the page
 RESPONSES_WIDTH = 900  # pixels, at most, unless the maps need more without being enlarged
 UPLOAD_HEIGHT = 230  # pixels
+WHITE = 99  # percentile of the responses that is white; the maximum would leave photographs dark
+# Gradio's gallery scrolls within a fixed height, and sideways on a phone, with captions cut off.
+STYLE = """
+#nearest .grid-wrap { height: auto; max-height: none; }
+#nearest .caption-label { max-width: 100%; white-space: normal; }
+@media (max-width: 640px) { #nearest .grid-container { grid-template-columns: repeat(2, 1fr); } }
+"""
 
 # ------------------------------------------------------------------------------------------
 # From an upload to the content of the page
@@ -69,7 +76,7 @@ class Result(NamedTuple):
     Attributes:
       view: the center crop, which is the network's input.
       classes: probabilities of the most probable classes by name, most probable first.
-      responses: output of conv1 after ReLU; 255 is the maximum over all maps.
+      responses: output of conv1 after ReLU; 255 is the 99th percentile of all maps, and above.
       nearest: images with their captions (class and distance); empty without an index.
     """
 
@@ -127,7 +134,9 @@ def make_classifier(
         return Result(
             augment.center_window(image, network.augment.view_size),
             most_probable(network.class_names, np.asarray(classify(image[None]))[0]),
-            (255 * np.clip(responses / (responses.max() + 1e-12), 0, 1)).astype(np.uint8),
+            (255 * np.clip(responses / (np.percentile(responses, WHITE) + 1e-12), 0, 1)).astype(
+                np.uint8
+            ),
             [] if index is None else _nearest(index, features[hidden].reshape(1, -1)),
         )
 
@@ -190,6 +199,7 @@ def make_page(
             f"# AlexNet, variant {variant_name(network.config)}\n"
             f"{len(network.class_names):,} classes, trained for {network.step:,} steps"
         )
+        message = gr.Markdown(elem_id="message")  # at the top, where a phone shows it
         with gr.Row():
             drop = gr.File(
                 label=f"Photograph, up to {MAX_BYTES >> 20} MB",
@@ -209,9 +219,8 @@ def make_page(
                 scale=3,
                 elem_id="top5",
             )
-        message = gr.Markdown(elem_id="message")
         gr.Markdown("### Responses of conv1 (bright: strong)")
-        responses = gr.Image(show_label=False, **_picture("conv1"))
+        responses = gr.Image(show_label=False, **_picture("conv1") | {"buttons": ["fullscreen"]})
         gr.Markdown(_neighbors_heading(index))
         nearest = gr.Gallery(
             show_label=False,
@@ -340,6 +349,7 @@ def serve(page: "gradio.Blocks", listener: socket.socket) -> None:
         theme=gr.themes.Default(
             font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
         ),
+        css=STYLE,
     )
 
     received: list[int] = []
