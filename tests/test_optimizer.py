@@ -483,6 +483,7 @@ def test_run_145_changes_its_rates_when_its_log_says(epoch, layer, kernels, bias
 KINDS = [
     ("constant", {}, {0: 0.01, 50: 0.01}),
     ("steps", {"step_epochs": (30.0, 60.0)}, {0: 0.01, 29.9: 0.01, 30: 1e-3, 60: 1e-4}),
+    ("steps", {"step_epochs": (30.25,)}, {30.2: 0.01, 30.3: 1e-3}),  # at no step: the next one
     ("cosine", {}, {0: 0.01, 45: 0.005, 90: 0.0}),
     ("cosine", {"warmup_epochs": 10.0}, {0: 0.0, 5: 0.005, 10: 0.01, 50: 0.005, 90: 0.0}),
     ("cosine", {"warmup_epochs": 90.0}, {45: 0.005, 90: 0.01, 90.1: 0.0}),

@@ -168,7 +168,6 @@ def _momentum(
         plateau_scale: jax.Array,
         **_: Any,
     ) -> tuple[Params, optax.TraceState]:
-        del params
         rates = _rates(rate, updates, step, plateau_scale)
         velocity = jax.tree.map(
             lambda v, u, rate: jnp.where(rate > 0, momentum * v - rate * u, v),
@@ -199,7 +198,6 @@ def _scale_by_rate(rate: LayerRate) -> optax.GradientTransformationExtraArgs:
         plateau_scale: jax.Array,
         **_: Any,
     ) -> tuple[Params, optax.EmptyState]:
-        del params
         rates = _rates(rate, updates, step, plateau_scale)
         return jax.tree.map(lambda u, rate: -rate * u, updates, rates), state
 
