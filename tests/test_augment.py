@@ -105,17 +105,28 @@ def test_color_noise_adds_one_color_per_image_with_the_covariance_of_the_paper()
     np.testing.assert_allclose(colors.mean(0), 0, atol=0.02)
 
 
+class TrainStore:
+    mean_image = np.ones((SIZE, SIZE, 3), np.float32)
+    mean_channel = np.float32([1, 2, 3])
+    eigenvalues = np.float32([400, 100, -1e-7])  # as rounding may leave one of 0
+    eigenvectors = np.eye(3, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("mean", "of_store"),
+    [("image", "mean_image"), ("image_center", "mean_image"), ("channel", "mean_channel")],
+)
+def test_mean_of_the_statistics_is_that_of_augment_mean(mean, of_store):
+    found = statistics(TrainStore, config(mean=mean)).mean
+    np.testing.assert_array_equal(found, getattr(TrainStore, of_store))
+
+
 @pytest.mark.parametrize(
     ("scale", "expected"), [("eigenvalue", (400.0 / 255, 100.0 / 255)), ("std", (20.0, 10.0))]
 )
 def test_color_noise_is_scaled_by_eigenvalues_of_unit_pixels_or_standard_deviations(
     scale, expected
 ):
-    class TrainStore:
-        mean_image = np.zeros((SIZE, SIZE, 3), np.float32)
-        eigenvalues = np.float32([400, 100, -1e-7])  # as rounding may leave one of 0
-        eigenvectors = np.eye(3, dtype=np.float32)
-
     basis = statistics(TrainStore, config(color_noise_scale=scale)).noise_basis
     np.testing.assert_allclose(np.diag(basis), [*expected, 0], rtol=1e-6, atol=1e-9)
 

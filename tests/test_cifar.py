@@ -1,27 +1,42 @@
 """The 2012 program's networks for CIFAR-10: shapes, parameters, initial weights, commands."""
 
+import functools
 import sys
 
 import commands
 import images
 import jax
+import narrow_model
 import numpy as np
 import pytest
 
 from alexnet_jax import config as configs
 from alexnet_jax import evaluate, predict, visualize
 from alexnet_jax.models.alexnet import CIFAR_VARIANTS, AlexNet, kernel_layers
+from alexnet_jax.models.layers import local_response_norm, within_map_norm
 from alexnet_jax.models.summary import layer_table
 from alexnet_jax.training.optimizer import make_optimizer
 from alexnet_jax.utils.errors import UserError
 
 # From layers-cifar/ of the released program, and cuda-convnet2's layers-cifar10-11pct.cfg.
 NETWORKS = {
-    # variant: (crop, parameters, sides of the maps, standard deviations)
-    "cifar_80sec": (32, 145_578, (32, 16, 16, 8, 8, 4), (1e-4, 0.01, 0.01, 0.1, 0.1)),
-    "cifar_18pct": (32, 89_578, (32, 16, 16, 8, 8, 4), (1e-4, 0.01, 0.01, 0.01)),
-    "cifar_13pct": (24, 1_116_490, (24, 12, 12, 6, 6, 6), (1e-4, 0.01, 0.04, 0.04, 0.01)),
-    "cifar_11pct": (24, 2_112_970, (24, 12, 12, 6, 6, 6), (1e-4, 0.01, 0.04, 0.04, 0.01)),
+    # variant: (crop, parameters, filters and units, sides of the maps, standard deviations)
+    "cifar_80sec": (
+        *(32, 145_578, (32, 32, 64, 64)),
+        *((32, 16, 16, 8, 8, 4), (1e-4, 0.01, 0.01, 0.1, 0.1)),
+    ),
+    "cifar_18pct": (
+        *(32, 89_578, (32, 32, 64)),
+        *((32, 16, 16, 8, 8, 4), (1e-4, 0.01, 0.01, 0.01)),
+    ),
+    "cifar_13pct": (
+        *(24, 1_116_490, (64, 64, 32, 32)),
+        *((24, 12, 12, 6, 6, 6), (1e-4, 0.01, 0.04, 0.04, 0.01)),
+    ),
+    "cifar_11pct": (
+        *(24, 2_112_970, (64, 64, 64, 32)),
+        *((24, 12, 12, 6, 6, 6), (1e-4, 0.01, 0.04, 0.04, 0.01)),
+    ),
 }
 DECAYS = {
     "cifar_80sec": (0.004, 0.004, 0.004, 0.03, 0.03),
@@ -38,10 +53,44 @@ def model_and_shape(variant):
 
 @pytest.mark.parametrize("variant", CIFAR_VARIANTS)
 def test_parameters_and_maps_are_those_of_the_program(variant):
-    _, count, sides, _ = NETWORKS[variant]
+    _, count, _, sides, _ = NETWORKS[variant]
     rows = layer_table(*model_and_shape(variant))
     assert sum(row.params for row in rows) == count
     assert tuple(row.output_shape[0] for row in rows if len(row.output_shape) == 3) == sides
+
+
+@pytest.mark.parametrize("variant", CIFAR_VARIANTS)
+def test_width_scales_filters_and_units(variant):
+    crop, _, units, *_ = NETWORKS[variant]
+    rows = layer_table(AlexNet(variant, num_classes=10, width=8.0), (crop, crop, 3))
+    widths = {row.name: row.output_shape[-1] for row in rows}
+    assert [widths[name] for name in kernel_layers(variant)] == [*(8 * n for n in units), 10]
+
+
+# variant: {norm: (what it normalizes, how)}
+NORMS = {
+    "cifar_18pct": {
+        name: (source, functools.partial(within_map_norm, alpha=5e-5 / 9, size=3))
+        for name, source in (("mapnorm1", "relu1"), ("mapnorm2", "pool2"))
+    },
+    "cifar_11pct": {
+        name: (source, functools.partial(local_response_norm, k=1.0, alpha=0.001 / 9, size=9))
+        for name, source in (("lrn1", "pool1"), ("lrn2", "relu2"))
+    },
+}
+
+
+@pytest.mark.parametrize("variant", NORMS)
+def test_norms_are_those_of_the_program(variant):
+    model, (crop, *_) = model_and_shape(variant)
+    x = narrow_model.images(crop)
+    names = [name for norm, (source, _) in NORMS[variant].items() for name in (norm, source)]
+    variables = narrow_model.random_variables(model, x)
+    _, outputs = narrow_model.apply(model, variables, x, features=names)
+    for name, (source, norm) in NORMS[variant].items():
+        want = norm(outputs[source])
+        assert float(abs(want - outputs[source]).max()) > 0.1 * float(abs(want).max())
+        np.testing.assert_allclose(outputs[name], want, rtol=1e-4, atol=1e-6)
 
 
 def test_a_local_layer_multiplies_each_weight_once():

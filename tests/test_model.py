@@ -31,6 +31,7 @@ PARAMS = {
     # `single`, less the 1,376 biases of its convolutions, plus a scale and a bias for each.
     "bn": 62_378_344 - 1_376 + 2 * 1_376,
 }
+FILTERS = {"paper": (96, 256, 384, 384, 256), "owt": (64, 192, 384, 256, 256)}
 MEGA_MACS = {"paper": 724.4, "original": 724.4, "caffenet": 724.4, "owt": 714.2}
 
 
@@ -40,8 +41,7 @@ MEGA_MACS = {"paper": 724.4, "original": 724.4, "caffenet": 724.4, "owt": 714.2}
 @pytest.mark.parametrize("size", [224, 227])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_output_shapes(variant, size):
-    filters = {"owt": (64, 192, 384, 256, 256)}.get(variant, (96, 256, 384, 384, 256))
-    c1, c2, c3, c4, c5 = filters
+    c1, c2, c3, c4, c5 = FILTERS.get(variant, FILTERS["paper"])
     model = AlexNet(variant, conv1_padding=0 if size == 227 else -1)
     rows = layer_table(model, (size, size, 3))
     assert {row.name: row.output_shape for row in rows if row.name != "avgpool5"} == {
@@ -117,8 +117,10 @@ def test_every_layer_has_a_kernel_and_a_bias(variant):
     ("variant", "width", "units"),
     [
         ("paper", 0.04, [8, 8, 16, 16, 8, 160, 160]),
-        ("paper", 8.0, [8 * units for units in (96, 256, 384, 384, 256, 4096, 4096)]),
-        ("owt", 8.0, [8 * units for units in (64, 192, 384, 256, 256, 4096, 4096)]),
+        *(
+            (v, 8.0, [8 * n for n in (*FILTERS.get(v, FILTERS["paper"]), 4096, 4096)])
+            for v in VARIANTS
+        ),
     ],
 )
 def test_width_scales_to_multiples_of_eight(variant, width, units):

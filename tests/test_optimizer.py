@@ -16,6 +16,7 @@ from alexnet_jax.training.optimizer import (
     make_optimizer,
     make_plateau,
     make_schedule,
+    without_frozen,
 )
 from alexnet_jax.training.train_step import init_state, make_train_step
 from alexnet_jax.utils.errors import UserError
@@ -183,6 +184,7 @@ def test_velocity_of_plain_sgd_is_at_the_same_place_in_the_state_as_in_0_1():
     states = make_optimizer(default_config(), STEPS_PER_EPOCH).init(full())
     assert len(states) == 4
     assert isinstance(states[3], optax.TraceState)
+    assert without_frozen(states) is states
 
 
 # ------------------------------------------------------------------------------------------
@@ -428,7 +430,7 @@ def tiny_training(tx, frozen=(), **options):
 
 def test_train_step_takes_any_optax_transformation():
     tx = optax.adam(0.001)
-    start, grads, state, _ = tiny_training(tx)
+    start, grads, state, metrics = tiny_training(tx)
     updates, opt_state = tx.update(grads, tx.init(start.params))
     expected = optax.apply_updates(start.params, updates)
 
@@ -438,6 +440,7 @@ def test_train_step_takes_any_optax_transformation():
     jax.tree.map(close, state.params, expected)
     jax.tree.map(close, state.opt_state, opt_state)
     assert optax.tree.get(state.opt_state, "count") == state.step == 1
+    assert set(metrics) == {"loss", "top1", "top5"}
 
 
 @pytest.mark.parametrize("frozen", [(), ("conv1",)])

@@ -24,6 +24,7 @@ from alexnet_jax.training.train_step import (
     init_state,
     make_eval_step,
     make_train_step,
+    top_five,
     train_key,
 )
 from alexnet_jax.utils.errors import UserError
@@ -281,6 +282,15 @@ def test_accuracies_are_those_of_sorting_the_scores(values):
     np.testing.assert_array_equal(found["top5"], (best == labels[:, None]).any(1) & is_number)
 
 
+@pytest.mark.parametrize("classes", [3, 8])
+def test_top_five_are_the_best_classes_in_falling_order(classes):
+    scores = np.random.default_rng(0).permutation(2 * classes).reshape(2, classes) * 1.0
+    order = np.argsort(-scores)[:, :5]
+    found, found_classes = top_five(jnp.asarray(scores))
+    np.testing.assert_array_equal(found_classes, order)
+    np.testing.assert_array_equal(found, np.take_along_axis(scores, order, axis=1))
+
+
 def test_training_memorizes_one_batch():
     state, history = Program(make_config(), "jit").train([make_batch()] * 120)
     assert history[0]["loss"] > 2
@@ -316,13 +326,14 @@ def test_bfloat16_keeps_float32_parameters_and_velocity():
 
 def test_update_is_the_papers():
     """One step against v ← −ε (∇ + 0.0005 w), with the gradient taken outside the step."""
-    program = Program(make_config(), "jit")
+    program = Program(make_config(**{"model.dropout": 0.5}), "jit")
+    key = jax.random.fold_in(jax.random.fold_in(program.state.key, 0), 1)  # step 0, dropout
     before = to_host(program.state.params)
     batch = make_batch()
     images = program.augment.center(batch["image"])
 
     def loss(params):
-        logits = program.model.apply({"params": params}, images, train=True)
+        logits = program.model.apply({"params": params}, images, True, rngs={"dropout": key})
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     grads = jax.jit(jax.grad(loss))(before)
