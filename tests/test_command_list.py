@@ -1,7 +1,6 @@
 """`python -m alexnet_jax` and the help of every command."""
 
 import importlib
-import re
 import sys
 import tomllib
 
@@ -27,18 +26,6 @@ def test_arguments_are_rejected(argument, name):
     assert (
         result.stderr == f"error: unknown argument {argument}; run python -m alexnet_jax.{name}\n"
     )
-
-
-@pytest.mark.parametrize("command", ["train.py", "-m alexnet_jax", "-m alexnet_jax.predict"])
-def test_python_without_the_requirements_is_told_in_one_line(command):
-    result = commands.run(sys.executable, "-S", *command.split())  # without site-packages
-    assert result.returncode == 2 and result.stdout == ""
-    assert re.fullmatch(r"error: this Python has no module \w+; .*activate.*\n", result.stderr)
-
-
-def test_library_without_the_requirements_raises():
-    result = commands.run(sys.executable, "-S", "-c", "import alexnet_jax")
-    assert result.returncode == 1 and "ModuleNotFoundError" in result.stderr
 
 
 @pytest.mark.parametrize("module", COMMANDS)
