@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import resource
+import subprocess
 import sys
 
 import commands
@@ -87,6 +88,15 @@ def test_missing_platform_is_one_line(platform, command, digits, trained_run, tm
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert f"error: JAX cannot start the platform of JAX_PLATFORMS={platform}" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_command_whose_output_nobody_reads_ends_silently(trained_run):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "alexnet_jax.visualize", "network", str(trained_run)]
+    result = subprocess.run(command, cwd=commands.ROOT, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (errors.EXIT_BROKEN_PIPE, b"")
 
 
 def test_return_value_is_the_exit_code(run_command):

@@ -14,6 +14,7 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request; the same command resumes
 EXIT_PEER_LOST = 76  # launch: a process was killed, so the others ended; the same command resumes
 EXIT_KILLED_BY_CTRL_C = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class UserError(Exception):
@@ -29,8 +30,9 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
     """Decorates a command's `main`: prints a `UserError` as one line and exits with code 2.
 
     So are a device that is missing, occupied or too small. Ctrl-C outside of training exits with
-    130. All other exceptions are bugs: they keep their traceback and exit with 1. `main` returns
-    the exit code; None means 0.
+    130. Output that nobody reads any more, as after `| head`, ends a command silently with 141. All
+    other exceptions are bugs: they keep their traceback and exit with 1. `main` returns the exit
+    code; None means 0.
     """
 
     @functools.wraps(main)
@@ -43,11 +45,17 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., None]:
             # A file name may have characters that the terminal's encoding lacks.
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            sys.exit(main(*args, **kwargs))
+            code = main(*args, **kwargs)
+            sys.stdout.flush()
+            sys.exit(code)
         except UserError as error:
             _exit(EXIT_USER_ERROR, f"error: {error}")
         except KeyboardInterrupt:
             _exit(EXIT_KILLED_BY_CTRL_C, "interrupted")
+        except BrokenPipeError:
+            # Python flushes stdout once more when it exits, and would print that error.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_BROKEN_PIPE)
         except Exception as error:
             if explained := _device_fault(error):
                 _exit(EXIT_USER_ERROR, f"error: {explained}")
