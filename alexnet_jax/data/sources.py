@@ -346,6 +346,10 @@ def _find_builder(dataset: str, data_dir: str) -> "DatasetBuilder":
             f"tfds has no data set {dataset!r}; {hint}; for your own images use folder:PATH"
         ) from error
     except (ValueError, AssertionError) as error:
+        if os.path.isdir(dataset):
+            raise UserError(
+                f"dataset {dataset} is a folder; to use its images, set it to folder:{dataset}"
+            ) from error
         raise UserError(f"tfds does not accept dataset {dataset!r}: {one_line(error)}") from error
 
 
