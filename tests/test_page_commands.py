@@ -1,20 +1,26 @@
 """Programs accept the arguments that the README, CONTRIBUTING.md and docs/ give them.
 
-Nothing runs: each program stops when it has parsed its arguments and loaded its config.
+Each program stops when it has parsed its arguments and loaded its config. A slow test runs those
+that need only a trained network.
 """
 
 import argparse
 import functools
+import glob
 import importlib
 import itertools
 import json
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 
 import commands
+import images
 import pytest
+from PIL import Image
+from test_research_page import workdirs  # noqa: F401
 
 from alexnet_jax import build_model
 from alexnet_jax import config as configs
@@ -41,6 +47,14 @@ OTHERS = {
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 # Words of sentences that stand for others.
 PLACEHOLDER = re.compile(r"WHAT|PICTURE|.*(…|\.\.\.)")
+# Commands that are executed, unless they need a package, minutes or a process of their own.
+EXECUTED = ("evaluate", "predict", "features", "lpips", "similarity", "visualize", "export")
+MORE_NEEDED = {"digits.onnx", "maximize", "data"}
+NETWORKS = (
+    *("imagenette", "imagenette_transfer", "torchvision", "bn", "owt", "paper"),
+    *(f"seed{seed}" for seed in range(5)),
+    *("population/seed0", "population/seed1"),
+)
 COLLECT = """
 import json, os, sys, pytest
 codes = []
@@ -245,3 +259,26 @@ def test_pytest_finds_the_tests_that_pages_name():
         assert code == pytest.ExitCode.OK or (
             may_be_missing and code == pytest.ExitCode.NO_TESTS_COLLECTED
         ), (page, words, result.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workdirs")
+def test_commands_for_a_trained_network_run(trained_run, digits, tmp_path, monkeypatch, capsys):
+    """The networks are small ones, and all photographs the same."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # commands replace it
+    for name in NETWORKS:
+        shutil.copytree(trained_run, tmp_path / "runs" / name)
+    (tmp_path / "data").symlink_to(digits)
+    (tmp_path / "photos").mkdir()
+    for words in itertools.chain(*map(block_commands, PAGES[2:])):
+        command, *arguments = words[2:] if words[:2] == ["python", "-m"] else words
+        name = re.sub("alexnet(_jax.|-)", "", command)
+        if name not in EXECUTED or MORE_NEEDED & {*arguments}:
+            continue
+        for picture in ["photos/a.jpg", *arguments]:
+            if picture.endswith((".jpg", ".png")):
+                Image.fromarray(images.photograph(0)).save(tmp_path / picture)
+        files = [sorted(glob.glob(word)) if "*" in word else [word] for word in arguments]
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(f"alexnet_jax.{name}").main([*itertools.chain(*files)])
+        assert not ended.value.code, (words, capsys.readouterr().err)
