@@ -477,6 +477,11 @@ def check_data(config: ConfigDict, stores: dict[str, Store]) -> None:
             f"{config.dataset} has {classes} classes, the network {config.model.num_classes}; "
             f"set --config.model.num_classes={classes}"
         )
+    if classes < config.model.num_classes:
+        distributed.say(
+            f"{config.dataset} has only {classes} classes, the network {config.model.num_classes}; "
+            f"--config.model.num_classes={classes} is enough"
+        )
 
 
 def check_data_unchanged(workdir: Path, stores: dict[str, Store], stats: Statistics) -> None:

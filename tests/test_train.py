@@ -31,7 +31,7 @@ from PIL import Image
 from alexnet_jax import config as configs
 from alexnet_jax import evaluate
 from alexnet_jax.data import prepare
-from alexnet_jax.train import train_and_evaluate
+from alexnet_jax.train import check_data, train_and_evaluate
 from alexnet_jax.utils import process
 from alexnet_jax.utils.errors import (
     EXIT_KILLED_BY_CTRL_C,
@@ -240,6 +240,21 @@ def test_start_that_failed_does_not_claim_the_workdir(digits, tmp_path, capsys):
     with pytest.raises(SystemExit) as exited:
         train_here([*few, "--config.model.num_classes=10"], tmp_path)
     assert not exited.value.code
+
+
+@pytest.mark.parametrize(
+    ("outputs", "printed"),
+    [
+        (10, ""),
+        (12, "has only 10 classes, the network 12; --config.model.num_classes=10 is enough"),
+    ],
+)
+def test_network_with_more_outputs_than_classes_is_pointed_out(digits, capsys, outputs, printed):
+    config = configs.load("quickstart")
+    config.data_dir, config.model.num_classes = str(digits), outputs
+    check_data(config, prepare.open_or_prepare(config))
+    lines = capsys.readouterr().out.splitlines()
+    assert [printed in line for line in lines] == [True] * bool(printed)
 
 
 @pytest.mark.long
