@@ -11,6 +11,7 @@ from alexnet_jax.models.alexnet import (
     LRN,
     VARIANTS,
     AlexNet,
+    Dropout,
     MaxPool,
     ReLU,
     Tanh,
@@ -408,7 +409,8 @@ def test_batch_norm_over_a_mapped_axis_equals_the_whole_batch():
     [("paper", 0.5, 1), ("original", 0.5, 1), ("single", 1, 2), ("caffenet", 1, 2), ("bn", 1, 2)],
 )
 def test_dropout_scale_and_expectation(variant, at_test, kept_unit):
-    """With fc7 all ones and fc8 summing it, a logit is the sum of what dropout leaves."""
+    """With fc7 all ones and fc8 summing it, a logit is the sum of what the last dropout leaves."""
+    assert len({layer for layer in VARIANTS[variant] if isinstance(layer, Dropout)}) == 1
     model, x = AlexNet(variant, width=NARROW, num_classes=1), images(batch=64)
     variables = random_variables(model, x)
     params = variables["params"]

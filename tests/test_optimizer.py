@@ -533,9 +533,9 @@ def test_scaling_applies_to_a_warmup_but_not_to_a_change_to_an_absolute_value():
     c.batch_size = 1024
     c.schedule.scaling = "linear"
     c.schedule.warmup_epochs = 10.0
-    c.schedule.changes = ((20.0, "all", "learning_rate", 0.003),)
-    rates = {epoch: learning_rate(c, epoch) for epoch in (5, 10, 19, 20)}
-    assert rates == pytest.approx({5: 0.02, 10: 0.04, 19: 0.04, 20: 0.003})
+    c.schedule.changes = ((19.95, "all", "learning_rate", 0.003),)  # between two steps
+    rates = {epoch: learning_rate(c, epoch) for epoch in (5, 10, 19.9, 20)}
+    assert rates == pytest.approx({5: 0.02, 10: 0.04, 19.9: 0.04, 20: 0.003})
 
 
 def test_imagenet_pod_warms_up_to_22_and_decays_as_a_square():

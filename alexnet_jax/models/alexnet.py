@@ -155,7 +155,7 @@ class AvgPool:
 class AdaptiveAvgPool:
     """Averages size×size cells of any input, as torch.nn.AdaptiveAvgPool2d does."""
 
-    size: int = 6
+    size: int
     kind: ClassVar[str] = "avgpool"
 
 
