@@ -368,17 +368,13 @@ def _check(config: ConfigDict) -> None:
             "uses and which have no mean image; set --config.augment.crop=inception, "
             "--config.augment.mean=channel and --config.preprocess=2012"
         )
-    if not 0 < config.augment.crop_size <= config.image_size:
-        raise UserError(
-            f"augment.crop_size={config.augment.crop_size} must lie between 1 and "
-            f"image_size={config.image_size}"
-        )
     if config.augment.trivial and config.augment.mean == "image":
         raise UserError(
             "augment.trivial needs pixels from 0 to 255, but with augment.mean=image the mean is "
             "subtracted first; set --config.augment.mean=channel"
         )
-    for name, size in other_crop_sizes(config).items():
+    training = {f"augment.crop_size={config.augment.crop_size}": config.augment.crop_size}
+    for name, size in (training | other_crop_sizes(config)).items():
         if not isinstance(size, int) or not 0 < size <= config.image_size:
             raise UserError(f"{name} must lie between 1 and image_size={config.image_size}")
     scales = config.augment.channel_scale
