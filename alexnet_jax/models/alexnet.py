@@ -30,7 +30,7 @@ class Conv:
         so that the number of windows rounds up.
       groups: parts into which input and output channels are split. The paper's two GPUs are two
         groups (§3.5, Figure 2).
-      bias: initial bias; None for no bias.
+      bias: initial bias, where any value but 0 is `AlexNet.hidden_bias`; None for no bias.
       std: standard deviation of the initial kernel (paper §5: 0.01).
     """
 
@@ -52,7 +52,7 @@ class Local:
 
     Attributes:
       features: number of filters at each position; `AlexNet.width` scales it.
-      bias: initial bias; there is one for each filter and position.
+      bias: initial bias, as in `Conv`; there is one for each filter and position.
       std: standard deviation of the initial kernels.
     """
 
@@ -69,7 +69,7 @@ class Dense:
 
     Attributes:
       features: number of units, scaled by `AlexNet.width`; "classes" is `AlexNet.num_classes`.
-      bias: initial bias.
+      bias: initial bias, as in `Conv`.
       std: standard deviation of the initial kernel.
     """
 
