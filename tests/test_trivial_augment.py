@@ -4,6 +4,7 @@ import collections
 
 import jax
 import numpy as np
+import pytest
 from images import photograph
 
 from alexnet_jax.data.trivial_augment import OPERATIONS, apply, trivial_augment
@@ -44,10 +45,13 @@ def test_an_image_of_one_color_has_no_contrast_to_raise():
         np.testing.assert_array_equal(found, image)
 
 
-def test_equalizing_on_accelerators_is_that_on_cpu(monkeypatch):
+@pytest.mark.parametrize("platform", ["default", "tpu"])
+def test_equalizing_on_accelerators_is_that_on_cpu(platform, monkeypatch):
     image, equalize = photograph(3, 24, 24), list(OPERATIONS).index("equalize")
     expected = apply(image, equalize, 1.0, 1.0)
     monkeypatch.setattr(
-        jax.lax, "platform_dependent", lambda *args, default, **others: default(*args)
+        jax.lax,
+        "platform_dependent",
+        lambda *args, default, **others: others.get(platform, default)(*args),
     )
     np.testing.assert_array_equal(apply(image, equalize, 1.0, 1.0), expected)
