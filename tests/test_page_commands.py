@@ -10,6 +10,7 @@ import glob
 import importlib
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -104,6 +105,7 @@ def check(monkeypatch, capsys):
     monkeypatch.setattr(configs, "load", load_then_stop)
     monkeypatch.setattr(process, "set_up", lambda *_: None)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # commands replace it
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # benchmarks change it when imported
     for folder in ("benchmarks", ""):
         monkeypatch.syspath_prepend(str(ROOT / folder))
     monkeypatch.chdir(ROOT)
