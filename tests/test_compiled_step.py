@@ -121,7 +121,7 @@ def test_accelerators_get_ordinary_convolutions_and_products(platform, dtype, el
     assert images.count(str(BATCH)) == (platform == "tpu")  # its crops are products
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("platform", [pytest.param("cuda", marks=pytest.mark.long), "tpu"])
 def test_modern_recipe_adds_no_loop_and_no_scatter_over_pixels(platform):
     config = load_config("imagenet_modern", parallel="jit", batch_size=8)
     parallel, model, _ = sharding.build_network(config)

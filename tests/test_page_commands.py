@@ -227,7 +227,7 @@ def test_options_in_sentences_exist(check, capsys):
     assert {c.removeprefix("-m ") for c in code if c.startswith("-m ")} <= MARKERS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pytest_finds_the_tests_that_pages_name():
     found = [(page.name, words) for page in PAGES for words in block_commands(page)]
     found += [
@@ -252,7 +252,7 @@ def test_pytest_finds_the_tests_that_pages_name():
         ), (page, words, result.stderr)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("workdirs")
 def test_commands_for_a_trained_network_run(trained_run, digits, tmp_path, monkeypatch, capsys):
     """The networks are small ones, and all photographs the same."""
