@@ -1,6 +1,6 @@
 """Programs accept the arguments that the README, CONTRIBUTING.md and docs/ give them.
 
-Each program stops when it has parsed its arguments and loaded its config. A slow test runs those
+Each program stops when it has parsed its arguments and loaded its config. A `long` test runs those
 that need only a trained network.
 """
 
